@@ -1,0 +1,131 @@
+"""What storage/ can fail with, and the one place where OSError and lmdb.Error become ours.
+
+Every leaf carries a stable `code` (the API's error table is keyed by it) and says whether the same
+call may succeed later without anybody mending anything (`retryable`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Iterator
+from typing import ClassVar
+
+import lmdb
+
+
+class StorageError(Exception):
+    """Root of this layer. `str(error)` names the object and what was expected of it."""
+
+    code: ClassVar[str] = "storage_failed"
+    retryable: ClassVar[bool] = False
+
+
+class PointUnreachable(StorageError):
+    """The point's directory, or the server behind it, does not answer or is not there."""
+
+    code = "point_unreachable"
+    retryable = True
+
+
+class PointReadOnly(StorageError):
+    """The point refuses writes: mounted read-only, or no permission."""
+
+    code = "point_read_only"
+
+
+class PointFull(StorageError):
+    """No room, or no quota, left on the point."""
+
+    code = "point_full"
+
+
+class PointNotEmpty(StorageError):
+    """The directory holds something, but no backup point."""
+
+    code = "point_not_empty"
+
+
+class PointNewerFormat(StorageError):
+    """Written by a newer vmkeep. Nothing was touched."""
+
+    code = "point_newer_format"
+
+
+class PointUnsafeMount(StorageError):
+    """The mount's options would break the point's protocol (soft, old NFS, local locks)."""
+
+    code = "point_unsafe_mount"
+
+
+class Damaged(StorageError):
+    """Bytes on the point, or in the state, are not what was written there."""
+
+    code = "data_damaged"
+
+
+class ChunkMissing(StorageError):
+    """Chunks that a commit needs are no longer on the point; `ids` says which.
+
+    Nothing was committed. The session stores them again from its snapshot and commits anew.
+    """
+
+    code = "chunk_missing"
+    retryable = True
+
+    def __init__(self, ids: frozenset[bytes]) -> None:
+        super().__init__(f"{len(ids)} chunks are no longer on the point")
+        self.ids = ids
+
+
+class Refused(StorageError):
+    """An operation is not valid in the state that it would follow. Nothing was changed."""
+
+    code = "refused"
+
+
+class SessionEnded(Refused):
+    """The session is not open any more: somebody aborted it, or it has committed."""
+
+    code = "session_ended"
+
+
+class NotOnPoint(Refused):
+    """No such live backup in this domain."""
+
+    code = "backup_not_on_point"
+
+
+class AlreadyOnPoint(Refused):
+    """A live backup of this uuid is in this domain already."""
+
+    code = "backup_already_on_point"
+
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_READ_ONLY = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
+
+
+def from_os_error(error: OSError, what: str) -> StorageError:
+    """The StorageError that an OSError on the point stands for; `what` names the object."""
+    detail = f"{what}: {error.strerror or error}"
+    if error.errno in _FULL:
+        return PointFull(detail)
+    if error.errno in _READ_ONLY:
+        return PointReadOnly(detail)
+    return PointUnreachable(detail)
+
+
+@contextlib.contextmanager
+def translated(what: str) -> Iterator[None]:
+    """Turns OSError and lmdb.Error inside the block into a StorageError that names `what`."""
+    try:
+        yield
+    except lmdb.DiskError as error:
+        raise PointFull(f"{what}: {error}") from error
+    except (lmdb.CorruptedError, lmdb.InvalidError, lmdb.VersionMismatchError) as error:
+        raise Damaged(f"{what}: {error}") from error
+    except lmdb.Error as error:
+        raise PointUnreachable(f"{what}: {error}") from error
+    except OSError as error:
+        raise from_os_error(error, what) from error

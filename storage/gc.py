@@ -1,0 +1,176 @@
+"""Garbage collection: room comes back without a backup ever waiting.
+
+Plan, then execute. A pack without live chunks is dead for ever and needs only its RETIRE record; a
+sparse one has its live frames copied into the gc session's packs first. The RETIRE is checked
+against the state that it follows, so any number of backups, deletes and gcs may run beside it. Only
+after it are files unlinked. Long manifest chains are folded by the same session.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from storage import orphans, tables
+from storage.chunks import FRAME_HEADER_BYTES, make_frame
+from storage.errors import Damaged, Refused, translated
+from storage.packs import parse_frame
+from storage.record import DISKS_LIMIT
+from storage.session import FoldedChain, Session
+from storage.tables import Tables, unpack_chunk_row
+
+if TYPE_CHECKING:
+    from storage.domain import Domain
+
+COPY_BATCH_BYTES = 8 << 20
+CHAIN_LIMIT = 16
+CHECKPOINT_EVERY_RECORDS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class GcPlan:
+    """What a gc would do. `copy_bytes`: live bytes in the sparse packs."""
+
+    dead: tuple[str, ...]
+    sparse: tuple[str, ...]
+    copy_bytes: int
+    long_chains: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GcReport:
+    """What a gc did. Bytes are of whole pack files."""
+
+    packs_removed: int = 0
+    bytes_removed: int = 0
+    packs_repacked: int = 0
+    bytes_copied: int = 0
+    orphans_removed: int = 0
+    chains_folded: int = 0
+    damaged: tuple[str, ...] = ()
+
+
+def plan_gc(state: Tables, sparse_below: float, copy_budget_bytes: int) -> GcPlan:
+    """Dead packs, then the sparsest within the budget. `sparse_below`: live share, 0 to 1."""
+    dead, sparse = [], []
+    for pack, row in tables.packs.scan(state):
+        if not row.live_chunks:
+            dead.append(pack)
+        elif row.live_bytes < sparse_below * row.size_bytes:
+            sparse.append((row.live_bytes / row.size_bytes, row.live_bytes, pack))
+    chosen, budget = [], copy_budget_bytes
+    for _, live_bytes, pack in sorted(sparse):
+        if live_bytes <= budget:
+            chosen.append(pack)
+            budget -= live_bytes
+    chains = _long_chains(state) if copy_budget_bytes else ()
+    return GcPlan(tuple(dead), tuple(chosen), copy_budget_bytes - budget, chains)
+
+
+def _long_chains(state: Tables) -> tuple[str, ...]:
+    """Disks whose own part of the manifest chain is longer than CHAIN_LIMIT."""
+    found = []
+    for disk, row in tables.disks.scan(state):
+        end = tables.disks.require(state, row.parent).manifest if row.parent else ""
+        length, name = 0, row.manifest
+        while name and name != end:
+            name = tables.manifests.require(state, name).base
+            length += 1
+        if length > CHAIN_LIMIT:
+            found.append(disk)
+    return tuple(found[:DISKS_LIMIT])
+
+
+def reclaim(
+    domain: Domain, sparse_below: float, copy_budget_bytes: int, cancelled: Callable[[], bool]
+) -> GcReport:
+    """Plans and executes. Any thread, any number at once. Raises StorageErrors; repeats safely."""
+    domain.refresh()
+    with domain.view.read() as state:
+        plan = plan_gc(state, sparse_below, copy_budget_bytes)
+    report = execute_gc(domain, plan, cancelled)
+    if not copy_budget_bytes:
+        return report
+    swept = orphans.sweep(domain)
+    domain.checkpoint_if_due(CHECKPOINT_EVERY_RECORDS)
+    return replace(report, orphans_removed=swept)
+
+
+def execute_gc(domain: Domain, plan: GcPlan, cancelled: Callable[[], bool]) -> GcReport:
+    """Copies, appends RETIRE, unlinks. A pack with damage is left alone and named."""
+    if not (plan.dead or plan.sparse or plan.long_chains):
+        return GcReport()
+    sizes = _sizes(domain, (*plan.dead, *plan.sparse))
+    copied_bytes, emptied, damaged = 0, [], []
+    with domain.begin("gc") as session:
+        for pack in plan.sparse:
+            if cancelled():
+                break
+            try:
+                copied_bytes += _copy_live(domain, session, pack)
+                emptied.append(pack)
+            except Damaged as error:
+                damaged.append(str(error))
+        folded = [_fold_chain(domain, session, disk) for disk in plan.long_chains]
+        retired = session.retire((*plan.dead, *emptied), folded).packs
+    return GcReport(
+        packs_removed=len(retired),
+        bytes_removed=sum(sizes[pack] for pack in retired),
+        packs_repacked=len(set(emptied) & set(retired)),
+        bytes_copied=copied_bytes,
+        chains_folded=len(folded),
+        damaged=tuple(damaged),
+    )
+
+
+def _sizes(domain: Domain, packs: Sequence[str]) -> dict[str, int]:
+    with domain.view.read() as state:
+        rows = {pack: tables.packs.get(state, pack) for pack in packs}
+    return {pack: row.size_bytes if row else 0 for pack, row in rows.items()}
+
+
+def _copy_live(domain: Domain, session: Session, pack: str) -> int:
+    """Copies the frames that are placed in the pack, as they are; returns their bytes."""
+    with domain.view.read() as state:
+        row = tables.packs.get(state, pack)
+        if row is None:
+            raise Refused(f"pack {pack} is not live")
+        entries = domain.contents.footer(pack, row.digest)
+        chunks = state.table("chunks").get_many([entry.chunk_id for entry in entries])
+    placed = {chunk: unpack_chunk_row(value) for chunk, value in chunks.items()}
+    wanted = [
+        entry
+        for entry in entries
+        if entry.chunk_id in placed
+        and placed[entry.chunk_id].pack == row.number
+        and placed[entry.chunk_id].offset == entry.offset
+    ]
+    path = domain.paths.pack(pack)
+    copied_bytes = 0
+    with translated(path):
+        fd = domain.fs.open_read(path)
+        try:
+            for entry in wanted:
+                size_bytes = FRAME_HEADER_BYTES + entry.stored_len
+                what = f"{path} at {entry.offset}"
+                raw = memoryview(domain.fs.pread(fd, size_bytes, entry.offset))
+                view = parse_frame(raw, domain.chunk_size, what)
+                if view.chunk_id != entry.chunk_id:
+                    raise Damaged(f"{what}: holds another chunk than its table says")
+                frame = make_frame(view.chunk_id, view.raw_len, view.codec, view.payload)
+                session.store([frame])
+                copied_bytes += size_bytes
+        finally:
+            domain.fs.close(fd)
+    return copied_bytes
+
+
+def _fold_chain(domain: Domain, session: Session, disk: str) -> FoldedChain:
+    """Writes a disk's layer as one manifest of the session."""
+    with domain.view.read() as state:
+        row = tables.disks.require(state, disk)
+        builder = session.manifest(disk, row.capacity, row.parent or None)
+        for page_no, page in tables.layer_pages(state, row.layer):
+            builder.writer.add_page(page_no, page)
+    return FoldedChain(disk, row.manifest, row.parent)

@@ -1,0 +1,149 @@
+"""Taking backups over from another cluster's domain of the same point.
+
+The packs that hold their chunks get second names in our domain (hard links; copies where links
+don't work), each disk gets a full manifest of ours, and one COMMIT makes all of them ours. From
+then on the file system's link count keeps the bytes, whatever the other cluster deletes. The other
+domain is read, never written, and not believed: decoders are bounded, restores check chunk ids.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from storage import tables
+from storage.errors import ChunkMissing, NotOnPoint, PointUnreachable, translated
+from storage.fs import Fs
+from storage.listing import BackupRow, backup_rows
+from storage.log import Log
+from storage.manifests import decode_page
+from storage.packs import read_footer
+from storage.paths import DomainPaths, FileContents
+from storage.rebuild import fold_records, manifest_chain, merged_pages
+from storage.session import NewBackup, Session
+from storage.tables import MemoryTables
+
+if TYPE_CHECKING:
+    from storage.domain import Domain
+
+ATTEMPTS = 3
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignDomain:
+    """Another domain as its log tells it: who is live, without an index."""
+
+    paths: DomainPaths
+    state: MemoryTables
+
+    def backups(self) -> list[BackupRow]:
+        return list(backup_rows(self.state))
+
+
+def read_domain(fs: Fs, paths: DomainPaths, known: MemoryTables | None = None) -> ForeignDomain:
+    """Reads a domain's log to its end, from `known` on (changed in place) or from the start.
+
+    Raises Damaged, PointNewerFormat, PointUnreachable.
+    """
+    state = known or MemoryTables()
+    records = Log(fs, paths.log, paths.tmp)
+    while fold_records(state, records):
+        pass
+    return ForeignDomain(paths, state)
+
+
+def import_backups(
+    domain: Domain,
+    source: DomainPaths,
+    wanted: Sequence[str],
+    relabel: Callable[[BackupRow], bytes],
+) -> list[BackupRow]:
+    """Makes the wanted backups of `source` live in `domain`, all or none; returns their rows here.
+
+    Those that are here already are only returned. `relabel` gives each one's label here. Durable on
+    return. NotOnPoint when one is in neither; Damaged; PointFull.
+    """
+    domain.refresh()
+    here = {row.backup for row in domain.backups()}
+    missing = [backup for backup in dict.fromkeys(wanted) if backup not in here]
+    for attempt in range(ATTEMPTS):
+        if not missing:
+            break
+        try:
+            _take(domain, read_domain(domain.fs, source), missing, relabel)
+            missing = []
+        except (PointUnreachable, ChunkMissing) as error:
+            # The owner deleted or repacked meanwhile: its log tells where things are now.
+            if attempt + 1 == ATTEMPTS:
+                raise
+            log.info("import_again domain=%s reason=%s", source.root, error)
+    return [domain.backup(backup) for backup in dict.fromkeys(wanted)]
+
+
+def _take(
+    domain: Domain,
+    source: ForeignDomain,
+    wanted: Sequence[str],
+    relabel: Callable[[BackupRow], bytes],
+) -> None:
+    rows = {row.backup: row for row in source.backups()}
+    absent = [backup for backup in wanted if backup not in rows]
+    if absent:
+        raise NotOnPoint(f"backup {absent[0]} is not on the point")
+    with domain.begin("import") as session:
+        needed: set[bytes] = set()
+        for backup in wanted:
+            for disk in rows[backup].disks:
+                needed |= _write_manifest(domain, session, source, disk.disk)
+        _link_packs(domain, session, source, needed)
+        session.commit(
+            [
+                NewBackup(backup, relabel(rows[backup]), [d.disk for d in rows[backup].disks])
+                for backup in wanted
+            ]
+        )
+
+
+def _write_manifest(
+    domain: Domain, session: Session, source: ForeignDomain, disk: str
+) -> set[bytes]:
+    """Writes a disk's whole map as a full manifest of ours; returns the chunks we lack."""
+    row = tables.disks.require(source.state, disk)
+    chain = manifest_chain(source.state, row.manifest)
+    builder = session.manifest(disk, row.capacity, None)
+    lacking: set[bytes] = set()
+    contents = FileContents(domain.fs, source.paths)
+    for page_no, page in merged_pages(contents, chain, root=True):
+        entries = decode_page(page)
+        builder.add_page(page_no, entries)
+        ids = list(set(entries.values()))
+        known = session.known(ids)
+        lacking.update(chunk for chunk, there in zip(ids, known, strict=True) if not there)
+    return lacking
+
+
+def _link_packs(
+    domain: Domain, session: Session, source: ForeignDomain, needed: set[bytes]
+) -> None:
+    """Gives those of the source's live packs that hold a needed chunk a name in the session."""
+    numbered = sorted(
+        ((row.number, pack) for pack, row in tables.packs.scan(source.state)), reverse=True
+    )
+    left = set(needed)
+    for _, pack in numbered:
+        if not left:
+            return
+        path = source.paths.pack(pack)
+        with translated(path):
+            _, entries = read_footer(domain.fs, path)
+            held = {entry.chunk_id for entry in entries}
+            if left.isdisjoint(held):
+                continue
+            session.adopt_pack(path)
+        left -= held
+    if left:
+        raise ChunkMissing(frozenset(left))

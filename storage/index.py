@@ -1,0 +1,222 @@
+"""The chunk index: where each referenced chunk lies, and the pages that reference it.
+
+Rules that make the sequential fold and a rebuild agree byte for byte:
+- a chunk is in the index exactly while an entry of a live layer names it;
+- of several live packs that hold it, the one with the highest number is its place;
+- a layer without a parent (a root) has no zero marks.
+
+Read first: storage.fold, which calls this, and docs/design.md §5.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+import msgspec
+
+from storage import tables
+from storage.chunks import ZERO_MARK
+from storage.errors import ChunkMissing, Damaged
+from storage.manifests import decode_page, encode_page
+from storage.packs import FRAME_HEADER_BYTES, PackEntry
+from storage.tables import ChunkRow, Tables, pack_chunk_row, unpack_chunk_row
+
+
+class Contents(Protocol):
+    """What the files that a record names hold.
+
+    `digest` is the one in the record; a file with another is Damaged. Also raises PointUnreachable.
+    """
+
+    def footer(self, pack: str, digest: bytes) -> Sequence[PackEntry]: ...
+    def pages(self, manifest: str, digest: bytes) -> Iterator[tuple[int, bytes]]:
+        """(page number, page), ascending."""
+        ...
+
+
+class Index:
+    """The index half of one fold step. Changes of live bytes are kept back until `flush`."""
+
+    def __init__(self, state: Tables, contents: Contents) -> None:
+        self._state = state
+        self._contents = contents
+        self._chunks = state.table("chunks")
+        self._pages = state.table("pages")
+        self._live_bytes: Counter[int] = Counter()
+        self._live_chunks: Counter[int] = Counter()
+        self._missing: set[bytes] = set()
+
+    def flush(self) -> None:
+        """Writes the packs' live counts. ChunkMissing names all that add_layer did not find."""
+        if self._missing:
+            raise ChunkMissing(frozenset(self._missing))
+        for number in sorted(self._live_chunks.keys() | self._live_bytes.keys()):
+            size, count = self._live_bytes[number], self._live_chunks[number]
+            if size or count:
+                self._add_live(number, size, count)
+        self._live_bytes.clear()
+        self._live_chunks.clear()
+
+    def _add_live(self, number: int, size: int, count: int) -> None:
+        name = tables.pack_id(self._state, number)
+        row = tables.packs.require(self._state, name)
+        live = msgspec.structs.replace(
+            row, live_bytes=row.live_bytes + size, live_chunks=row.live_chunks + count
+        )
+        tables.packs.put(self._state, name, live)
+
+    def _count(self, row: ChunkRow, sign: int) -> None:
+        self._live_bytes[row.pack] += sign * (FRAME_HEADER_BYTES + row.stored_len)
+        self._live_chunks[row.pack] += sign
+
+    # Packs.
+
+    def place(self, numbers: Mapping[str, int]) -> None:
+        """Places all chunks of new packs there, referenced or not yet."""
+        for pack, number in numbers.items():
+            self._place_pack(pack, number, only_known=False)
+
+    def move(self, numbers: Mapping[str, int]) -> None:
+        """Places those chunks of new packs there that the index knows."""
+        for pack, number in numbers.items():
+            self._place_pack(pack, number, only_known=True)
+
+    def _place_pack(self, pack: str, number: int, *, only_known: bool) -> None:
+        entries = {entry.chunk_id: entry for entry in self._footer(pack)}
+        known = self._chunks.get_many(list(entries))
+        for chunk, entry in entries.items():
+            value = known.get(chunk)
+            if value is None and only_known:
+                continue
+            old = None if value is None else unpack_chunk_row(value)
+            references = 0 if old is None else old.references
+            row = ChunkRow(number, entry.offset, entry.stored_len, references)
+            if old is not None and references:
+                self._count(old, -1)
+                self._count(row, +1)
+            self._chunks.put(chunk, pack_chunk_row(row))
+
+    def _footer(self, pack: str) -> Sequence[PackEntry]:
+        return self._contents.footer(pack, tables.packs.require(self._state, pack).digest)
+
+    def settle(self, numbers: Mapping[str, int]) -> None:
+        """Takes the chunks of new packs that nothing references out of the index."""
+        for pack in numbers:
+            chunks = [entry.chunk_id for entry in self._footer(pack)]
+            for chunk, value in self._chunks.get_many(chunks).items():
+                if not unpack_chunk_row(value).references:
+                    self._chunks.delete(chunk)
+
+    # References.
+
+    def _refer(self, changes: Mapping[bytes, int], *, new: bool = False) -> None:
+        """Adds to chunks' reference counts; what falls to none leaves the index.
+
+        Only a `new` reference may name a chunk that is not there: flush() says so.
+        """
+        wanted = [chunk for chunk, change in changes.items() if change]
+        rows = self._chunks.get_many(wanted)
+        for chunk in wanted:
+            value = rows.get(chunk)
+            if value is None:
+                if not new:
+                    raise Damaged(f"view: chunk {chunk.hex()} is referenced, but nowhere")
+                self._missing.add(chunk)
+                continue
+            self._refer_one(chunk, unpack_chunk_row(value), changes[chunk])
+
+    def _refer_one(self, chunk: bytes, old: ChunkRow, change: int) -> None:
+        references = old.references + change
+        if references < 0:
+            raise Damaged(f"view: chunk {chunk.hex()} has fewer references than entries")
+        if not old.references:
+            self._count(old, +1)
+        if not references:
+            self._count(old, -1)
+            self._chunks.delete(chunk)
+        else:
+            self._chunks.put(chunk, pack_chunk_row(old._replace(references=references)))
+
+    # Layers.
+
+    def add_layer(self, layer: int, manifest: str, *, root: bool) -> None:
+        """Writes a manifest's pages as a layer's and counts what they reference."""
+        digest = tables.manifests.require(self._state, manifest).digest
+        for page_no, page in self._contents.pages(manifest, digest):
+            if root and ZERO_MARK in decode_page(page).values():
+                raise Damaged(f"manifest {manifest}: a zero mark, but it is full")
+            self.add_layer_page(layer, page_no, page)
+
+    def add_layer_page(self, layer: int, page_no: int, page: bytes) -> None:
+        """Writes one new page of a layer and counts what it references."""
+        self._refer(_counts(decode_page(page).values()), new=True)
+        self._pages.put(tables.page_key(layer, page_no), page)
+
+    def _put_page(self, layer: int, page_no: int, entries: Mapping[int, bytes]) -> None:
+        key = tables.page_key(layer, page_no)
+        if entries:
+            self._pages.put(key, encode_page(entries))
+        else:
+            self._pages.delete(key)
+
+    def merge_layer(self, layer: int, children: Sequence[int], *, root: bool) -> None:
+        """Folds a released layer into its children's: their entries win over its own.
+
+        All children but the last get copies. The last one takes `layer` itself over, with its own
+        entries laid on top, so its old layer is empty afterwards. Without children the layer goes.
+        """
+        if not children:
+            self._drop_layer(layer)
+            return
+        for child in children[:-1]:
+            self._copy_under(layer, child, root=root)
+        self._lay_on_top(children[-1], layer, root=root)
+
+    def _drop_layer(self, layer: int) -> None:
+        for page_no, page in list(tables.layer_pages(self._state, layer)):
+            self._refer(_counts(decode_page(page).values(), -1))
+            self._pages.delete(tables.page_key(layer, page_no))
+
+    def _copy_under(self, layer: int, child: int, *, root: bool) -> None:
+        page_nos = {no for no, _ in tables.layer_pages(self._state, layer)}
+        if root:
+            page_nos |= {no for no, _ in tables.layer_pages(self._state, child)}
+        for page_no in sorted(page_nos):
+            under, over = self._page(layer, page_no), self._page(child, page_no)
+            merged = _merge(under, over, root=root)
+            changes = _counts(merged.values())
+            changes.subtract(_counts(over.values()))
+            self._refer(changes)
+            self._put_page(child, page_no, merged)
+
+    def _lay_on_top(self, child: int, layer: int, *, root: bool) -> None:
+        for page_no, page in list(tables.layer_pages(self._state, child)):
+            over, under = decode_page(page), self._page(layer, page_no)
+            lost = (under[at] for at in over if at in under)
+            self._refer(_counts(lost, -1))
+            self._put_page(layer, page_no, _merge(under, over, root=root))
+            self._pages.delete(tables.page_key(child, page_no))
+
+    def _page(self, layer: int, page_no: int) -> dict[int, bytes]:
+        page = self._pages.get(tables.page_key(layer, page_no))
+        return {} if page is None else decode_page(page)
+
+
+def _counts(ids: Iterable[bytes], sign: int = 1) -> Counter[bytes]:
+    """How often each chunk occurs, times `sign`; zero marks are no chunks."""
+    counts = Counter(ids)
+    counts.pop(ZERO_MARK, None)
+    if sign < 0:
+        counts = Counter({chunk: -count for chunk, count in counts.items()})
+    return counts
+
+
+def _merge(
+    under: Mapping[int, bytes], over: Mapping[int, bytes], *, root: bool
+) -> dict[int, bytes]:
+    merged = {**under, **over}
+    if root:
+        merged = {at: chunk for at, chunk in merged.items() if chunk != ZERO_MARK}
+    return merged

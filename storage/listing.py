@@ -1,0 +1,40 @@
+"""What a state says about its backups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from storage import tables
+from storage.tables import Tables
+
+
+@dataclass(frozen=True, slots=True)
+class DiskRow:
+    """A disk backup: its uuid and the volume's size in bytes."""
+
+    disk: str
+    capacity: int
+
+
+@dataclass(frozen=True, slots=True)
+class BackupRow:
+    """A live backup. `label` is what the engine gave; `seq` the record that committed it."""
+
+    backup: str
+    parent: str
+    label: bytes
+    seq: int
+    disks: tuple[DiskRow, ...]
+
+
+def backup_rows(state: Tables) -> Iterator[BackupRow]:
+    """The live backups of a state."""
+    for backup, row in tables.backups.scan(state):
+        if not row.forgotten:
+            yield backup_row(state, backup, row)
+
+
+def backup_row(state: Tables, backup: str, row: tables.BackupState) -> BackupRow:
+    disks = tuple(DiskRow(disk, tables.disks.require(state, disk).capacity) for disk in row.disks)
+    return BackupRow(backup, row.parent, row.label, row.seq, disks)

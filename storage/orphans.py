@@ -1,0 +1,115 @@
+"""Unlinking files that no record names, in the only order that is safe.
+
+A directory is listed first; then the log is read to its end; only then is judged what is an orphan.
+So whatever owns a listed file had its OPEN in the log before the judgement.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from typing import TYPE_CHECKING
+
+from storage import tables
+from storage.errors import translated
+from storage.fold import Garbage
+from storage.fs import Fs
+from storage.tables import Tables
+
+if TYPE_CHECKING:
+    from storage.domain import Domain
+
+_SESSION = re.compile("[0-9a-f]{32}")
+
+log = logging.getLogger(__name__)
+
+
+def unlink_garbage(domain: Domain, garbage: Garbage) -> int:
+    """Unlinks what a durable record made unreferencable; returns how many files went.
+
+    A failure is left for the next sweep: the record stands.
+    """
+    files = [domain.paths.pack(pack) for pack in garbage.packs]
+    files += [domain.paths.manifest(manifest) for manifest in garbage.manifests]
+    gone = sum(_unlink(domain.fs, path) for path in files)
+    for session in garbage.sessions:
+        for root in (domain.paths.packs, domain.paths.manifests, domain.paths.tmp):
+            gone += _remove_files(domain.fs, os.path.join(root, session))
+    for parent in sorted({os.path.dirname(path) for path in files}):
+        _remove_if_empty(domain.fs, parent)
+    return gone
+
+
+def remove_directory(domain: Domain, path: str) -> None:
+    """Removes a session's temporary directory and what is left in it."""
+    _remove_files(domain.fs, path)
+
+
+def sweep(domain: Domain) -> int:
+    """Deletes every file of packs/, manifests/ and tmp/ that is nobody's; returns how many."""
+    fs, paths = domain.fs, domain.paths
+    with translated(paths.root):
+        listed = {
+            root: {session: fs.listdir(os.path.join(root, session)) for session in _named(fs, root)}
+            for root in (paths.packs, paths.manifests, paths.tmp)
+        }
+    domain.refresh()
+    gone = 0
+    with domain.view.read() as state:
+        for root, sessions in listed.items():
+            known = {paths.packs: "packs", paths.manifests: "manifests"}.get(root, "")
+            for session, names in sessions.items():
+                gone += _sweep_session(fs, state, root, session, names, known)
+    if gone:
+        log.info("orphans_removed domain=%s files=%d", paths.root, gone)
+    return gone
+
+
+def _named(fs: Fs, root: str) -> list[str]:
+    """The session directories in `root`; hosts' own ones in tmp/ are named otherwise."""
+    return [name for name in fs.listdir(root) if _SESSION.fullmatch(name)]
+
+
+def _sweep_session(
+    fs: Fs, state: Tables, root: str, session: str, names: list[str], known: str
+) -> int:
+    if tables.sessions.get(state, session) is not None:
+        return 0
+    directory = os.path.join(root, session)
+    gone = 0
+    for name in names:
+        if known and state.table(known).get(f"{session}/{name}".encode()) is not None:
+            continue
+        gone += _unlink(fs, os.path.join(directory, name))
+    _remove_if_empty(fs, directory)
+    return gone
+
+
+def _remove_files(fs: Fs, directory: str) -> int:
+    try:
+        names = fs.listdir(directory)
+    except OSError:
+        return 0  # not there: nothing of the session to remove
+    gone = sum(_unlink(fs, os.path.join(directory, name)) for name in names)
+    _remove_if_empty(fs, directory)
+    return gone
+
+
+def _unlink(fs: Fs, path: str) -> bool:
+    try:
+        fs.unlink(path)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        log.warning("unlink_failed path=%s error=%s", path, error)
+        return False
+    return True
+
+
+def _remove_if_empty(fs: Fs, directory: str) -> None:
+    try:
+        if not fs.listdir(directory):
+            fs.rmdir(directory)
+    except OSError as error:
+        log.debug("rmdir_failed path=%s error=%s", directory, error)

@@ -1,0 +1,210 @@
+"""Packs: files of frames (docs/design.md §4.2).
+
+A frame can be checked alone (its payload's XXH3-64, and its chunk's id once decoded), a footer too
+(the tail's digest). Frames follow one another without gaps from the header to the table, so each
+byte of a pack is covered by one or the other.
+
+A PackWriter is used by one thread at a time. Plain OSErrors come through; the callers translate.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from storage.chunks import (
+    CODEC_RAW,
+    CODEC_ZSTD,
+    FRAME_HEADER,
+    FRAME_HEADER_BYTES,
+    FRAME_MAGIC,
+    Frame,
+    payload_check,
+    unknown_codec,
+)
+from storage.errors import Damaged, PointNewerFormat, Refused
+from storage.fs import Buffer, Fs
+from storage.sealed import (
+    HEADER_BYTES,
+    TAIL_BYTES,
+    Header,
+    Seal,
+    SealedWriter,
+    Table,
+    read_table,
+)
+
+__all__ = [
+    "FRAME_HEADER_BYTES",
+    "FrameView",
+    "PackEntry",
+    "PackWriter",
+    "parse_frame",
+    "read_footer",
+]
+
+PACK_MAGIC = b"VKPK"
+ROW_BYTES = 56
+MAX_PACK_BYTES = (1 << 32) - 1
+
+_ROW = struct.Struct("<IIIBB2x32sQ")
+_NO_EXTRA = bytes(32)
+
+
+class PackEntry(NamedTuple):
+    """A table row: where a frame is and what it holds. `check`: XXH3-64 of its payload."""
+
+    offset: int
+    raw_len: int
+    stored_len: int
+    codec: int
+    flags: int
+    chunk_id: bytes
+    check: int
+
+
+class FrameView(NamedTuple):
+    """A frame found in a buffer; `payload` is a part of that buffer."""
+
+    chunk_id: bytes
+    raw_len: int
+    stored_len: int
+    codec: int
+    payload: memoryview
+
+
+class PackWriter:
+    """A pack in the making. After any error the only call allowed is abandon()."""
+
+    def __init__(self, fs: Fs, tmp_path: str, session: bytes, n: int, chunk_size: int) -> None:
+        """Creates `tmp_path`. `session`: 16 bytes."""
+        header = Header(PACK_MAGIC, session, n, chunk_size, _NO_EXTRA)
+        self._chunk_size = chunk_size
+        self._sealed = SealedWriter(fs, tmp_path, header, ROW_BYTES)
+
+    @property
+    def size_bytes(self) -> int:
+        """Header and frames so far."""
+        return self._sealed.size_bytes
+
+    @property
+    def count(self) -> int:
+        """Frames so far."""
+        return self._sealed.count
+
+    def add(self, frame: Frame) -> int:
+        """Writes a frame; returns its offset. See add_many."""
+        return self.add_many((frame,))[0]
+
+    def add_many(self, frames: Sequence[Frame]) -> list[int]:
+        """Writes the frames with one call; returns their offsets.
+
+        Their buffers are free on return. Not durable before seal(). Raises Refused, with nothing
+        written, when the pack would reach 4 GiB.
+        """
+        pieces: list[Buffer] = []
+        for frame in frames:
+            _check_lengths(frame.codec, frame.raw_len, frame.stored_len, self._chunk_size, "frame")
+            pieces += (frame.header, frame.payload)
+        self._require_room(frames)
+        offset = self._sealed.append(pieces)
+        return [self._add_row(frame, at) for frame, at in _placed(frames, offset)]
+
+    def seal(self, final_path: str) -> Seal:
+        """Gives the pack its name. Durable on return; FileExistsError when the name is taken."""
+        return self._sealed.seal(final_path)
+
+    def abandon(self) -> None:
+        """Deletes what was written. Nothing to do after seal(), or a second time."""
+        self._sealed.abandon()
+
+    def _require_room(self, frames: Sequence[Frame]) -> None:
+        frames_bytes = sum(FRAME_HEADER_BYTES + frame.stored_len for frame in frames)
+        table_bytes = ROW_BYTES * (self._sealed.count + len(frames))
+        if self.size_bytes + frames_bytes + table_bytes + TAIL_BYTES > MAX_PACK_BYTES:
+            raise Refused("a pack stays under 4 GiB")
+
+    def _add_row(self, frame: Frame, offset: int) -> int:
+        raw_len, stored_len = frame.raw_len, frame.stored_len
+        self._sealed.add_row(
+            _ROW.pack(offset, raw_len, stored_len, frame.codec, 0, frame.chunk_id, frame.check)
+        )
+        return offset
+
+
+def read_footer(fs: Fs, path: str) -> tuple[Seal, list[PackEntry]]:
+    """A pack's seal and table, ascending by offset. No frame is read.
+
+    Raises Damaged or PointNewerFormat; FileNotFoundError when the name is gone.
+    """
+    fd = fs.open_read(path)
+    try:
+        size_bytes = fs.stat(path).size_bytes
+        if size_bytes > MAX_PACK_BYTES:
+            raise Damaged(f"{path}: a pack of {size_bytes} bytes")
+        table = read_table(fs, fd, size_bytes, PACK_MAGIC, ROW_BYTES, path)
+    finally:
+        fs.close(fd)
+    if table.header.extra != _NO_EXTRA:
+        raise Damaged(f"{path}: header is not a pack's")
+    return table.seal, _checked_entries(table, path)
+
+
+def parse_frame(buffer: memoryview, chunk_size: int, what: str) -> FrameView:
+    """The frame at the buffer's start; what follows it there is ignored.
+
+    Checked: header, lengths against the buffer and `chunk_size`, and the payload's XXH3-64. Not
+    the chunk id: that takes decoding and the point's key. `what` names the place in errors. Raises
+    Damaged, and PointNewerFormat for a reserved codec or flag.
+    """
+    if len(buffer) < FRAME_HEADER_BYTES:
+        raise Damaged(f"{what}: {len(buffer)} bytes are no frame")
+    header = FRAME_HEADER.unpack_from(buffer)
+    magic, codec, flags, zero, raw_len, stored_len, chunk_id, check = header
+    if magic != FRAME_MAGIC or zero:
+        raise Damaged(f"{what}: no frame here")
+    _check_flags(flags, what)
+    _check_lengths(codec, raw_len, stored_len, chunk_size, what)
+    payload = buffer[FRAME_HEADER_BYTES : FRAME_HEADER_BYTES + stored_len]
+    if len(payload) != stored_len:
+        raise Damaged(f"{what}: frame of {stored_len} bytes ends after {len(payload)}")
+    if payload_check(payload) != check:
+        raise Damaged(f"{what}: payload does not match its checksum")
+    return FrameView(chunk_id, raw_len, stored_len, codec, payload)
+
+
+def _placed(frames: Sequence[Frame], offset: int) -> Iterable[tuple[Frame, int]]:
+    """Each frame with its offset, the first at `offset`."""
+    for frame in frames:
+        yield frame, offset
+        offset += FRAME_HEADER_BYTES + frame.stored_len
+
+
+def _checked_entries(table: Table, what: str) -> list[PackEntry]:
+    """The rows, which must cover header's end to table's start without gap or overlap."""
+    entries = [PackEntry._make(row) for row in _ROW.iter_unpack(table.rows)]
+    chunk_size = table.header.chunk_size
+    offset = HEADER_BYTES
+    for entry in entries:
+        if entry.offset != offset:
+            raise Damaged(f"{what}: table has a frame at {entry.offset}, expected at {offset}")
+        _check_flags(entry.flags, what)
+        _check_lengths(entry.codec, entry.raw_len, entry.stored_len, chunk_size, what)
+        offset += FRAME_HEADER_BYTES + entry.stored_len
+    if offset != table.items_end:
+        raise Damaged(f"{what}: frames end at {offset}, table starts at {table.items_end}")
+    return entries
+
+
+def _check_flags(flags: int, what: str) -> None:
+    if flags:
+        raise PointNewerFormat(f"{what}: frame flags {flags:#04x}")
+
+
+def _check_lengths(codec: int, raw_len: int, stored_len: int, chunk_size: int, what: str) -> None:
+    if codec not in (CODEC_RAW, CODEC_ZSTD):
+        raise unknown_codec(codec, what)
+    gained = stored_len == raw_len if codec == CODEC_RAW else 0 < stored_len < raw_len
+    if not (0 < raw_len <= chunk_size and gained):
+        raise Damaged(f"{what}: frame of {raw_len} bytes stored as {stored_len}, codec {codec}")

@@ -1,0 +1,264 @@
+"""A backup point: making one, opening one, and the domains on it."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+import uuid
+from typing import Annotated, Literal
+
+import msgspec
+
+from storage import imports
+from storage.chunks import MAX_CHUNK_BYTES, MIN_CHUNK_BYTES, ChunkHasher, is_chunk_size
+from storage.domain import Domain
+from storage.errors import (
+    Damaged,
+    PointNotEmpty,
+    PointUnreachable,
+    Refused,
+    translated,
+)
+from storage.framing import decode_object, encode_object
+from storage.fs import Fs, OsFs, Room
+from storage.listing import BackupRow
+from storage.mounts import require_sound_mount
+from storage.paths import DomainPaths
+from storage.publish import make_dirs, put_if_absent
+from storage.rebuild import open_view
+from storage.record import Digest32, Uuid
+from storage.tables import MemoryTables
+
+POINT_MAGIC = b"VKPO"
+DOMAIN_MAGIC = b"VKDO"
+LABEL_LIMIT_BYTES = 64 << 10
+DEFAULT_CHUNK_BYTES = 1 << 20
+DEFAULT_PACK_BYTES = 64 << 20
+
+_FILE_LIMIT_BYTES = LABEL_LIMIT_BYTES + 64
+_NOT_CONTENT = frozenset({"lost+found"})
+_Name = Annotated[str, msgspec.Meta(max_length=4096)]
+
+
+class PointLabel(msgspec.Struct, frozen=True, kw_only=True):
+    """The POINT file."""
+
+    uuid: Uuid
+    name: _Name
+    chunk_size: Annotated[int, msgspec.Meta(ge=MIN_CHUNK_BYTES, le=MAX_CHUNK_BYTES)]
+    key: Digest32
+
+
+class ClusterLabel(msgspec.Struct, frozen=True, kw_only=True):
+    """The DOMAIN file: whose domain it is."""
+
+    cluster_uuid: Uuid
+    cluster_name: _Name
+    cluster_mode: _Name = ""
+
+
+_point_decoder = msgspec.msgpack.Decoder(PointLabel)
+_cluster_decoder = msgspec.msgpack.Decoder(ClusterLabel)
+_encoder = msgspec.msgpack.Encoder()
+
+
+class Point:
+    """An opened point. Thread-safe; holds no file open."""
+
+    def __init__(self, fs: Fs, path: str, label: PointLabel, kind: Literal["local", "nfs"]) -> None:
+        self._fs = fs
+        self._foreign: dict[str, MemoryTables] = {}
+        self._lock = threading.Lock()
+        self.path = path
+        self.kind = kind
+        self.uuid = label.uuid
+        self.name = label.name
+        self.chunk_size = label.chunk_size
+        self.hasher = ChunkHasher(label.key)
+
+    @classmethod
+    def create(
+        cls,
+        path: str,
+        name: str,
+        *,
+        chunk_size: int = DEFAULT_CHUNK_BYTES,
+        fs: Fs | None = None,
+    ) -> Point:
+        """Makes an empty, existing directory a point. Durable on return.
+
+        PointNotEmpty when it holds anything, PointUnsafeMount, PointReadOnly, PointFull,
+        PointUnreachable when it is not there.
+        """
+        fs = fs or OsFs()
+        if not is_chunk_size(chunk_size):
+            raise Refused(f"chunk size {chunk_size}: a power of two from 64 KiB to 4 MiB")
+        _mount_kind(path)
+        label = PointLabel(
+            uuid=str(uuid.uuid4()),
+            name=name,
+            chunk_size=chunk_size,
+            key=secrets.token_bytes(32),
+        )
+        with translated(path):
+            content = set(fs.listdir(path)) - _NOT_CONTENT
+            if content:
+                raise PointNotEmpty(f"{path} holds {sorted(content)[0]!r}, but no POINT")
+            body = encode_object(POINT_MAGIC, _encoder.encode(label))
+            tmp = os.path.join(path, f"POINT-{secrets.token_hex(8)}")
+            try:
+                put_if_absent(fs, tmp, os.path.join(path, "POINT"), body)
+            except FileExistsError as error:
+                raise PointNotEmpty(f"{path}: somebody else made it a point just now") from error
+            make_dirs(fs, os.path.join(path, "domains"), path)
+        return cls.open(path, expect_uuid=label.uuid, fs=fs)
+
+    @classmethod
+    def open(cls, path: str, *, expect_uuid: str = "", fs: Fs | None = None) -> Point:
+        """PointUnreachable when there is no POINT, or another one than expected; PointUnsafeMount;
+        PointNewerFormat; Damaged."""
+        fs = fs or OsFs()
+        kind = _mount_kind(path)
+        label = _point_label(_read_small(fs, os.path.join(path, "POINT"), POINT_MAGIC), path)
+        if expect_uuid and label.uuid != expect_uuid:
+            raise PointUnreachable(f"{path} holds point {label.uuid}, expected {expect_uuid}")
+        return cls(fs, path, label, kind)
+
+    def room(self) -> Room:
+        """Size of its file system and what is free there."""
+        with translated(self.path):
+            return self._fs.room(self.path)
+
+    def clusters(self) -> list[ClusterLabel]:
+        """Every cluster that has a domain here, by uuid. Damaged when a label can't be read."""
+        root = os.path.join(self.path, "domains")
+        with translated(root):
+            names = self._fs.listdir(root)
+        return [label for name in names if (label := self._cluster(name)) is not None]
+
+    def _cluster(self, name: str) -> ClusterLabel | None:
+        """The label of a domain; None for what is not (yet) one."""
+        path = DomainPaths(self.path, name).label
+        try:
+            with translated(path):
+                self._fs.stat(path)
+        except PointUnreachable:
+            return None
+        return _cluster_label(_read_small(self._fs, path, DOMAIN_MAGIC), path, name)
+
+    def domain(
+        self,
+        label: ClusterLabel,
+        host: str,
+        view_dir: str,
+        *,
+        pack_size_bytes: int = DEFAULT_PACK_BYTES,
+    ) -> Domain:
+        """Opens one's own domain for writing; makes it when it is not there.
+
+        `host` is this data directory's id; one process at a time may use it. `view_dir` takes the
+        view when the point is on NFS. Folds the log, aborts what this host left open, clears its
+        files. May take long after the view was lost. Raises StorageErrors; nothing is half open.
+        """
+        paths = DomainPaths(self.path, label.cluster_uuid)
+        self._make_domain(paths, label)
+        views = paths.views if self.kind == "local" else view_dir
+        os.makedirs(views, mode=0o700, exist_ok=True)
+        identity = f"{self.uuid} {label.cluster_uuid}".encode()
+        view = open_view(self._fs, paths, os.path.join(views, host), identity)
+        domain = Domain(
+            self._fs,
+            paths,
+            view,
+            host=host,
+            hasher=self.hasher,
+            chunk_size=self.chunk_size,
+            pack_size_bytes=pack_size_bytes,
+        )
+        try:
+            domain.require_own_past()
+            domain.refresh()
+            domain.clear_dead_sessions()
+        except BaseException:
+            domain.close()
+            raise
+        return domain
+
+    def _make_domain(self, paths: DomainPaths, label: ClusterLabel) -> None:
+        with translated(paths.root):
+            for directory in paths.directories():
+                make_dirs(self._fs, directory, self.path)
+            body = encode_object(DOMAIN_MAGIC, _encoder.encode(label))
+            tmp = os.path.join(paths.tmp, f"DOMAIN-{secrets.token_hex(8)}")
+            try:
+                self._fs.stat(paths.label)
+            except FileNotFoundError:
+                try:
+                    put_if_absent(self._fs, tmp, paths.label, body)
+                except FileExistsError:
+                    return  # another host of the cluster made it just now
+
+    def foreign_backups(self, cluster_uuid: str) -> list[BackupRow]:
+        """The live backups of any domain, read from its log; nothing there is changed.
+
+        What was read is remembered, so the next call reads only what came since. PointUnreachable
+        when there is no such domain.
+        """
+        paths = DomainPaths(self.path, cluster_uuid)
+        with self._lock:
+            known = self._foreign.get(cluster_uuid)
+            try:
+                found = imports.read_domain(self._fs, paths, known)
+            except BaseException:
+                self._foreign.pop(cluster_uuid, None)
+                raise
+            self._foreign[cluster_uuid] = found.state
+            return found.backups()
+
+    def close(self) -> None:
+        """Forgets what was read of other domains."""
+        self._foreign.clear()
+
+
+def is_point(path: str) -> bool:
+    """Whether the directory has a POINT file, of whatever version."""
+    return os.path.lexists(os.path.join(path, "POINT"))
+
+
+def _mount_kind(path: str) -> Literal["local", "nfs"]:
+    with translated(path):
+        if not os.path.isdir(path):
+            raise PointUnreachable(f"{path} is no directory")
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+            return require_sound_mount(os.path.realpath(path), file.read()).kind
+
+
+def _read_small(fs: Fs, path: str, magic: bytes) -> bytes:
+    with translated(path):
+        fd = fs.open_read(path)
+        try:
+            found = fs.pread(fd, _FILE_LIMIT_BYTES, 0)
+        finally:
+            fs.close(fd)
+    return decode_object(magic, found, LABEL_LIMIT_BYTES, path)
+
+
+def _point_label(body: bytes, path: str) -> PointLabel:
+    try:
+        label = _point_decoder.decode(body)
+    except msgspec.MsgspecError as error:
+        raise Damaged(f"{path}: POINT: {error}") from error
+    if not is_chunk_size(label.chunk_size):
+        raise Damaged(f"{path}: POINT: chunk size {label.chunk_size}")
+    return label
+
+
+def _cluster_label(body: bytes, path: str, name: str) -> ClusterLabel:
+    try:
+        label = _cluster_decoder.decode(body)
+    except msgspec.MsgspecError as error:
+        raise Damaged(f"{path}: {error}") from error
+    if label.cluster_uuid != name:
+        raise Damaged(f"{path}: names cluster {label.cluster_uuid}")
+    return label

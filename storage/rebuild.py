@@ -1,0 +1,261 @@
+"""Making a view: from the newest checkpoint and the log's tail, or from log, footers and manifests.
+
+The second way folds all records without contents first, which settles who is live and how packs and
+layers are numbered; then it fills the index from the live files. Both give, byte for byte, what the
+record-by-record fold gives (invariant I8). Work is cut into small transactions, so memory is
+bounded; a half-made view lies beside its final place and is thrown away at the next start.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import groupby, islice
+from typing import Protocol, TypeVar
+
+from blake3 import blake3
+
+from storage import tables
+from storage.errors import Damaged, StorageError, translated
+from storage.fold import fold
+from storage.fs import Fs
+from storage.index import Contents, Index
+from storage.log import Log
+from storage.manifests import decode_page, encode_page
+from storage.paths import DomainPaths, FileContents
+from storage.tables import Tables, unpack_chunk_row
+from storage.view import View, adopt_copy, destroy
+
+RECORDS_PER_STEP = 64
+PACKS_PER_STEP = 64
+PAGES_PER_STEP = 64
+CHUNKS_PER_STEP = 100_000
+COPY_BYTES = 4 << 20
+
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
+
+log = logging.getLogger(__name__)
+
+
+class Update(Protocol):
+    """Runs a change of the state in a transaction of its own, and returns what it returned."""
+
+    def __call__(self, change: Callable[[Tables], ResultT], /) -> ResultT: ...
+
+
+def open_view(fs: Fs, paths: DomainPaths, path: str, identity: bytes) -> View:
+    """The domain's view, made anew when it is absent or can't be used. Not yet at the log's end."""
+    destroy(_unfinished(path))
+    if os.path.exists(path):
+        try:
+            return View(path, identity)
+        except Damaged as error:
+            log.warning("view_discarded path=%s error=%s", path, error)
+            destroy(path)
+    view = _from_checkpoint(fs, paths, path, identity)
+    return view or rebuild_view(fs, paths, path, identity)
+
+
+def rebuild_view(fs: Fs, paths: DomainPaths, path: str, identity: bytes) -> View:
+    """A new view from log, footers and manifests alone; an old one at `path` must be closed."""
+    unfinished = _unfinished(path)
+    destroy(unfinished)
+    view = View(unfinished, identity)
+    try:
+        fill(view.update, Log(fs, paths.log, paths.tmp), FileContents(fs, paths))
+    finally:
+        view.close()
+    destroy(path)
+    os.rename(unfinished, path)
+    return View(path, identity)
+
+
+def _unfinished(path: str) -> str:
+    return path + ".unfinished"
+
+
+# From a checkpoint.
+
+
+def checkpoint_name(seq: int, digest: bytes) -> str:
+    """Its file name: the state's record number and the BLAKE3 of the whole file."""
+    return f"{seq:016x}-{digest.hex()}.mdb"
+
+
+def _from_checkpoint(fs: Fs, paths: DomainPaths, path: str, identity: bytes) -> View | None:
+    """The view in the newest checkpoint that proves whole and belongs to this log, if any."""
+    with translated(paths.checkpoints):
+        names = [name for name in fs.listdir(paths.checkpoints) if name.endswith(".mdb")]
+    for name in reversed(names):
+        try:
+            view = _adopted(fs, paths, name, path, identity)
+        except StorageError as error:
+            log.warning("checkpoint_unusable name=%s error=%s", name, error)
+            destroy(_unfinished(path))
+        else:
+            log.info("view_from_checkpoint name=%s path=%s", name, path)
+            return view
+    return None
+
+
+def _adopted(fs: Fs, paths: DomainPaths, name: str, path: str, identity: bytes) -> View:
+    unfinished = _unfinished(path)
+    os.makedirs(unfinished, mode=0o700)
+    copy = os.path.join(unfinished, "copy")
+    source = os.path.join(paths.checkpoints, name)
+    if checkpoint_name(int(name[:16], 16), _copied(fs, source, copy)) != name:
+        raise Damaged(f"{source}: its content does not match its name")
+    adopt_copy(copy, unfinished)
+    view = View(unfinished, identity)
+    with view.read() as state:
+        seq, digest = tables.applied(state)
+    view.close()
+    found = Log(fs, paths.log, paths.tmp).read(seq)
+    if found is None or found[1] != digest:
+        raise Damaged(f"{source}: is not a state of this log")
+    os.rename(unfinished, path)
+    return View(path, identity)
+
+
+def _copied(fs: Fs, source: str, target: str) -> bytes:
+    """Copies a file of the point to a local one, durably; returns its BLAKE3."""
+    hasher = blake3()
+    with translated(source):
+        fd = fs.open_read(source)
+        try:
+            with open(target, "xb") as out:
+                offset = 0
+                while piece := fs.pread(fd, COPY_BYTES, offset):
+                    hasher.update(piece)
+                    out.write(piece)
+                    offset += len(piece)
+                out.flush()
+                os.fsync(out.fileno())
+        finally:
+            fs.close(fd)
+    return hasher.digest()
+
+
+# From log, footers and manifests.
+
+
+def fill(update: Update, records: Log, contents: Contents) -> None:
+    """Fills an empty state. `update` runs a step in a transaction of its own.
+
+    Raises Damaged when a live file is not what the log says, or a referenced chunk is nowhere.
+    """
+    while update(partial(fold_records, records=records)):
+        pass
+    for batch in _batches(update(_numbered_packs), PACKS_PER_STEP):
+        _run(update, contents, partial(_place, batch))
+    for disk in update(_disk_names):
+        _fill_disk(update, contents, disk)
+    start: bytes | None = b""
+    while start is not None:
+        start = update(partial(_drop_unreferenced, start=start))
+
+
+def fold_records(state: Tables, records: Log) -> bool:
+    """Folds the next records without contents; False when the tail was reached."""
+    for _ in range(RECORDS_PER_STEP):
+        found = records.read(tables.applied(state)[0] + 1)
+        if found is None:
+            return False
+        fold(state, *found, None)
+    return True
+
+
+def _numbered_packs(state: Tables) -> list[tuple[int, str]]:
+    return sorted((row.number, pack) for pack, row in tables.packs.scan(state))
+
+
+def _disk_names(state: Tables) -> list[str]:
+    return [disk for disk, _ in tables.disks.scan(state)]
+
+
+def _place(packs: list[tuple[int, str]], index: Index) -> None:
+    index.place({pack: number for number, pack in packs})
+
+
+def _batches(items: Iterable[ItemT], size: int) -> Iterator[list[ItemT]]:
+    rest = iter(items)
+    while batch := list(islice(rest, size)):
+        yield batch
+
+
+def _run(update: Update, contents: Contents, step: Callable[[Index], None]) -> None:
+    def change(state: Tables) -> None:
+        index = Index(state, contents)
+        step(index)
+        index.flush()
+
+    update(change)
+
+
+def _fill_disk(update: Update, contents: Contents, disk: str) -> None:
+    """Makes a disk's layer: its own part of the manifest chain, newest entries on top."""
+    layer, root, chain = update(partial(_own_part, disk=disk))
+    for batch in _batches(merged_pages(contents, chain, root=root), PAGES_PER_STEP):
+        _run(update, contents, partial(_add_pages, layer, batch))
+
+
+def _add_pages(layer: int, pages: list[tuple[int, bytes]], index: Index) -> None:
+    for page_no, page in pages:
+        index.add_layer_page(layer, page_no, page)
+
+
+def _own_part(state: Tables, disk: str) -> tuple[int, bool, list[tuple[str, bytes]]]:
+    """(layer, is a root, [(manifest, digest), oldest first])."""
+    row = tables.disks.require(state, disk)
+    end = tables.disks.require(state, row.parent).manifest if row.parent else ""
+    return row.layer, not row.parent, manifest_chain(state, row.manifest, end)
+
+
+def manifest_chain(state: Tables, manifest: str, end: str = "") -> list[tuple[str, bytes]]:
+    """(manifest, digest) from just above `end` to `manifest`, oldest first."""
+    chain = []
+    while manifest and manifest != end:
+        row = tables.manifests.require(state, manifest)
+        chain.append((manifest, row.digest))
+        manifest = row.base
+    return chain[::-1]
+
+
+def merged_pages(
+    contents: Contents, chain: list[tuple[str, bytes]], *, root: bool
+) -> Iterator[tuple[int, bytes]]:
+    """(page number, page) of manifests laid on one another; a root's zero marks are dropped."""
+    runs = [
+        _tagged(contents.pages(name, digest), order) for order, (name, digest) in enumerate(chain)
+    ]
+    for page_no, group in groupby(heapq.merge(*runs), key=lambda item: item[0]):
+        pages = [page for _, _, page in group]
+        if len(pages) == 1 and (not root or len(chain) == 1):
+            yield page_no, pages[0]
+            continue
+        entries: dict[int, bytes] = {}
+        for page in pages:
+            entries.update(decode_page(page))
+        if root:
+            entries = {at: chunk for at, chunk in entries.items() if any(chunk)}
+        if entries:
+            yield page_no, encode_page(entries)
+
+
+def _tagged(pages: Iterator[tuple[int, bytes]], order: int) -> Iterator[tuple[int, int, bytes]]:
+    for page_no, page in pages:
+        yield page_no, order, page
+
+
+def _drop_unreferenced(state: Tables, start: bytes) -> bytes | None:
+    """Takes chunks without references out, from key `start` on; returns where to go on."""
+    chunks = state.table("chunks")
+    keys = list(islice(chunks.keys_from(start, b""), CHUNKS_PER_STEP))
+    for key, value in chunks.get_many(keys).items():
+        if not unpack_chunk_row(value).references:
+            chunks.delete(key)
+    return keys[-1] + b"\0" if len(keys) == CHUNKS_PER_STEP else None

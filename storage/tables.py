@@ -1,0 +1,279 @@
+"""The folded state as tables of bytes, and their typed rows.
+
+The fold (storage.fold) sees only `Tables`. Two implementations: dictionaries here, LMDB in
+storage.view. Rows are encoded the same way in both, so two states are equal when their bytes are.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+import msgspec
+
+from storage.errors import Damaged
+from storage.record import FIRST_PREVIOUS, SessionKind
+
+TABLE_NAMES = (
+    "meta",
+    "sessions",
+    "backups",
+    "disks",
+    "manifests",
+    "packs",
+    "pack_ids",
+    "chunks",
+    "pages",
+)
+
+
+class Table(Protocol):
+    """An ordered map of bytes. While a scan is under way the table must not change."""
+
+    def get(self, key: bytes) -> bytes | None: ...
+    def get_many(self, keys: Sequence[bytes]) -> dict[bytes, bytes]: ...
+    def put(self, key: bytes, value: bytes) -> None: ...
+    def delete(self, key: bytes) -> None: ...
+    def scan(self, prefix: bytes = b"") -> Iterator[tuple[bytes, bytes]]: ...
+    def keys_from(self, start: bytes, prefix: bytes) -> Iterator[bytes]:
+        """Keys with the prefix, from `start` on, ascending."""
+        ...
+
+
+class Tables(Protocol):
+    """All tables of one state, in one transaction."""
+
+    def table(self, name: str) -> Table: ...
+
+
+class MemoryTable:
+    """A Table in a dictionary."""
+
+    def __init__(self) -> None:
+        self.rows: dict[bytes, bytes] = {}
+
+    def get(self, key: bytes) -> bytes | None:
+        return self.rows.get(key)
+
+    def get_many(self, keys: Sequence[bytes]) -> dict[bytes, bytes]:
+        return {key: self.rows[key] for key in keys if key in self.rows}
+
+    def put(self, key: bytes, value: bytes) -> None:
+        self.rows[key] = value
+
+    def delete(self, key: bytes) -> None:
+        self.rows.pop(key, None)
+
+    def scan(self, prefix: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        for key in sorted(key for key in self.rows if key.startswith(prefix)):
+            yield key, self.rows[key]
+
+    def keys_from(self, start: bytes, prefix: bytes) -> Iterator[bytes]:
+        yield from sorted(key for key in self.rows if key.startswith(prefix) and key >= start)
+
+
+class MemoryTables:
+    """A state in dictionaries: for tests, models, and reading a foreign domain's log."""
+
+    def __init__(self) -> None:
+        self.tables = {name: MemoryTable() for name in TABLE_NAMES}
+
+    def table(self, name: str) -> MemoryTable:
+        return self.tables[name]
+
+    def copy(self) -> MemoryTables:
+        """An independent state with the same rows."""
+        twin = MemoryTables()
+        for name, table in self.tables.items():
+            twin.tables[name].rows = dict(table.rows)
+        return twin
+
+
+class _Row(msgspec.Struct, frozen=True, array_like=True):
+    pass
+
+
+class SessionRow(_Row, frozen=True, array_like=True):
+    kind: SessionKind
+    host: str
+    incarnation: str
+    holds: tuple[str, ...]
+    seq: int
+
+
+class BackupState(_Row, frozen=True, array_like=True):
+    parent: str
+    label: bytes
+    disks: tuple[str, ...]
+    seq: int
+    forgotten: bool = False
+
+
+class DiskState(_Row, frozen=True, array_like=True):
+    backup: str
+    capacity: int
+    layer: int
+    parent: str
+    children: tuple[str, ...]
+    manifest: str
+
+
+class ManifestState(_Row, frozen=True, array_like=True):
+    size_bytes: int
+    count: int
+    digest: bytes
+    base: str
+    users: int
+
+
+class PackState(_Row, frozen=True, array_like=True):
+    number: int
+    size_bytes: int
+    count: int
+    digest: bytes
+    live_bytes: int = 0
+    live_chunks: int = 0
+
+
+RowT = TypeVar("RowT", bound=_Row)
+
+
+class Rows(Generic[RowT]):
+    """Typed access to one table. Keys are ASCII ids."""
+
+    def __init__(self, name: str, row_type: type[RowT]) -> None:
+        self._name = name
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(row_type)
+
+    def get(self, tables: Tables, key: str) -> RowT | None:
+        found = tables.table(self._name).get(key.encode())
+        return None if found is None else self._decode(found)
+
+    def require(self, tables: Tables, key: str) -> RowT:
+        """The row that the state's own links say is there; Damaged when it is not."""
+        row = self.get(tables, key)
+        if row is None:
+            raise Damaged(f"view: {self._name} lacks {key}")
+        return row
+
+    def put(self, tables: Tables, key: str, row: RowT) -> None:
+        tables.table(self._name).put(key.encode(), self._encoder.encode(row))
+
+    def delete(self, tables: Tables, key: str) -> None:
+        tables.table(self._name).delete(key.encode())
+
+    def scan(self, tables: Tables) -> Iterator[tuple[str, RowT]]:
+        for key, value in tables.table(self._name).scan():
+            yield key.decode(), self._decode(value)
+
+    def _decode(self, value: bytes) -> RowT:
+        try:
+            return self._decoder.decode(value)
+        except msgspec.MsgspecError as error:
+            raise Damaged(f"view: {self._name}: {error}") from error
+
+
+sessions = Rows("sessions", SessionRow)
+backups = Rows("backups", BackupState)
+disks = Rows("disks", DiskState)
+manifests = Rows("manifests", ManifestState)
+packs = Rows("packs", PackState)
+
+_U64 = struct.Struct(">Q")
+_PAGE_KEY = struct.Struct(">QI")
+_CHUNK = struct.Struct("<IIII")
+_NUMBER = struct.Struct(">I")
+
+
+class ChunkRow(NamedTuple):
+    """Where a chunk lies, and how many entries of live layers name it."""
+
+    pack: int
+    offset: int
+    stored_len: int
+    references: int
+
+
+def pack_chunk_row(row: ChunkRow) -> bytes:
+    return _CHUNK.pack(*row)
+
+
+def unpack_chunk_row(value: bytes) -> ChunkRow:
+    return ChunkRow._make(_CHUNK.unpack(value))
+
+
+def applied(tables: Tables) -> tuple[int, bytes]:
+    """Number and digest of the last record that was folded in; (0, zeros) before the first."""
+    value = tables.table("meta").get(b"applied")
+    if value is None:
+        return 0, FIRST_PREVIOUS
+    return _U64.unpack(value[:8])[0], value[8:]
+
+
+def set_applied(tables: Tables, seq: int, digest: bytes) -> None:
+    tables.table("meta").put(b"applied", _U64.pack(seq) + digest)
+
+
+def checkpoint_seq(tables: Tables) -> int:
+    """The record that the newest announced checkpoint holds the state after; 0 for none."""
+    value = tables.table("meta").get(b"checkpoint")
+    return 0 if value is None else int(_U64.unpack(value)[0])
+
+
+def set_checkpoint_seq(tables: Tables, seq: int) -> None:
+    tables.table("meta").put(b"checkpoint", _U64.pack(seq))
+
+
+def take_number(tables: Tables, counter: bytes) -> int:
+    """The counter's next value, from 0, each given once."""
+    meta = tables.table("meta")
+    value = meta.get(counter)
+    number = 0 if value is None else int(_U64.unpack(value)[0])
+    meta.put(counter, _U64.pack(number + 1))
+    return number
+
+
+def add_pack(tables: Tables, pack: str, state: PackState) -> None:
+    packs.put(tables, pack, state)
+    tables.table("pack_ids").put(_NUMBER.pack(state.number), pack.encode())
+
+
+def drop_pack(tables: Tables, pack: str, state: PackState) -> None:
+    packs.delete(tables, pack)
+    tables.table("pack_ids").delete(_NUMBER.pack(state.number))
+
+
+def pack_id(tables: Tables, number: int) -> str:
+    """The FileId of the pack of that number."""
+    value = tables.table("pack_ids").get(_NUMBER.pack(number))
+    if value is None:
+        raise Damaged(f"view: no pack has the number {number}")
+    return value.decode()
+
+
+def page_key(layer: int, page_no: int) -> bytes:
+    return _PAGE_KEY.pack(layer, page_no)
+
+
+def layer_pages(tables: Tables, layer: int) -> Iterator[tuple[int, bytes]]:
+    """(page number, page) of a layer, ascending."""
+    for key, page in tables.table("pages").scan(_U64.pack(layer)):
+        yield _PAGE_KEY.unpack(key)[1], page
+
+
+def layer_page_nos(tables: Tables, layer: int, first: int) -> Iterator[int]:
+    """The numbers, from `first` on, of the pages that a layer has, ascending."""
+    for key in tables.table("pages").keys_from(page_key(layer, first), _U64.pack(layer)):
+        yield _PAGE_KEY.unpack(key)[1]
+
+
+def holders(tables: Tables, backup: str, besides: Iterable[str] = ()) -> list[str]:
+    """Ids of the open sessions that hold a backup."""
+    skipped = set(besides)
+    return [
+        session
+        for session, row in sessions.scan(tables)
+        if backup in row.holds and session not in skipped
+    ]
