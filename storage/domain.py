@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from storage import gc, imports, orphans, tables
 from storage.checkpoints import publish_checkpoint
 from storage.chunks import ChunkHasher
-from storage.errors import Damaged, NotOnPoint, PointUnreachable, StorageError, translated
+from storage.errors import Damaged, FileGone, NotOnPoint, PointUnreachable, StorageError, translated
 from storage.fold import Garbage, fold
 from storage.fs import Fs
 from storage.listing import BackupRow, backup_row, backup_rows
@@ -26,7 +26,7 @@ from storage.log import Log
 from storage.maps import DiskMap
 from storage.paths import DomainPaths, FileContents
 from storage.reader import ChunkReader
-from storage.rebuild import rebuild_view
+from storage.rebuild import make_view
 from storage.record import (
     Abort,
     Forget,
@@ -94,11 +94,16 @@ class Domain:
     def refresh(self) -> int:
         """Folds the records that came since; returns the number of the last one.
 
-        Raises PointUnreachable, Damaged, PointNewerFormat.
+        A record whose files later records have made garbage can't be folded with its contents any
+        more: then the view is made anew. Raises PointUnreachable, Damaged, PointNewerFormat.
         """
         with self._lock:
-            while self.view.update(self._fold_some):
-                pass
+            try:
+                while self.view.update(self._fold_some):
+                    pass
+            except FileGone as error:
+                log.info("view_made_anew domain=%s reason=%s", self.paths.root, error)
+                self.rebuild()
             with self.view.read() as state:
                 return tables.applied(state)[0]
 
@@ -257,19 +262,13 @@ class Domain:
         return gc.reclaim(self, sparse_below, copy_budget_bytes, cancelled)
 
     def rebuild(self) -> None:
-        """Makes the view anew from log, footers and manifests. Nobody may be using the domain.
+        """Makes the view anew from log, footers and manifests. Others may go on reading.
 
-        Raises Damaged when that is impossible; the old view stays then.
+        Raises Damaged when a live file is not what the log says; the old view stays then.
         """
         with self._lock:
             path, identity = self.view.path, self.view.identity
-            self.view.close()
-            try:
-                self.view = rebuild_view(self.fs, self.paths, path, identity)
-            except BaseException:
-                self.view = View(path, identity)
-                raise
-        self.refresh()
+            self.view.replace(make_view(self.fs, self.paths, path, identity))
 
     def checkpoint(self) -> None:
         """Puts a compact copy of the view on the point, announces it, and keeps the newest two.
@@ -277,8 +276,8 @@ class Domain:
         Durable on return. PointFull and the like change nothing.
         """
         with self._lock:
-            self.refresh()
-            publish_checkpoint(self)
+            if self.refresh():
+                publish_checkpoint(self)
 
     def checkpoint_if_due(self, every_records: int) -> bool:
         """checkpoint(), when that many records came since the last one."""

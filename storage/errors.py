@@ -28,6 +28,10 @@ class PointUnreachable(StorageError):
     retryable = True
 
 
+class FileGone(PointUnreachable):
+    """A file that a record names is not there: a later record made it unreferencable, or damage."""
+
+
 class PointReadOnly(StorageError):
     """The point refuses writes: mounted read-only, or no permission."""
 

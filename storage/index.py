@@ -27,7 +27,7 @@ from storage.tables import ChunkRow, Tables, pack_chunk_row, unpack_chunk_row
 class Contents(Protocol):
     """What the files that a record names hold.
 
-    `digest` is the one in the record; a file with another is Damaged. Also raises PointUnreachable.
+    `digest` is the one in the record; a file with another is Damaged. FileGone, PointUnreachable.
     """
 
     def footer(self, pack: str, digest: bytes) -> Sequence[PackEntry]: ...

@@ -105,7 +105,8 @@ class PackWriter:
         """
         pieces: list[Buffer] = []
         for frame in frames:
-            _check_lengths(frame.codec, frame.raw_len, frame.stored_len, self._chunk_size, "frame")
+            if not 0 < frame.stored_len <= frame.raw_len <= self._chunk_size:
+                raise ValueError(f"frame of {frame.raw_len} bytes stored as {frame.stored_len}")
             pieces += (frame.header, frame.payload)
         self._require_room(frames)
         offset = self._sealed.append(pieces)

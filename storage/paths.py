@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
 
-from storage.errors import Damaged, translated
+from storage.errors import Damaged, FileGone, translated
 from storage.fs import Fs
 from storage.manifests import ManifestReader
 from storage.packs import PackEntry, read_footer
@@ -62,16 +63,24 @@ class FileContents:
 
     def footer(self, pack: str, digest: bytes) -> Sequence[PackEntry]:
         path = self._paths.pack(pack)
-        with translated(path):
+        with translated(path), _gone(path):
             seal, entries = read_footer(self._fs, path)
         _require_digest(path, seal.digest, digest)
         return entries
 
     def pages(self, manifest: str, digest: bytes) -> Iterator[tuple[int, bytes]]:
         path = self._paths.manifest(manifest)
-        with translated(path), ManifestReader(self._fs, path) as reader:
+        with translated(path), _gone(path), ManifestReader(self._fs, path) as reader:
             _require_digest(path, reader.seal.digest, digest)
             yield from reader.pages()
+
+
+@contextlib.contextmanager
+def _gone(path: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileGone(f"{path} is not there") from error
 
 
 def _require_digest(path: str, found: bytes, wanted: bytes) -> None:

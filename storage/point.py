@@ -135,10 +135,10 @@ class Point:
         root = os.path.join(self.path, "domains")
         with translated(root):
             names = self._fs.listdir(root)
-        return [label for name in names if (label := self._cluster(name)) is not None]
+        return [label for name in names if (label := self.cluster(name)) is not None]
 
-    def _cluster(self, name: str) -> ClusterLabel | None:
-        """The label of a domain; None for what is not (yet) one."""
+    def cluster(self, name: str) -> ClusterLabel | None:
+        """The label of the domain of that uuid; None for what is not (yet) one. Damaged."""
         path = DomainPaths(self.path, name).label
         try:
             with translated(path):

@@ -57,11 +57,15 @@ def open_view(fs: Fs, paths: DomainPaths, path: str, identity: bytes) -> View:
             log.warning("view_discarded path=%s error=%s", path, error)
             destroy(path)
     view = _from_checkpoint(fs, paths, path, identity)
-    return view or rebuild_view(fs, paths, path, identity)
+    if view is None:
+        os.rename(make_view(fs, paths, path, identity), path)
+        view = View(path, identity)
+    return view
 
 
-def rebuild_view(fs: Fs, paths: DomainPaths, path: str, identity: bytes) -> View:
-    """A new view from log, footers and manifests alone; an old one at `path` must be closed."""
+def make_view(fs: Fs, paths: DomainPaths, path: str, identity: bytes) -> str:
+    """Makes a view from log, footers and manifests alone; returns the directory beside `path`
+    that it lies in, closed. Raises Damaged when a live file is not what the log says."""
     unfinished = _unfinished(path)
     destroy(unfinished)
     view = View(unfinished, identity)
@@ -69,9 +73,7 @@ def rebuild_view(fs: Fs, paths: DomainPaths, path: str, identity: bytes) -> View
         fill(view.update, Log(fs, paths.log, paths.tmp), FileContents(fs, paths))
     finally:
         view.close()
-    destroy(path)
-    os.rename(unfinished, path)
-    return View(path, identity)
+    return unfinished
 
 
 def _unfinished(path: str) -> str:
@@ -198,7 +200,7 @@ def _run(update: Update, contents: Contents, step: Callable[[Index], None]) -> N
 
 def _fill_disk(update: Update, contents: Contents, disk: str) -> None:
     """Makes a disk's layer: its own part of the manifest chain, newest entries on top."""
-    layer, root, chain = update(partial(_own_part, disk=disk))
+    layer, root, chain = update(partial(own_part, disk=disk))
     for batch in _batches(merged_pages(contents, chain, root=root), PAGES_PER_STEP):
         _run(update, contents, partial(_add_pages, layer, batch))
 
@@ -208,7 +210,7 @@ def _add_pages(layer: int, pages: list[tuple[int, bytes]], index: Index) -> None
         index.add_layer_page(layer, page_no, page)
 
 
-def _own_part(state: Tables, disk: str) -> tuple[int, bool, list[tuple[str, bytes]]]:
+def own_part(state: Tables, disk: str) -> tuple[int, bool, list[tuple[str, bytes]]]:
     """(layer, is a root, [(manifest, digest), oldest first])."""
     row = tables.disks.require(state, disk)
     end = tables.disks.require(state, row.parent).manifest if row.parent else ""

@@ -12,7 +12,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import lmdb
 
@@ -78,6 +78,20 @@ class _LmdbTables:
         return self._tables[name]
 
 
+class _Opened(NamedTuple):
+    env: lmdb.Environment
+    databases: dict[str, _Db]
+
+
+def _open(path: str) -> _Opened:
+    size = FIRST_MAP_BYTES
+    data_file = os.path.join(path, _DATA_FILE)
+    if os.path.exists(data_file):
+        size = max(size, 2 * os.path.getsize(data_file))
+    env = lmdb.open(path, map_size=size, max_dbs=len(TABLE_NAMES), max_readers=512, mode=0o600)
+    return _Opened(env, {name: env.open_db(name.encode()) for name in TABLE_NAMES})
+
+
 class View:
     """An open LMDB view. `identity` names point and domain; another one's view is refused."""
 
@@ -86,27 +100,17 @@ class View:
         self.path = path
         self.identity = identity
         self._stamp = _LAYOUT + b" " + identity
+        self._replaced: list[lmdb.Environment] = []
         os.makedirs(path, mode=0o700, exist_ok=True)
         with translated(f"view {path}"):
-            self._env = self._open()
+            self._current = _open(path)
         try:
-            self._check_identity()
+            self._check_stamp()
         except BaseException:
-            self._env.close()
+            self.close()
             raise
 
-    def _open(self) -> lmdb.Environment:
-        size = FIRST_MAP_BYTES
-        data_file = os.path.join(self.path, _DATA_FILE)
-        if os.path.exists(data_file):
-            size = max(size, 2 * os.path.getsize(data_file))
-        env = lmdb.open(
-            self.path, map_size=size, max_dbs=len(TABLE_NAMES), max_readers=512, mode=0o600
-        )
-        self._databases: dict[str, _Db] = {name: env.open_db(name.encode()) for name in TABLE_NAMES}
-        return env
-
-    def _check_identity(self) -> None:
+    def _check_stamp(self) -> None:
         with self.read() as tables:
             found = tables.table("meta").get(b"identity")
         if found is None:
@@ -114,11 +118,27 @@ class View:
         elif found != self._stamp:
             raise Damaged(f"view {self.path} belongs to another domain or is of another layout")
 
+    def replace(self, other: str) -> None:
+        """Goes on with the view directory `other`, which takes this one's place.
+
+        No update may be under way. Reads that are go on with the old state, which is closed, and
+        gives its room back, with this view.
+        """
+        old = self.path + ".old"
+        destroy(old)
+        os.rename(self.path, old)
+        os.rename(other, self.path)
+        with translated(f"view {self.path}"):
+            self._replaced.append(self._current.env)
+            self._current = _open(self.path)
+        destroy(old)
+
     @contextlib.contextmanager
     def read(self) -> Iterator[_LmdbTables]:
         """The state after the last commit. Keep it short; never across a wait."""
-        with translated(f"view {self.path}"), self._env.begin() as txn:
-            yield _LmdbTables(txn, self._databases)
+        current = self._current
+        with translated(f"view {self.path}"), current.env.begin() as txn:
+            yield _LmdbTables(txn, current.databases)
 
     def update(self, change: Callable[[_LmdbTables], ResultT]) -> ResultT:
         """Runs `change` in a write transaction, durable on return; none of it when it raises.
@@ -127,15 +147,16 @@ class View:
         """
         while True:
             try:
-                with self._env.begin(write=True) as txn:
-                    return change(_LmdbTables(txn, self._databases))
+                with self._current.env.begin(write=True) as txn:
+                    return change(_LmdbTables(txn, self._current.databases))
             except lmdb.MapFullError:
                 self.grow()
 
     def grow(self) -> None:
         """Doubles the map. No transaction may be open in this thread."""
         with translated(f"view {self.path}"):
-            self._env.set_mapsize(2 * self._env.info()["map_size"])
+            env = self._current.env
+            env.set_mapsize(2 * env.info()["map_size"])
 
     def copy_to(self, path: str) -> str:
         """A compact copy of the last committed state in directory `path`; returns the file.
@@ -143,11 +164,12 @@ class View:
         The copy is not flushed to the medium: who keeps it does that.
         """
         with translated(f"view {self.path}"):
-            self._env.copy(path, compact=True)
+            self._current.env.copy(path, compact=True)
         return os.path.join(path, _DATA_FILE)
 
     def close(self) -> None:
-        self._env.close()
+        for env in (*self._replaced, self._current.env):
+            env.close()
 
 
 def adopt_copy(source: str, path: str) -> None:
