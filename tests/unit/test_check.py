@@ -1,0 +1,132 @@
+"""The checker finds each kind of damage, names it, and says who loses by it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from storage.check import Finding, check_point
+from storage.domain import Domain
+from storage.errors import Damaged
+from storage.log import record_path
+from storage.point import Point
+from tests.store import CHUNK, Saved, cluster, image_of, load, new_point, open_domain, save
+
+
+@pytest.fixture
+def point(tmp_path: Path) -> Point:
+    return new_point(tmp_path)
+
+
+@pytest.fixture
+def domain(point: Point) -> Domain:
+    return open_domain(point, cluster())
+
+
+@pytest.fixture
+def saved(domain: Domain) -> list[Saved]:
+    """A full backup, an incremental on it, and one that shares nothing."""
+    first = save(domain, image_of(1, 2) + os.urandom(2 * CHUNK))
+    second = save(domain, image_of(1, 3) + os.urandom(CHUNK) + image_of(0), first)
+    return [first, second, save(domain, os.urandom(CHUNK))]
+
+
+def findings(point: Point, *, deep: bool = False) -> list[Finding]:
+    return check_point(point.path, deep=deep).findings
+
+
+def flip(path: str, offset: int) -> None:
+    content = bytearray(Path(path).read_bytes())
+    content[offset] ^= 0x10
+    Path(path).write_bytes(content)
+
+
+def only_file(root: str, session_of: int) -> str:
+    """The file of the session that came as the `session_of`-th."""
+    paths = [os.path.join(where, n) for where, _, names in os.walk(root) for n in names]
+    return sorted(paths, key=lambda path: os.stat(path).st_mtime_ns)[session_of]
+
+
+@pytest.mark.usefixtures("saved")
+def test_a_whole_point_is_clean(point: Point) -> None:
+    for deep in (False, True):
+        report = check_point(point.path, deep=deep)
+        assert (report.findings, report.backups, report.packs, report.manifests) == ([], 3, 3, 3)
+
+
+def test_a_flipped_payload_bit_is_found_by_the_deep_check_only(
+    point: Point, domain: Domain, saved: list[Saved]
+) -> None:
+    path = only_file(domain.paths.packs, 2)
+    flip(path, 64 + 56 + 100)
+    assert findings(point) == []
+    (found,) = findings(point, deep=True)
+    assert (found.kind, found.path, found.offset) == ("chunk", path, 64)
+    assert found.backups == (saved[2].backup,)
+    with pytest.raises(Damaged, match=path):
+        load(domain, saved[2])
+    assert load(domain, saved[0])
+
+
+def test_damage_is_laid_to_those_who_inherit_it(
+    point: Point, domain: Domain, saved: list[Saved]
+) -> None:
+    flip(only_file(domain.paths.packs, 0), 64 + 60)
+    (found,) = findings(point, deep=True)
+    assert set(found.backups) == {saved[0].backup, saved[1].backup}
+
+
+def test_a_pack_that_is_gone_is_found(point: Point, domain: Domain, saved: list[Saved]) -> None:
+    path = only_file(domain.paths.packs, 2)
+    os.unlink(path)
+    by_kind = {found.kind: found for found in findings(point)}
+    assert by_kind["pack"].path == path
+    assert by_kind["manifest"].backups == (saved[2].backup,)
+
+
+@pytest.mark.parametrize("cut", [1, 48, 200])
+@pytest.mark.usefixtures("saved")
+def test_a_pack_cut_short_is_found(point: Point, domain: Domain, cut: int) -> None:
+    path = only_file(domain.paths.packs, 0)
+    os.truncate(path, os.stat(path).st_size - cut)
+    assert {found.path for found in findings(point) if found.kind == "pack"} == {path}
+
+
+def test_a_manifest_with_a_flipped_bit_is_found(
+    point: Point, domain: Domain, saved: list[Saved]
+) -> None:
+    path = only_file(domain.paths.manifests, 0)
+    flip(path, 64 + 10)
+    (found,) = findings(point)
+    assert (found.kind, found.path) == ("manifest", path)
+    assert set(found.backups) == {saved[0].backup, saved[1].backup}
+
+
+@pytest.mark.usefixtures("saved")
+def test_swapped_packs_are_found(point: Point, domain: Domain) -> None:
+    one, other = only_file(domain.paths.packs, 0), only_file(domain.paths.packs, 2)
+    os.rename(one, one + ".x")
+    os.rename(other, one)
+    os.rename(one + ".x", other)
+    assert {found.path for found in findings(point) if found.kind == "pack"} == {one, other}
+
+
+@pytest.mark.usefixtures("saved")
+def test_a_missing_record_is_found(point: Point, domain: Domain) -> None:
+    os.unlink(os.path.join(domain.paths.log, record_path(2)))
+    (found,) = [found for found in findings(point) if found.kind == "log"]
+    assert "record 2 is missing" in found.detail
+
+
+@pytest.mark.usefixtures("saved")
+def test_a_file_of_nobody_is_an_orphan(point: Point, domain: Domain) -> None:
+    path = os.path.join(domain.paths.packs, "0" * 32)
+    os.mkdir(path)
+    Path(path, "00000000").write_bytes(b"?")
+    report = check_point(point.path, deep=False)
+    assert [found.kind for found in report.findings] == ["orphan"]
+    assert report.clean
+    domain.reclaim()
+    assert findings(point) == []
