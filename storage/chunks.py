@@ -134,6 +134,7 @@ class Decoder:
     __slots__ = ("_zstd",)
 
     def __init__(self) -> None:
+        # For a frame that is cut short zstd would allocate the window that it claims.
         self._zstd = zstandard.ZstdDecompressor(max_window_size=MAX_CHUNK_BYTES)
 
     def decode(self, codec: int, stored: Buffer, raw_len: int) -> Buffer:
