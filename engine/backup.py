@@ -1,0 +1,177 @@
+"""One backup of one VM, from the opened session to the acknowledged commit.
+
+In durable order: OPEN (holds the parent) · snapshot · per disk scan, packs and manifest · nobody
+changed a volume that was read directly · COMMIT. Whatever fails before the commit, leaving the
+session's block aborts it, and the snapshot's block lets go of the volumes. See docs/design.md §6.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from engine.freeze import NO_HOOK, FreezeHook
+from engine.jobs import JobContext
+from engine.pipeline import scan_disk, store_again
+from engine.snapshot import Snapshot, SnapshotFacts, take_snapshot
+from engine.sources import DiskFile
+from storage.domain import Domain
+from storage.errors import ChunkMissing, NotOnPoint
+from storage.session import NewBackup, Session
+
+log = logging.getLogger(__name__)
+
+COMMIT_ROUNDS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class DiskWork:
+    """A disk to back up as `disk_uuid`, against `parent_disk` (`parent_capacity` bytes) or ""."""
+
+    file: DiskFile
+    disk_uuid: str
+    parent_disk: str = ""
+    parent_capacity: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BackupFacts:
+    """What a label says about the backup that it is on."""
+
+    snapshot: SnapshotFacts
+    incremental: frozenset[str]  # target devices of the disks that build on the parent's
+    notes: tuple[str, ...] = ()
+
+    @property
+    def full(self) -> bool:
+        """Whether no disk builds on the parent."""
+        return not self.incremental
+
+
+@dataclass(frozen=True, slots=True)
+class BackupWork:
+    """What run_backup needs. `parent`: the backup that disks may build on, or "".
+
+    `make_label` is called once, when all that it could ask for is known.
+    """
+
+    domain: Domain
+    backup_uuid: str
+    disks: Sequence[DiskWork]
+    make_label: Callable[[BackupFacts], bytes]
+    parent: str = ""
+    workers: int = 3
+    freeze: FreezeHook = NO_HOOK
+
+
+@dataclass(frozen=True, slots=True)
+class BackupResult:
+    """A backup that is on the point. `parent`: what it builds on, "" for a full one."""
+
+    parent: str
+    facts: BackupFacts
+    label: bytes
+
+
+def run_backup(work: BackupWork, ctx: JobContext) -> BackupResult:
+    """Makes the backup; durable on the point on return. Else nothing of it is there.
+
+    A parent that is gone, or a disk whose size changed, makes a full backup, of all or that disk.
+    Raises Cancelled, Conflict("volume_changed"), PoolUnreachable, PoolFull, StorageError.
+    """
+    session, parent = _begin(work)
+    with (
+        session,
+        take_snapshot([disk.file for disk in work.disks], work.freeze) as snapshot,
+    ):
+        ctx.set_total(sum(snapshot.facts.capacities.values()))
+        facts = _facts(work, parent, snapshot.facts)
+        for disk in work.disks:
+            _scan(work, disk, facts, snapshot, session, ctx)
+        label = work.make_label(facts)
+        new = NewBackup(
+            backup=work.backup_uuid,
+            parent="" if facts.full else parent,
+            label=label,
+            disks=[disk.disk_uuid for disk in work.disks],
+        )
+        _commit(work, new, snapshot, session, ctx)
+    return BackupResult(new.parent, facts, label)
+
+
+def _begin(work: BackupWork) -> tuple[Session, str]:
+    """An open session, and the parent that it holds: "" if that was deleted meanwhile."""
+    if work.parent:
+        try:
+            return work.domain.begin("backup", [work.parent]), work.parent
+        except NotOnPoint:
+            log.info("parent_gone", extra={"backup": work.backup_uuid, "parent": work.parent})
+    return work.domain.begin("backup"), ""
+
+
+def _facts(work: BackupWork, parent: str, held: SnapshotFacts) -> BackupFacts:
+    """Which disks build on the parent's, and why the others do not."""
+    notes = list(held.notes)
+    if work.parent and not parent:
+        notes.append("full: the parent backup was deleted")
+    incremental = set()
+    for disk in work.disks:
+        target = disk.file.target_device
+        if not parent or not disk.parent_disk:
+            continue
+        if held.capacities[target] == disk.parent_capacity:
+            incremental.add(target)
+        else:
+            notes.append(f"{target} full: its size changed")
+    return BackupFacts(held, frozenset(incremental), tuple(notes))
+
+
+def _scan(
+    work: BackupWork,
+    disk: DiskWork,
+    facts: BackupFacts,
+    snapshot: Snapshot,
+    session: Session,
+    ctx: JobContext,
+) -> None:
+    target = disk.file.target_device
+    source = snapshot.sources[target]
+    base = disk.parent_disk if target in facts.incremental else None
+    scan_disk(
+        source,
+        session,
+        work.domain.hasher,
+        session.manifest(disk.disk_uuid, source.capacity, base),
+        work.domain.disk_map(base) if base else None,
+        ctx,
+        work.workers,
+        chunk_size=work.domain.chunk_size,
+    )
+
+
+def _commit(
+    work: BackupWork, new: NewBackup, snapshot: Snapshot, session: Session, ctx: JobContext
+) -> None:
+    """Commits; chunks that were deleted under us are read from the snapshot and stored again."""
+    for attempt in range(COMMIT_ROUNDS + 1):
+        ctx.check()
+        snapshot.verify_unchanged()
+        try:
+            session.commit([new])
+        except ChunkMissing as missing:
+            if attempt == COMMIT_ROUNDS:
+                raise
+            log.info("chunks_stored_again", extra={"count": len(missing.ids)})
+            for source in snapshot.sources.values():
+                store_again(
+                    source,
+                    session,
+                    work.domain.hasher,
+                    missing.ids,
+                    ctx,
+                    work.workers,
+                    chunk_size=work.domain.chunk_size,
+                )
+        else:
+            return

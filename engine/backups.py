@@ -1,0 +1,244 @@
+"""Making and deleting backups: what is checked first, and what the job does.
+
+create: everything that can be refused is refused before a record exists. Then, in this order, the
+VM's action (a compare-and-set, so one of two wins), the backup with status 1, the job. The job's
+`settle` undoes them in the opposite order of importance; after a crash engine/recovery.py does.
+
+delete: FORGET is durable on the point before the catalogue forgets, and that before we answer. If
+we die in between, the next look at the point says that the backup is gone.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from msgspec.structs import replace
+
+from engine.backup import BackupFacts, BackupWork, DiskWork, run_backup
+from engine.core import Core
+from engine.errors import Conflict, Invalid
+from engine.freeze import FreezeHook
+from engine.ids import new_id, normal
+from engine.inventory import find, pool_of, require_idle
+from engine.jobs import JobContext, new_job
+from engine.labels import encode_label
+from engine.model import (
+    BACKUP_DONE,
+    BACKUP_FAILED,
+    BACKUP_RUNNING,
+    Backup,
+    BackupLabel,
+    DiskBackup,
+    Vm,
+)
+from engine.sources import DiskFile
+from engine.views import Scope
+from engine.volumes import volume_path
+from storage.errors import NotOnPoint
+
+log = logging.getLogger(__name__)
+
+MOST_DISKS = 256
+MOST_NAME_CHARS = 1024
+MOST_DESCRIPTION_CHARS = 64 << 10
+RECLAIM_TIMEOUT_S = 30.0
+
+NOTHING_TO_BUILD_ON = "full: nothing to build on"
+
+
+def create_backup(
+    core: Core,
+    scope: Scope,
+    vm_uuid: str,
+    point_uuid: str,
+    name: str,
+    description: str,
+    full: bool,
+) -> tuple[str, str]:
+    """Starts a backup; (backup, job). See the module for what holds when it returns or raises."""
+    core.jobs.refuse_if_stopping()
+    _require_texts(name, description)
+    vm = core.vm_in(scope, vm_uuid)
+    point_uuid = normal(point_uuid)
+    core.points.state(point_uuid)
+    require_idle(vm)
+    _require_disks(vm)
+    core.points.require_writable(point_uuid, vm.cluster_uuid)
+    vm = core.inventory.begin_action(vm.uuid, "backing_up")
+    try:
+        _require_disks(vm)
+        row = _new_row(core, vm, point_uuid, name, description, full)
+        core.catalogue.put(row)
+        try:
+            job = new_job(
+                "backup", backup_uuid=row.uuid, compute_uuid=vm.uuid, backup_point_uuid=point_uuid
+            )
+            run = _BackupRun(core, row, vm, full)
+            core.jobs.submit(job, run, run.settle)
+        except BaseException:
+            core.catalogue.remove(row)
+            raise
+    except BaseException:
+        core.inventory.end_action(vm.uuid)
+        raise
+    log.info("backup_asked", extra={"backup": row.uuid, "vm": vm.uuid, "job": job.uuid})
+    return row.uuid, job.uuid
+
+
+def delete_backup(core: Core, scope: Scope, backup_uuid: str) -> None:
+    """Deletes it here and on the point, durably. Conflict(backup_running), NotFound, StorageError.
+
+    Room comes back before this returns, or, if that takes long, soon after.
+    """
+    row = core.backup_in(scope, backup_uuid)
+    if row.status == BACKUP_RUNNING:
+        raise Conflict("backup_running", f"backup {row.uuid} is being made")
+    if row.status == BACKUP_DONE:
+        domain = core.points.require_answering(row.point_uuid, row.cluster_uuid)
+        try:
+            domain.forget([row.uuid])
+        except NotOnPoint:
+            log.info("backup_gone_already", extra={"backup": row.uuid})
+    core.catalogue.remove(row)
+    if row.status == BACKUP_DONE:
+        core.points.reclaim(row.point_uuid, RECLAIM_TIMEOUT_S)
+    log.info("backup_deleted", extra={"backup": row.uuid})
+
+
+class _BackupRun:
+    """The job of one backup."""
+
+    def __init__(self, core: Core, row: Backup, vm: Vm, full_wanted: bool) -> None:
+        self._core = core
+        self._row = row
+        self._vm = vm
+        self._full_wanted = full_wanted
+
+    def __call__(self, ctx: JobContext) -> tuple[str, ...]:
+        core, row = self._core, self._row
+        parent = None if self._full_wanted else _parent(core, row)
+        result = run_backup(
+            BackupWork(
+                domain=core.points.domain(row.point_uuid, row.cluster_uuid),
+                backup_uuid=row.uuid,
+                disks=self._disk_works(parent),
+                make_label=self._label_bytes,
+                parent=parent.uuid if parent else "",
+                workers=core.config.worker_count,
+                freeze=self._freeze_hook(),
+            ),
+            ctx,
+        )
+        self._row = replace(self._row, parent=result.parent)
+        return self._row.label.notes
+
+    def settle(self, error: Exception | None) -> None:
+        row = replace(self._row, status=BACKUP_DONE)
+        if error is not None:
+            reason = str(error) or type(error).__name__
+            row = replace(self._row, status=BACKUP_FAILED, error=reason)
+        try:
+            self._core.catalogue.put(row)
+        finally:
+            self._core.inventory.end_action(self._vm.uuid)
+            self._core.points.look_again(row.point_uuid)
+
+    def _disk_works(self, parent: Backup | None) -> list[DiskWork]:
+        before = {disk.target_device: disk for disk in parent.label.disks} if parent else {}
+        works = []
+        for disk, made in zip(self._vm.disks, self._row.label.disks, strict=True):
+            pool = pool_of(self._core.inventory.places, disk)
+            file = DiskFile(disk.target_device, volume_path(pool, disk.volume_name))
+            base = before.get(disk.target_device)
+            works.append(
+                DiskWork(file, made.disk_uuid, base.disk_uuid, base.capacity)
+                if base
+                else DiskWork(file, made.disk_uuid)
+            )
+        return works
+
+    def _label_bytes(self, facts: BackupFacts) -> bytes:
+        """The label as the backup turned out."""
+        label = self._row.label
+        notes = [f"snapshot: {facts.snapshot.method}", *facts.notes]
+        told = any(note.startswith("full: ") for note in notes)
+        if facts.full and not self._full_wanted and not told:
+            notes.insert(0, NOTHING_TO_BUILD_ON)
+        disks = tuple(
+            replace(disk, capacity=facts.snapshot.capacities[disk.target_device])
+            for disk in label.disks
+        )
+        label = replace(label, full=facts.full, notes=tuple(notes), disks=disks)
+        self._row = replace(self._row, label=label)
+        return encode_label(label)
+
+    def _freeze_hook(self) -> FreezeHook:
+        freeze = self._core.config.freeze
+        return FreezeHook(
+            command=freeze.command,
+            vm_uuid=self._vm.uuid,
+            timeout_s=freeze.timeout_s,
+            hold_s=freeze.hold_s,
+        )
+
+
+def _require_texts(name: str, description: str) -> None:
+    if not 0 < len(name) <= MOST_NAME_CHARS:
+        raise Invalid("backup_name", f"has to have 1 to {MOST_NAME_CHARS} characters")
+    if len(description) > MOST_DESCRIPTION_CHARS:
+        raise Invalid("description", f"is over {MOST_DESCRIPTION_CHARS} characters")
+
+
+def _require_disks(vm: Vm) -> None:
+    if not 0 < len(vm.disks) <= MOST_DISKS:
+        detail = f"VM {vm.name} has {len(vm.disks)} disks; a backup takes 1 to {MOST_DISKS}"
+        raise Conflict("vm_no_disks", detail)
+
+
+def _parent(core: Core, row: Backup) -> Backup | None:
+    return core.catalogue.newest(row.cluster_uuid, row.point_uuid, row.label.vm_uuid)
+
+
+def _new_row(
+    core: Core, vm: Vm, point_uuid: str, name: str, description: str, full: bool
+) -> Backup:
+    """The backup as it is asked for, status 1."""
+    places = core.inventory.places
+    row = Backup(
+        uuid=new_id(),
+        cluster_uuid=vm.cluster_uuid,
+        point_uuid=point_uuid,
+        status=BACKUP_RUNNING,
+        label=BackupLabel(
+            vm_uuid=vm.uuid,
+            vm_name=vm.name,
+            tenant=vm.tenant,
+            tenant_name=find("tenant", places.tenants, vm.tenant).name,
+            namespace=vm.namespace,
+            namespace_name=find("namespace", places.namespaces, vm.namespace).name,
+            name=name,
+            description=description,
+            create_time=int(core.clock()),
+            full=full,
+            disks=_disk_backups(vm),
+            vm_type=vm.vm_type,
+        ),
+    )
+    parent = None if full else _parent(core, row)
+    if full or parent is not None:
+        return replace(row, parent=parent.uuid if parent else "")
+    return replace(row, label=replace(row.label, full=True, notes=(NOTHING_TO_BUILD_ON,)))
+
+
+def _disk_backups(vm: Vm) -> tuple[DiskBackup, ...]:
+    return tuple(
+        DiskBackup(
+            target_device=disk.target_device,
+            disk_uuid=new_id(),
+            capacity=disk.capacity,
+            replica=disk.replica,
+            share=disk.share,
+            usd_type=disk.usd_type,
+        )
+        for disk in vm.disks
+    )

@@ -1,0 +1,174 @@
+"""The configuration: one TOML file → one frozen Config, passed down from the composition root.
+
+Every member has a default; with none given there is the embedded default (engine/seed.py). A real
+installation lists its clusters, pools, points and VMs here:
+
+```toml
+[limits]
+max_jobs = 2
+
+[[pools]]
+name = "fast"
+path = "/srv/pools/fast"
+usd_types = ["SSD"]
+
+[[vms]]
+name = "mail"
+disks = [{ target_device = "sda", pool = "fast", volume_name = "mail.raw" }]
+```
+
+A thing may have its own `uuid`; one that has none gets one when it is first seen, and keeps it as
+long as it keeps its name. References (`tenant`, `pool`, …) are names or uuids.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Literal, TypeAlias
+
+import msgspec
+from msgspec import Meta
+
+from engine.errors import ConfigInvalid
+
+_MOST_CONFIG_BYTES = 16 << 20
+
+Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=200)]
+Path: TypeAlias = Annotated[str, Meta(pattern="^/", max_length=4000)]
+Count: TypeAlias = Annotated[int, Meta(ge=1, le=256)]
+
+
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base: a misspelt member is an error, not a default."""
+
+
+class Limits(Section, frozen=True):
+    max_jobs: Count = 2
+    workers: Annotated[int, Meta(ge=0, le=256)] = 0  # threads of one job; 0 = cores + 1
+    point_probe_timeout_s: Annotated[float, Meta(gt=0, le=300)] = 5.0
+    point_refresh_s: Annotated[float, Meta(gt=0, le=120)] = 30.0  # well below a host's patience
+    point_reserve_bytes: Annotated[int, Meta(ge=0)] = 64 << 20  # less free than this is full
+
+
+class Gc(Section, frozen=True):
+    sparse_below: Annotated[float, Meta(ge=0, le=1)] = 0.6
+    copy_budget_bytes: Annotated[int, Meta(ge=0)] = 1 << 30
+
+
+class Freeze(Section, frozen=True):
+    """What is run around a snapshot: `command… freeze VM_UUID`, then `command… thaw VM_UUID`."""
+
+    command: tuple[str, ...] = ()
+    timeout_s: Annotated[float, Meta(gt=0, le=600)] = 10.0  # of each run of the command
+    hold_s: Annotated[float, Meta(gt=0, le=600)] = 10.0  # thawed after this, come what may
+
+
+class Log(Section, frozen=True):
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    form: Literal["json", "text"] = "json"
+
+
+class ClusterConfig(Section, frozen=True):
+    name: Name
+    uuid: str = ""
+    mode: str = ""
+
+
+class TenantConfig(Section, frozen=True):
+    name: Name
+    uuid: str = ""
+
+
+class NamespaceConfig(Section, frozen=True):
+    name: Name
+    tenant: str = ""
+    uuid: str = ""
+
+
+class ZoneConfig(Section, frozen=True):
+    name: Name
+    uuid: str = ""
+
+
+class ObjectGroupConfig(Section, frozen=True):
+    name: Name
+    uuid: str = ""
+
+
+class PoolConfig(Section, frozen=True):
+    name: Name
+    path: Path
+    uuid: str = ""
+    usd_types: Annotated[tuple[Name, ...], Meta(min_length=1)] = ("HDD", "SSD")
+    replica: Count = 1
+
+
+class PointConfig(Section, frozen=True):
+    name: Name
+    path: Path
+    kind: Literal["local", "nfs"] = "local"
+
+
+class DiskConfig(Section, frozen=True):
+    """A volume that exists. Its size is read from the file."""
+
+    target_device: Name
+    volume_name: Name
+    pool: str = ""
+    usd_type: str = ""
+    replica: Annotated[int, Meta(ge=0, le=256)] = 0
+    share: bool = False
+
+
+class VmConfig(Section, frozen=True):
+    name: Name
+    disks: tuple[DiskConfig, ...]
+    uuid: str = ""
+    cluster: str = ""
+    namespace: str = ""
+    zone: str = ""
+    object_group: str = ""
+    vm_type: str = ""
+    state: Literal["stopped", "running"] = "stopped"
+
+
+class Config(Section, frozen=True):
+    """All of it. An empty list means: the embedded default's one."""
+
+    limits: Limits = Limits()
+    gc: Gc = Gc()
+    freeze: Freeze = Freeze()
+    log: Log = Log()
+    clusters: tuple[ClusterConfig, ...] = ()
+    tenants: tuple[TenantConfig, ...] = ()
+    namespaces: tuple[NamespaceConfig, ...] = ()
+    zones: tuple[ZoneConfig, ...] = ()
+    object_groups: tuple[ObjectGroupConfig, ...] = ()
+    pools: tuple[PoolConfig, ...] = ()
+    points: tuple[PointConfig, ...] = ()
+    vms: tuple[VmConfig, ...] = ()
+
+    @property
+    def worker_count(self) -> int:
+        """Threads of one job: reading, hashing and compressing overlap, so one above the cores."""
+        return self.limits.workers or len(os.sched_getaffinity(0)) + 1
+
+
+def load_config(path: str) -> Config:
+    """The configuration in the file; ConfigInvalid names the file, the place and the fault."""
+    try:
+        with open(path, "rb") as file:
+            text = file.read(_MOST_CONFIG_BYTES + 1)
+    except OSError as error:
+        raise ConfigInvalid(f"{path}: {error.strerror or error}") from error
+    if len(text) > _MOST_CONFIG_BYTES:
+        raise ConfigInvalid(f"{path}: over {_MOST_CONFIG_BYTES} bytes")
+    return parse_config(text, path)
+
+
+def parse_config(text: bytes, source: str) -> Config:
+    """The configuration that `text` (TOML) says; `source` is for the message."""
+    try:
+        return msgspec.toml.decode(text, type=Config)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise ConfigInvalid(f"{source}: {error}") from error

@@ -1,0 +1,50 @@
+"""The parts that the engine's verbs work with, put together once by engine/service.py."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from engine.catalogue import Catalogue
+from engine.config import Config
+from engine.errors import NotFound
+from engine.ids import normal
+from engine.inventory import Inventory
+from engine.jobs import Jobs
+from engine.model import Backup, Vm
+from engine.points import Points
+from engine.probes import Probes
+from engine.rooms import Rooms
+from engine.scopes import covers
+from engine.state import State
+from engine.views import Scope
+
+
+@dataclass(frozen=True, slots=True)
+class Core:
+    """All thread-safe."""
+
+    config: Config
+    state: State
+    inventory: Inventory
+    catalogue: Catalogue
+    jobs: Jobs
+    points: Points
+    probes: Probes = field(default_factory=Probes)
+    rooms: Rooms = field(default_factory=Rooms)
+    clock: Callable[[], float] = time.time
+
+    def vm_in(self, scope: Scope, uuid: str) -> Vm:
+        """The VM, if it is in scope. NotFound."""
+        vm = self.inventory.vm(normal(uuid))
+        if not covers(self.inventory.places, scope, vm.cluster_uuid, vm.namespace):
+            raise NotFound("vm", uuid)
+        return vm
+
+    def backup_in(self, scope: Scope, uuid: str) -> Backup:
+        """The backup, if it is in scope. NotFound."""
+        row = self.catalogue.get(normal(uuid), normal(scope.cluster_uuid))
+        if not covers(self.inventory.places, scope, row.cluster_uuid, row.label.namespace):
+            raise NotFound("backup", uuid)
+        return row

@@ -1,0 +1,159 @@
+"""Freezing a VM's file systems for the instant of a snapshot, and never longer.
+
+The operator names a command; we run `COMMAND freeze VM_UUID` and `COMMAND thaw VM_UUID`, without a
+shell. Between the two stands a watchdog, a child process that holds the other end of a pipe: when
+the pipe closes without the word `done` (we were killed), or when `hold_s` has passed (a clone takes
+too long), it runs the thaw by itself. It ignores the signals that a service manager sends to all of
+a service. So no failure of ours leaves a VM frozen, and none keeps it so for long.
+
+A freeze that fails is no reason not to back up: the snapshot is then what a power cut would leave,
+and says so in its notes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+log = logging.getLogger(__name__)
+
+_THAW_ATTEMPTS = 3
+_FROZE_TOO_LONG = 3
+
+# Small on purpose: it is started for each backup. argv: hold_s timeout_s attempts command...
+_WATCHDOG = f"""
+import select, signal, subprocess, sys, os
+for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+    signal.signal(getattr(signal, name), signal.SIG_IGN)
+os.write(1, b"r")
+hold, limit, attempts = float(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
+late = not select.select([0], [], [], hold)[0]
+if not late and os.read(0, 4) == b"done":
+    sys.exit(0)
+for _ in range(attempts):
+    try:
+        no = subprocess.DEVNULL
+        if subprocess.run(sys.argv[4:], timeout=limit, stdin=no, stdout=no).returncode == 0:
+            break
+    except (OSError, subprocess.TimeoutExpired):
+        pass
+sys.exit({_FROZE_TOO_LONG} if late else 0)
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class FreezeHook:
+    """How to freeze one VM. No `command`: nothing is frozen.
+
+    `timeout_s` limits each run of the command, `hold_s` the time between freeze and thaw.
+    """
+
+    command: Sequence[str] = ()
+    vm_uuid: str = ""
+    timeout_s: float = 10.0
+    hold_s: float = 10.0
+
+
+NO_HOOK = FreezeHook()
+
+
+@dataclass(slots=True)
+class Freeze:
+    """What came of it. `held` and `notes` are final once the `frozen` block has ended."""
+
+    held: bool = False
+    notes: list[str] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def frozen(hook: FreezeHook) -> Iterator[Freeze]:
+    """The VM is frozen inside the block, as far as its hook can do it. The thaw always runs."""
+    freeze = Freeze()
+    watchdog = _start_watchdog(hook, freeze) if hook.command else None
+    if watchdog is None:
+        yield freeze
+        return
+    try:
+        freeze.held = _run(hook, "freeze")
+        if not freeze.held:
+            freeze.notes.append("freeze failed: the snapshot is crash-consistent")
+        yield freeze
+    finally:
+        thawed = _thaw(hook)
+        if _dismiss(watchdog, thawed, hook) == _FROZE_TOO_LONG and freeze.held:
+            freeze.held = False
+            freeze.notes.append(
+                f"thawed after {hook.hold_s:g} s, before the snapshot was complete: "
+                "the snapshot is crash-consistent"
+            )
+        if not thawed:
+            freeze.notes.append("thaw failed: the VM may still be frozen")
+            log.error("thaw_failed", extra={"vm": hook.vm_uuid})
+
+
+def _run(hook: FreezeHook, verb: str) -> bool:
+    """Whether the command did it; why not goes to the log."""
+    why = ""
+    # A file and not a pipe: what the command leaves running in the background may hold it open.
+    with tempfile.TemporaryFile() as complaints:
+        try:
+            status = subprocess.run(
+                [*hook.command, verb, hook.vm_uuid],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=complaints,
+                timeout=hook.timeout_s,
+                check=False,
+            ).returncode
+            if status:
+                complaints.seek(0)
+                why = f"exit status {status}: {complaints.read(500).decode(errors='replace')}"
+        except (OSError, subprocess.TimeoutExpired) as error:
+            why = str(error)
+    if why:
+        log.warning("freeze_hook_failed", extra={"verb": verb, "vm": hook.vm_uuid, "why": why})
+    return not why
+
+
+def _thaw(hook: FreezeHook) -> bool:
+    return any(_run(hook, "thaw") for _ in range(_THAW_ATTEMPTS))
+
+
+def _start_watchdog(hook: FreezeHook, freeze: Freeze) -> subprocess.Popen[bytes] | None:
+    """The watchdog, once it is ready. None if there can be none: then nothing must be frozen."""
+    limits = [str(hook.hold_s), str(hook.timeout_s), str(_THAW_ATTEMPTS)]
+    argv = [sys.executable, "-ISc", _WATCHDOG, *limits, *hook.command, "thaw", hook.vm_uuid]
+    try:
+        watchdog = subprocess.Popen(
+            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+        )
+    except OSError as error:
+        log.error("freeze_watchdog_failed", extra={"vm": hook.vm_uuid, "why": str(error)})
+        freeze.notes.append("not frozen: no watchdog could be started")
+        return None
+    assert watchdog.stdout is not None
+    with watchdog.stdout as ready:
+        if ready.read(1) == b"r":
+            return watchdog
+    _dismiss(watchdog, True, hook)
+    freeze.notes.append("not frozen: the watchdog did not start")
+    return None
+
+
+def _dismiss(watchdog: subprocess.Popen[bytes], thawed: bool, hook: FreezeHook) -> int | None:
+    """Ends the watchdog; unless `thawed`, it tries once more first. Returns its exit status."""
+    assert watchdog.stdin is not None
+    with contextlib.suppress(BrokenPipeError):
+        if thawed:
+            watchdog.stdin.write(b"done")
+        watchdog.stdin.close()
+    try:
+        return watchdog.wait(hook.timeout_s * _THAW_ATTEMPTS + 5)
+    except subprocess.TimeoutExpired:
+        watchdog.kill()
+        return watchdog.wait()

@@ -1,0 +1,316 @@
+"""One attached point, kept by a thread of its own.
+
+The thread opens the point and our domains on it, then refreshes at intervals and whenever it is
+woken: folds other hosts' records, brings the catalogue up to date, counts room, unlinks dead packs.
+So a point that hangs holds this thread and nobody else; everybody else reads what the thread last
+saw, and a look that takes too long shows as `unreachable` by itself.
+
+`_lock` guards the members; it is never held while the point is touched.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from dataclasses import dataclass, replace
+
+from engine.catalogue import Catalogue
+from engine.config import Limits
+from engine.errors import NotFound, PointStateError
+from engine.host import Host
+from engine.inventory import Places
+from engine.labels import settled_backup
+from engine.model import Backup, BackupPoint, Cluster
+from engine.views import PointState, PointStateName
+from storage.domain import Domain
+from storage.errors import (
+    Damaged,
+    PointFull,
+    PointNewerFormat,
+    PointReadOnly,
+    PointUnreachable,
+    PointUnsafeMount,
+    StorageError,
+    translated,
+)
+from storage.heartbeats import Observer, beat
+from storage.point import ClusterLabel, Point
+
+log = logging.getLogger(__name__)
+
+HUNG_AFTER_S = 15.0
+BEAT_EVERY_S = 60.0  # a tenth of the patience of those who watch (storage.heartbeats)
+FIRST_LOOK_TIMEOUT_S = 5.0
+
+_STATES: tuple[tuple[type[StorageError], PointStateName], ...] = (
+    (PointReadOnly, "read_only"),
+    (PointFull, "full"),
+    (PointUnsafeMount, "unsafe"),
+    (PointNewerFormat, "damaged"),
+    (Damaged, "damaged"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What every keeper works with."""
+
+    host: Host
+    places: Places
+    catalogue: Catalogue
+    limits: Limits
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A point and the managed clusters' domains on it, by cluster."""
+
+    point: Point
+    domains: dict[str, Domain]
+
+    def close(self) -> None:
+        for domain in self.domains.values():
+            domain.close()
+        self.point.close()
+
+
+class Keeper:
+    """See the module. All methods but the thread's own return at once, or within their timeout."""
+
+    def __init__(self, row: BackupPoint, around: Surroundings) -> None:
+        self.row = row
+        self._around = around
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._wake = threading.Event()
+        self._stopping = threading.Event()
+        self._opened: Opened | None = None
+        self._synced: dict[str, int] = {}
+        self._observers: dict[str, Observer] = {}
+        self._beats = 0
+        self._beat_at_s = float("-inf")
+        self._error: StorageError | None = None
+        self._seen = PointState(row)
+        self._looks = 0
+        self._look_began_s: float | None = None
+        self._reclaims_wanted = 0
+        self._reclaims_done = 0
+        self._thread = threading.Thread(target=self._run, name=f"point-{row.name}", daemon=True)
+
+    def start(self) -> None:
+        """Begins to open the point."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Tells the thread to close everything and end."""
+        self._stopping.set()
+        self._wake.set()
+
+    def join(self, timeout_s: float) -> bool:
+        """Whether the thread has ended."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    # What others ask ------------------------------------------------------------------------
+
+    def opened(self) -> Opened:
+        """The open point. Waits a little for the first look at it.
+
+        Raises PointStateError while it is being opened, else the StorageError that keeps it shut.
+        """
+        with self._lock:
+            self._changed.wait_for(lambda: self._looks > 0, FIRST_LOOK_TIMEOUT_S)
+            error = self._present_error()
+            if error is not None:
+                raise _same(error)
+            if self._opened is None or self._stopping.is_set():
+                raise PointStateError(f"backup point {self.row.name} is not open")
+            return self._opened
+
+    def domain(self, cluster_uuid: str) -> Domain:
+        """That cluster's domain; raises as `opened`, or NotFound for a cluster not managed."""
+        found = self.opened().domains.get(cluster_uuid)
+        if found is None:
+            raise NotFound("cluster", cluster_uuid)
+        return found
+
+    def state(self) -> PointState:
+        """As last seen."""
+        with self._lock:
+            error = self._present_error()
+            seen = replace(self._seen, point=self.row)
+            opening = self._looks == 0
+        if error is not None:
+            seen = replace(seen, state=_state_for(error), last_error=str(error))
+        elif opening:
+            seen = replace(seen, state="opening")
+        return replace(seen, backup_count=self._around.catalogue.count(self.row.uuid))
+
+    def await_look(self, timeout_s: float) -> None:
+        """Until a look that began after this call is over, at most `timeout_s`."""
+        with self._lock:
+            aim = self._looks + (2 if self._look_began_s is not None else 1)
+            self._wake.set()
+            self._changed.wait_for(lambda: self._looks >= aim, timeout_s)
+
+    def reclaim(self, timeout_s: float) -> bool:
+        """Unlinks packs that are dead by now; whether that was done within `timeout_s`.
+
+        What is not done then is done in the background, or by a gc.
+        """
+        with self._lock:
+            self._reclaims_wanted += 1
+            aim = self._reclaims_wanted
+            self._wake.set()
+            return self._changed.wait_for(lambda: self._reclaims_done >= aim, timeout_s)
+
+    def _present_error(self) -> StorageError | None:
+        """`_lock` is held."""
+        began_s = self._look_began_s
+        if began_s is not None and time.monotonic() - began_s > HUNG_AFTER_S and self._looks:
+            return PointUnreachable(f"{self.row.path} has not answered for {HUNG_AFTER_S:g} s")
+        return self._error
+
+    # The thread -----------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while True:
+            self._wake.clear()
+            if self._stopping.is_set():
+                break
+            self._look()
+            self._wake.wait(self._around.limits.point_refresh_s)
+        with self._lock:
+            opened, self._opened = self._opened, None
+        if opened is not None:
+            opened.close()
+
+    def _look(self) -> None:
+        """Opens, refreshes, reclaims; whatever comes of it can be seen afterwards."""
+        with self._lock:
+            self._look_began_s = time.monotonic()
+            reclaims = self._reclaims_wanted
+        error: StorageError | None = None
+        try:
+            opened = self._opened or self._open()
+            if reclaims > self._reclaims_done:
+                self._reclaim(opened)
+            self._refresh(opened)
+        except StorageError as raised:
+            error = raised
+        except Exception as raised:
+            log.exception("point_look_failed", extra={"point": self.row.uuid})
+            error = PointUnreachable(f"{self.row.path}: {raised}")
+        with self._lock:
+            if not self._stopping.is_set():
+                self._tell_change(error)
+            self._error = error
+            self._look_began_s = None
+            self._looks += 1
+            self._reclaims_done = reclaims
+            self._changed.notify_all()
+
+    def _open(self) -> Opened:
+        row, around = self.row, self._around
+        with translated(row.path):
+            point = Point.open(row.path, expect_uuid=row.uuid)
+            opened = Opened(point, {})
+            try:
+                for cluster in around.places.clusters:
+                    views = os.path.join(around.host.views_path, row.uuid, cluster.uuid)
+                    domain = point.domain(_label(cluster), around.host.id, views)
+                    opened.domains[cluster.uuid] = domain
+            except BaseException:
+                opened.close()
+                raise
+        self._synced = {}
+        with self._lock:
+            self._opened = opened
+        return opened
+
+    def _refresh(self, opened: Opened) -> None:
+        if time.monotonic() - self._beat_at_s >= BEAT_EVERY_S:
+            self._beat(opened)
+        for cluster_uuid, domain in opened.domains.items():
+            seq = domain.refresh()
+            if self._synced.get(cluster_uuid) != seq:
+                self._sync(cluster_uuid, domain)
+                self._synced[cluster_uuid] = seq
+        seen = self._count(opened)
+        with self._lock:
+            self._seen = seen
+
+    def _beat(self, opened: Opened) -> None:
+        """Shows that we live, and ends the sessions of hosts of our clusters that do not."""
+        self._beats += 1
+        for cluster_uuid, domain in opened.domains.items():
+            beat(domain, self._beats)
+            observer = self._observers.setdefault(cluster_uuid, Observer())
+            ended = observer.end_dead_sessions(domain, time.monotonic())
+            if ended:
+                fields = {"point": self.row.uuid, "cluster": cluster_uuid, "count": ended}
+                log.warning("dead_sessions_ended", extra=fields)
+        self._beat_at_s = time.monotonic()
+
+    def _sync(self, cluster_uuid: str, domain: Domain) -> None:
+        around = self._around
+
+        def read() -> list[Backup]:
+            rows = sorted(domain.backups(), key=lambda row: row.seq)
+            if self._stopping.is_set():
+                raise PointUnreachable(f"backup point {self.row.name} was detached")
+            return [settled_backup(row, cluster_uuid, self.row.uuid, around.places) for row in rows]
+
+        around.catalogue.sync(cluster_uuid, self.row.uuid, read)
+
+    def _count(self, opened: Opened) -> PointState:
+        room = opened.point.room()
+        stats = [domain.stats() for domain in opened.domains.values()]
+        full = room.free_bytes < self._around.limits.point_reserve_bytes
+        return PointState(
+            self.row,
+            state="full" if full else "online",
+            capacity=room.capacity_bytes,
+            free=room.free_bytes,
+            stored_bytes=sum(one.stored_bytes for one in stats),
+            logical_bytes=sum(one.logical_bytes for one in stats),
+            chunk_count=sum(one.chunks for one in stats),
+            pack_count=sum(one.packs for one in stats),
+        )
+
+    def _reclaim(self, opened: Opened) -> None:
+        for cluster_uuid, domain in opened.domains.items():
+            try:
+                domain.reclaim(copy_budget_bytes=0, cancelled=self._stopping.is_set)
+            except StorageError:
+                # The delete that asked for it is durable; the next gc unlinks what is left.
+                fields = {"point": self.row.uuid, "cluster": cluster_uuid}
+                log.warning("reclaim_failed", extra=fields, exc_info=True)
+
+    def _tell_change(self, error: StorageError | None) -> None:
+        """`_lock` is held. One line when the point comes or goes, not one at every look."""
+        if error is not None and (self._error is None or self._error.code != error.code):
+            fields = {"point": self.row.uuid, "path": self.row.path, "error": str(error)}
+            log.warning("point_lost", extra=fields)
+        elif error is None and (self._error is not None or self._looks == 0):
+            log.info("point_online", extra={"point": self.row.uuid, "path": self.row.path})
+
+
+def _label(cluster: Cluster) -> ClusterLabel:
+    return ClusterLabel(
+        cluster_uuid=cluster.uuid, cluster_name=cluster.name, cluster_mode=cluster.mode
+    )
+
+
+def _state_for(error: StorageError) -> PointStateName:
+    return next((name for kind, name in _STATES if isinstance(error, kind)), "unreachable")
+
+
+def _same(error: StorageError) -> StorageError:
+    """Its like: an exception that is raised in several threads would gather their tracebacks."""
+    return next(
+        (kind(str(error)) for kind, _ in _STATES if isinstance(error, kind)),
+        PointUnreachable(str(error)),
+    )

@@ -1,0 +1,184 @@
+"""What the engine keeps about clusters, VMs, points, backups and jobs: the rows of the state.
+
+All are frozen; a change is `msgspec.structs.replace(row, …)` put back. Stored as msgpack maps, so
+that members can be added with a default. Sizes are bytes, times Unix seconds, ids canonical uuids.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import msgspec
+
+JobKind: TypeAlias = Literal["backup", "restore", "verify", "gc", "rebuild"]
+JobState: TypeAlias = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+VmAction: TypeAlias = Literal["", "backing_up", "restoring"]
+PointKind: TypeAlias = Literal["local", "nfs"]
+
+BACKUP_DONE = 0
+BACKUP_RUNNING = 1
+BACKUP_FAILED = 2
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Base of all rows."""
+
+
+class Cluster(Row, frozen=True):
+    uuid: str
+    name: str
+    mode: str = ""
+
+
+class Tenant(Row, frozen=True):
+    uuid: str
+    name: str
+
+
+class Namespace(Row, frozen=True):
+    uuid: str
+    name: str
+    tenant: str
+
+
+class Zone(Row, frozen=True):
+    uuid: str
+    name: str
+
+
+class ObjectGroup(Row, frozen=True):
+    uuid: str
+    name: str
+
+
+class Pool(Row, frozen=True):
+    """A directory that volumes live in. `path` is absolute."""
+
+    uuid: str
+    name: str
+    path: str
+    usd_types: tuple[str, ...] = ("HDD", "SSD")
+    replica: int = 1
+
+
+class Disk(Row, frozen=True):
+    """A VM's disk: a raw volume file `volume_name` in a pool."""
+
+    target_device: str
+    pool_uuid: str
+    volume_name: str
+    capacity: int
+    usd_type: str
+    replica: int = 1
+    share: bool = False
+
+
+class Vm(Row, frozen=True):
+    uuid: str
+    name: str
+    cluster_uuid: str
+    tenant: str
+    namespace: str
+    zone_uuid: str
+    object_group: str
+    disks: tuple[Disk, ...]
+    vm_type: str = ""
+    state: str = "stopped"  # stopped, running, restoring, restore_failed
+    action: VmAction = ""
+    last_error: str = ""
+
+
+class BackupPoint(Row, frozen=True):
+    """A point that this host is attached to."""
+
+    uuid: str
+    name: str
+    kind: PointKind
+    path: str
+    last_error: str = ""
+
+
+class DiskBackup(Row, frozen=True):
+    """One disk in a backup; `disk_uuid` names the disk backup itself (API: disks[].backup_uuid)."""
+
+    target_device: str
+    disk_uuid: str
+    capacity: int
+    replica: int = 1
+    share: bool = False
+    usd_type: str = ""
+    snapshot_uuid: str = ""
+
+
+class BackupLabel(Row, frozen=True):
+    """What travels with a backup on the point (storage keeps it as opaque bytes)."""
+
+    vm_uuid: str
+    vm_name: str
+    tenant: str
+    tenant_name: str
+    namespace: str
+    namespace_name: str
+    name: str
+    description: str
+    create_time: int
+    full: bool
+    disks: tuple[DiskBackup, ...]
+    vm_type: str = ""
+    expired_time: int = 0
+    notes: tuple[str, ...] = ()  # e.g. "full: nothing to build on"; "snapshot: reflink"
+
+
+class Backup(Row, frozen=True):
+    """A backup in the catalogue, finished or not."""
+
+    uuid: str
+    cluster_uuid: str
+    point_uuid: str
+    label: BackupLabel
+    status: int = BACKUP_DONE
+    parent: str = ""
+    error: str = ""
+
+
+class Progress(Row, frozen=True):
+    """All counts in bytes; `rate` in bytes a second of scanning or restoring; -1 = eta unknown."""
+
+    bytes_total: int = 0
+    bytes_scanned: int = 0
+    bytes_read: int = 0
+    bytes_changed: int = 0
+    bytes_stored: int = 0
+    bytes_restored: int = 0
+    rate: float = 0.0
+    eta_s: float = -1.0
+
+
+class Job(Row, frozen=True):
+    uuid: str
+    kind: JobKind
+    state: JobState = "queued"
+    backup_uuid: str = ""
+    compute_uuid: str = ""
+    backup_point_uuid: str = ""
+    deep: bool = False
+    error: str = ""
+    created_at: float = 0.0
+    started_at: float = 0.0
+    finished_at: float = 0.0
+    progress: Progress = Progress()
+    result: tuple[str, ...] = ()  # what a verify, gc or rebuild has to say, a line each
+
+
+class Operation(Row, frozen=True):
+    """One line of the operation log."""
+
+    seq: int
+    at: float
+    who: str
+    what: str  # the call, e.g. "compute/backup/create"
+    target: str  # the uuid or name that it was about
+    name: str = ""
+    vm_type: str = ""
+    scode: int = 0
+    desc: str = ""

@@ -1,0 +1,55 @@
+"""Asking a medium that may hang (an NFS mount), without ever hanging oneself.
+
+The question runs in a thread of its own. Only one is under way for a key: whoever asks meanwhile
+waits for the same answer, so a medium that hangs holds one thread, not one per request.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import TypeVar, cast
+
+AnswerT = TypeVar("AnswerT")
+
+
+class Probes:
+    """Bounded questions. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._asked: dict[str, Future[object]] = {}
+
+    def ask(self, key: str, question: Callable[[], AnswerT], timeout_s: float) -> AnswerT:
+        """What `question()` returns or raises; TimeoutError if it does neither in time.
+
+        Everybody who uses a `key` must ask the same question under it.
+        """
+        with self._lock:
+            answer = self._asked.get(key)
+            if answer is None:
+                answer = self._asked[key] = Future()
+                args = (key, question, answer)
+                threading.Thread(target=self._run, args=args, name="probe", daemon=True).start()
+        try:
+            return cast(AnswerT, answer.result(timeout_s))
+        except FutureTimeoutError:
+            if answer.done():
+                raise
+            raise TimeoutError(f"no answer in {timeout_s:g} s") from None
+
+    def _run(self, key: str, question: Callable[[], object], answer: Future[object]) -> None:
+        try:
+            found = question()
+        except BaseException as error:  # noqa: BLE001 - raised where the question was asked
+            self._forget(key)
+            answer.set_exception(error)
+        else:
+            self._forget(key)
+            answer.set_result(found)
+
+    def _forget(self, key: str) -> None:
+        with self._lock:
+            del self._asked[key]

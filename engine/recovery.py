@@ -1,0 +1,70 @@
+"""What a start does about what the last process left: nothing stays in the middle of anything.
+
+Jobs that were queued or running are failed, backups in progress get status 2, VMs lose their
+action. A VM that was being restored is failed, and its volumes are removed: they got their names
+only when complete, so at most a whole one is there. Sessions on the points are aborted when the
+points are opened. A backup whose COMMIT made it is found there then, and counts as done after all.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+
+from engine.core import Core
+from engine.errors import EngineError
+from engine.inventory import find
+from engine.jobs import RESTARTED
+from engine.model import Disk, Vm
+from engine.restores import after_restore
+from engine.snapshot import clear_leftovers
+from engine.volumes import remove_volume, volume_size
+
+log = logging.getLogger(__name__)
+
+POOL_TIMEOUT_S = 10.0
+
+
+def recover(core: Core) -> None:
+    """Before any job starts. A pool that does not answer is left as it is."""
+    jobs = core.jobs.recover()
+    backups = core.catalogue.fail_running(RESTARTED)
+    for vm in core.inventory.vms():
+        if vm.action == "restoring":
+            _bounded(core, f"undo {vm.uuid}", partial(_remove_volumes, core, vm))
+    vms = core.inventory.end_all_actions(_ended)
+    for pool in core.inventory.places.pools:
+        _bounded(core, f"clear {pool.uuid}", partial(clear_leftovers, pool.path))
+    if jobs or backups or vms:
+        fields = {"jobs": len(jobs), "backups": len(backups), "vms": len(vms)}
+        log.warning("recovered", extra=fields)
+
+
+def _ended(vm: Vm) -> Vm:
+    return after_restore(vm, RESTARTED) if vm.action == "restoring" else vm
+
+
+def _remove_volumes(core: Core, vm: Vm) -> int:
+    """The count of volumes that had their names already."""
+    return sum(_remove_made(core, disk) for disk in vm.disks)
+
+
+def _remove_made(core: Core, disk: Disk) -> bool:
+    try:
+        pool = find("pool", core.inventory.places.pools, disk.pool_uuid)
+        # Of another size it is none that the restore made: those are named when they are whole.
+        made = volume_size(pool, disk.volume_name) == disk.capacity
+        if made:
+            remove_volume(pool, disk.volume_name)
+    except EngineError as error:
+        log.warning("volume_kept", extra={"volume": disk.volume_name, "error": str(error)})
+        return False
+    return made
+
+
+def _bounded(core: Core, key: str, act: Callable[[], int]) -> None:
+    try:
+        core.probes.ask(key, act, POOL_TIMEOUT_S)
+    except (OSError, EngineError) as error:
+        log.warning("pool_not_recovered", extra={"what": key, "error": str(error)})

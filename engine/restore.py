@@ -1,0 +1,227 @@
+"""Building volumes from a backup.
+
+All disks are written under hidden names in their pools first, complete and durable; only then does
+each get its own name, by link(2), so an existing volume is never overwritten and a half-written one
+never seen. If any step fails, all that was made is removed. What a kill leaves behind lies in
+`<pool>/.vmkeep-restores/`, unlocked, where `clear_leftovers` finds it.
+
+A crew of threads pulls runs (stretches of a pack) in the plan's order; each reads, checks,
+decompresses and writes its run. Only chunks that are not zero are written: the rest of the volume
+is a hole. Memory is workers × a run, whatever the disk's size or the chain's length.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+import secrets
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from engine.crew import Stop, run_crew
+from engine.errors import Conflict
+from engine.jobs import JobContext
+from engine.snapshot import RESTORES
+from engine.sources import pool_errors
+from storage.domain import Domain
+from storage.errors import Damaged
+from storage.fs import Buffer, OsFs
+from storage.maps import DiskMap
+from storage.reader import MAX_RUN_BYTES, ChunkReader, ReadRun, plan_reads
+
+_NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+_NAME_TRIES = 100
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreDisk:
+    """A disk backup, and the absolute path of the volume to make of it."""
+
+    disk_uuid: str
+    path_final: str
+
+
+def run_restore(
+    domain: Domain,
+    disks: Sequence[RestoreDisk],
+    ctx: JobContext,
+    workers: int,
+    *,
+    backup: str,
+) -> None:
+    """Makes all volumes, durably, or none. `backup`: the one that `disks` are of; it is held.
+
+    Raises Conflict("name_taken") when a volume is there already, PoolFull, PoolUnreachable,
+    Cancelled, NotOnPoint, Damaged and other StorageErrors.
+    """
+    with domain.begin("read", [backup]) as session, contextlib.ExitStack() as undo:
+        maps = [domain.disk_map(disk.disk_uuid) for disk in disks]
+        ctx.set_total(sum(disk_map.capacity for disk_map in maps))
+        volumes = [undo.enter_context(_NewVolume(disk.path_final)) for disk in disks]
+        with contextlib.closing(domain.reader()) as reader:
+            for disk_map, volume in zip(maps, volumes, strict=True):
+                _fill(domain, reader, disk_map, volume, ctx, workers)
+        for volume in volumes:
+            ctx.check()
+            volume.make_durable()
+        session.end()
+        _name_all(volumes)
+
+
+def _name_all(volumes: Sequence[_NewVolume]) -> None:
+    """All get their names, or none keeps one."""
+    with contextlib.ExitStack() as undo:
+        for volume in volumes:
+            undo.callback(volume.unname)
+            volume.name()
+        undo.pop_all()
+
+
+def _fill(
+    domain: Domain,
+    reader: ChunkReader,
+    disk_map: DiskMap,
+    volume: _NewVolume,
+    ctx: JobContext,
+    workers: int,
+) -> None:
+    """Writes a disk's chunks into `volume` and counts its whole capacity as restored."""
+    volume.resize(disk_map.capacity)
+    runs = _SharedRuns(plan_reads(domain, disk_map))
+
+    def work() -> None:
+        # One run, or one frame that is larger than a run may be.
+        buffer = memoryview(mmap.mmap(-1, MAX_RUN_BYTES + disk_map.chunk_size + mmap.PAGESIZE))
+        while (run := runs.pull()) is not None:
+            ctx.check()
+            count = 0
+            for place, content in reader.read(run, buffer):
+                for target in place.targets:
+                    count += _write_chunk(volume, disk_map, target, content)
+            _start_writeback(volume, disk_map, run)
+            runs.count(count)
+            ctx.add(restored=count)
+
+    run_crew(workers, "restore", work, runs.stop)
+    ctx.add(restored=disk_map.capacity - runs.written_bytes)
+
+
+def _write_chunk(volume: _NewVolume, disk_map: DiskMap, target: int, content: Buffer) -> int:
+    offset = target * disk_map.chunk_size
+    expected_bytes = min(disk_map.chunk_size, disk_map.capacity - offset)
+    if len(content) != expected_bytes:
+        raise Damaged(f"chunk {target} has {len(content)} bytes, not {expected_bytes}")
+    volume.write(content, offset)
+    return expected_bytes
+
+
+def _start_writeback(volume: _NewVolume, disk_map: DiskMap, run: ReadRun) -> None:
+    """For all that a run has filled, and what lies between: it was filled a moment ago as well."""
+    targets = [target for place in run.frames for target in place.targets]
+    first, last = min(targets), max(targets)
+    size_bytes = (last + 1 - first) * disk_map.chunk_size
+    volume.start_writeback(first * disk_map.chunk_size, size_bytes)
+
+
+class _SharedRuns:
+    """The plan's runs for many threads, and the sum of what they wrote."""
+
+    def __init__(self, runs: Iterator[ReadRun]) -> None:
+        self.stop = Stop()
+        self.written_bytes = 0
+        self._runs = runs
+        self._lock = threading.Lock()
+
+    def pull(self) -> ReadRun | None:
+        with self._lock:
+            return None if self.stop else next(self._runs, None)
+
+    def count(self, size_bytes: int) -> None:
+        with self._lock:
+            self.written_bytes += size_bytes
+
+
+class _NewVolume:
+    """A volume in the making. A context manager: its end removes the hidden name.
+
+    `write` may be called by any thread, the others by one. The file stays locked (flock) as long
+    as it is open, which keeps `clear_leftovers` off.
+    """
+
+    def __init__(self, path_final: str) -> None:
+        """Raises Conflict("name_taken") when `path_final` is there, PoolFull, PoolUnreachable."""
+        self._path_final = path_final
+        self._pool, self._name = os.path.split(path_final)
+        self._fs = OsFs()
+        with self._errors():
+            if os.path.lexists(path_final):
+                raise self._taken()
+            self._path, self._fd = _hidden_file(f"{self._pool}/{RESTORES}")
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def __enter__(self) -> _NewVolume:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            os.unlink(self._path)
+        with contextlib.suppress(OSError):
+            os.rmdir(os.path.dirname(self._path))
+        # The data was made durable, or is not wanted: an error here means nothing.
+        with contextlib.suppress(OSError):
+            os.close(self._fd)
+
+    def resize(self, size_bytes: int) -> None:
+        with self._errors():
+            os.ftruncate(self._fd, size_bytes)
+
+    def write(self, content: Buffer, offset: int) -> None:
+        with self._errors():
+            self._fs.pwrite(self._fd, [content], offset)
+
+    def start_writeback(self, offset: int, size_bytes: int) -> None:
+        """A hint, so that the last fsync is short and the host never has much to write at once."""
+        self._fs.start_writeback(self._fd, offset, size_bytes)
+
+    def make_durable(self) -> None:
+        with self._errors():
+            os.fsync(self._fd)
+
+    def name(self) -> None:
+        """Gives the volume its name, durably; Conflict("name_taken") if somebody was first."""
+        with self._errors():
+            try:
+                os.link(self._path, self._path_final, follow_symlinks=False)
+            except FileExistsError:
+                raise self._taken() from None
+            self._fs.fsync_dir(self._pool)
+
+    def unname(self) -> None:
+        """Takes the name back, if it is still this file's."""
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.lstat(self._path_final), os.fstat(self._fd)):
+                os.unlink(self._path_final)
+                self._fs.fsync_dir(self._pool)
+
+    def _errors(self) -> contextlib.AbstractContextManager[None]:
+        return pool_errors(self._path_final)
+
+    def _taken(self) -> Conflict:
+        return Conflict("name_taken", f"there is a volume {self._name!r} in {self._pool} already")
+
+
+def _hidden_file(directory: str) -> tuple[str, int]:
+    """(path, descriptor) of a new file in `directory`, which is made if it is not there."""
+    path = f"{directory}/{secrets.token_hex(8)}"
+    for attempt in range(_NAME_TRIES):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(directory, 0o700)
+        try:
+            return path, os.open(path, _NEW_FILE, 0o600)
+        except FileNotFoundError:  # another restore, just done, removed the empty directory
+            if attempt == _NAME_TRIES - 1:
+                raise
+    raise AssertionError("not reached")

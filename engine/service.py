@@ -1,0 +1,341 @@
+"""The Engine: every verb that the API and the command line need, on one data directory.
+
+Synchronous and thread-safe. Verbs are quick, but for those that say "slow". Looking never touches a
+backup point. The verbs themselves are next door: engine/backups.py, restores.py, remote.py, vms.py,
+upkeep.py; this is where the parts are put together, started and stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+from engine import backups, remote, restores, upkeep, vms
+from engine.catalogue import Catalogue
+from engine.config import Config
+from engine.core import Core
+from engine.errors import Conflict, EngineError, NotFound
+from engine.host import Host
+from engine.ids import normal
+from engine.inventory import EmbeddedInventory, pool_of
+from engine.jobs import Jobs
+from engine.keeper import Surroundings
+from engine.model import (
+    Backup,
+    Cluster,
+    Disk,
+    Job,
+    Namespace,
+    ObjectGroup,
+    Operation,
+    Pool,
+    Tenant,
+    Vm,
+    Zone,
+)
+from engine.oplog import OperationLog
+from engine.points import Points
+from engine.probes import Probes
+from engine.recovery import recover
+from engine.scopes import ranges
+from engine.seed import settle_places, settle_vms
+from engine.state import State
+from engine.views import (
+    BackupPage,
+    BackupQuery,
+    Maintenance,
+    NewDisk,
+    PointState,
+    PoolState,
+    RemoteBackup,
+    RestoreTarget,
+    Scope,
+)
+from engine.volumes import bounded_volume_size, pool_room, volume_path
+
+log = logging.getLogger(__name__)
+
+POOL_LOOK_TIMEOUT_S = 2.0
+STOP_SHARE_OF_JOBS = 0.7  # of the time to stop in; the points get the rest
+
+
+class Engine:
+    """Made by `start`, ended by `stop`."""
+
+    def __init__(self, host: Host, core: Core, operations: OperationLog) -> None:
+        self._host = host
+        self._core = core
+        self._operations = operations
+        self._stopped = False
+
+    # Life -----------------------------------------------------------------------------------
+
+    @classmethod
+    def start(cls, data: str, config: Config) -> Engine:
+        """Opens the data directory, cleans up what the last process left, and starts to work.
+
+        AlreadyRunning, ConfigInvalid, StorageError; then nothing is left running.
+        """
+        host = Host(data)
+        try:
+            state = State(host.state_path)
+            try:
+                return cls._start(host, state, config)
+            except BaseException:
+                state.close()
+                raise
+        except BaseException:
+            host.close()
+            raise
+
+    @classmethod
+    def _start(cls, host: Host, state: State, config: Config) -> Engine:
+        core = _assemble(host, state, config)
+        places = core.inventory.places
+        recover(core)
+        settle_vms(state, config, places, partial(_size_of, core.probes))
+        try:
+            core.points.start(config.points)
+            if not config.points:
+                core.points.make_default(host.default_point_path)
+            core.jobs.start()
+        except BaseException:
+            core.points.stop(1.0)
+            raise
+        return cls(host, core, OperationLog(state, core.clock))
+
+    def stop(self, timeout_s: float = 8.0) -> None:
+        """Ends all jobs at their next batch, closes everything; returns within `timeout_s`.
+
+        What hangs is left to its thread, and cleaned up by the next start.
+        """
+        if self._stopped:
+            return
+        self._stopped = True
+        deadline_s = time.monotonic() + timeout_s
+        self._core.jobs.stop(timeout_s * STOP_SHARE_OF_JOBS)
+        self._core.points.stop(max(deadline_s - time.monotonic(), 0.1))
+        self._core.state.close()
+        self._host.close()
+
+    # What there is --------------------------------------------------------------------------
+
+    def clusters(self) -> list[Cluster]:
+        return list(self._core.inventory.places.clusters)
+
+    def tenants(self) -> list[Tenant]:
+        return list(self._core.inventory.places.tenants)
+
+    def namespaces(self) -> list[Namespace]:
+        return list(self._core.inventory.places.namespaces)
+
+    def zones(self) -> list[Zone]:
+        return list(self._core.inventory.places.zones)
+
+    def object_groups(self) -> list[ObjectGroup]:
+        return list(self._core.inventory.places.object_groups)
+
+    def pools(self) -> list[PoolState]:
+        """Each with its room; one that does not answer says so, and delays this a little."""
+        return [self._look_at(pool) for pool in self._core.inventory.places.pools]
+
+    def vms(self, scope: Scope) -> list[Vm]:
+        """Those in scope, by name. NotFound for an unknown member of the scope."""
+        covered = {
+            (cluster.uuid, namespace.uuid)
+            for cluster, namespace in ranges(self._core.inventory.places, scope)
+        }
+        found = self._core.inventory.vms()
+        return [vm for vm in found if (vm.cluster_uuid, vm.namespace) in covered]
+
+    def vm(self, uuid: str) -> Vm:
+        """NotFound."""
+        return self._core.inventory.vm(normal(uuid))
+
+    def volume_path(self, disk: Disk) -> str:
+        """The disk's volume, absolute; "" when its pool is not there any more."""
+        try:
+            return volume_path(pool_of(self._core.inventory.places, disk), disk.volume_name)
+        except NotFound:
+            return ""
+
+    def create_vm(
+        self,
+        scope: Scope,
+        name: str,
+        zone_uuid: str,
+        object_group: str,
+        disks: Sequence[NewDisk],
+    ) -> str:
+        """The VM's uuid. See engine.vms.create_vm."""
+        return vms.create_vm(self._core, scope, name, zone_uuid, object_group, disks)
+
+    def delete_vm(self, uuid: str, delete_volumes: bool) -> None:
+        """See engine.vms.delete_vm."""
+        vms.delete_vm(self._core, uuid, delete_volumes)
+
+    # Backups --------------------------------------------------------------------------------
+
+    def backups(self, query: BackupQuery) -> BackupPage:
+        """A page of the catalogue. NotFound for an unknown member of the scope."""
+        return self._core.catalogue.query(
+            ranges(self._core.inventory.places, query.scope),
+            _normal_query(query),
+        )
+
+    def backup(self, scope: Scope, uuid: str) -> Backup:
+        """NotFound, also when it is out of scope."""
+        return self._core.backup_in(scope, uuid)
+
+    def create_backup(
+        self,
+        scope: Scope,
+        vm_uuid: str,
+        point_uuid: str,
+        name: str,
+        description: str,
+        full: bool,
+    ) -> tuple[str, str]:
+        """(backup, job). See engine.backups.create_backup."""
+        return backups.create_backup(
+            self._core, scope, vm_uuid, point_uuid, name, description, full
+        )
+
+    def delete_backup(self, scope: Scope, backup_uuid: str) -> None:
+        """Slow when it frees much. See engine.backups.delete_backup."""
+        backups.delete_backup(self._core, scope, backup_uuid)
+
+    def restore_backup(
+        self,
+        scope: Scope,
+        backup_uuid: str,
+        new_vm_name: str,
+        disks: Sequence[RestoreTarget],
+        object_group: str,
+        zone_uuid: str,
+    ) -> tuple[str, str]:
+        """(VM, job). See engine.restores.restore_backup."""
+        return restores.restore_backup(
+            self._core, scope, backup_uuid, new_vm_name, disks, object_group, zone_uuid
+        )
+
+    def remote_backups(self, cluster_uuid: str, point_uuid: str) -> list[RemoteBackup]:
+        """Slow. See engine.remote.remote_backups."""
+        return remote.remote_backups(self._core, cluster_uuid, point_uuid)
+
+    def import_backups(
+        self, cluster_uuid: str, wanted: Sequence[tuple[str, str]]
+    ) -> list[RemoteBackup]:
+        """Slow. See engine.remote.import_backups."""
+        return remote.import_backups(self._core, cluster_uuid, wanted)
+
+    # Points ---------------------------------------------------------------------------------
+
+    def points(self) -> list[PointState]:
+        """All attached ones, as last seen."""
+        return self._core.points.states()
+
+    def point(self, uuid: str) -> PointState:
+        """NotFound."""
+        return self._core.points.state(normal(uuid))
+
+    def point_name(self, uuid: str) -> str:
+        """Its name, "" when it is not attached."""
+        try:
+            return self._core.points.state(uuid).point.name
+        except NotFound:
+            return ""
+
+    def create_point(self, name: str, kind: str, path: str) -> str:
+        """The point's uuid. Slow. See engine.points.Points.attach."""
+        self._core.jobs.refuse_if_stopping()
+        return self._core.points.attach(name, kind, path).uuid
+
+    def delete_point(self, uuid: str, erase: bool) -> None:
+        """Detaches; `erase` deletes our own domains' backups first (slow).
+
+        NotFound, Conflict(point_in_use) while a job works on it; with `erase`, StorageErrors, and
+        then it stays attached.
+        """
+        uuid = normal(uuid)
+        self._core.points.state(uuid)
+        if self._core.jobs.active_on(uuid):
+            raise Conflict("point_in_use", f"a job works on backup point {uuid}")
+        if erase:
+            self._core.points.erase(uuid)
+        self._core.points.detach(uuid)
+
+    def start_maintenance(self, kind: Maintenance, point_uuid: str, deep: bool) -> str:
+        """The job's uuid. See engine.upkeep."""
+        return upkeep.start_maintenance(self._core, kind, point_uuid, deep)
+
+    # Jobs and the operation log -------------------------------------------------------------
+
+    def jobs(self) -> list[Job]:
+        """Newest first."""
+        return self._core.jobs.jobs()
+
+    def job(self, uuid: str) -> Job:
+        """NotFound."""
+        return self._core.jobs.job(normal(uuid))
+
+    def cancel_job(self, uuid: str) -> None:
+        """NotFound, Conflict(job_finished)."""
+        self._core.jobs.cancel(normal(uuid))
+
+    def wait_for_job(self, uuid: str, timeout_s: float) -> Job:
+        """The job once it has ended, or as it is after `timeout_s`. NotFound."""
+        return self._core.jobs.wait(normal(uuid), timeout_s)
+
+    def subscribe_jobs(self, callback: Callable[[Job], None]) -> Callable[[], None]:
+        """See engine.jobs.Jobs.subscribe: called from engine threads, has to be quick."""
+        return self._core.jobs.subscribe(callback)
+
+    def log_operation(
+        self, who: str, what: str, target: str, name: str, vm_type: str, scode: int, desc: str
+    ) -> None:
+        """Durable on return."""
+        self._operations.add(who, what, target, name, vm_type, scode, desc)
+
+    def operations(self, page: int, page_size: int) -> tuple[list[Operation], int]:
+        """(the page, newest first; how many there are in all). `page` counts from 1."""
+        return self._operations.page(page, page_size)
+
+    def _look_at(self, pool: Pool) -> PoolState:
+        probes = self._core.probes
+        try:
+            room = probes.ask(f"pool {pool.uuid}", lambda: pool_room(pool), POOL_LOOK_TIMEOUT_S)
+        except (EngineError, TimeoutError) as error:
+            return PoolState(pool, error=str(error))
+        return PoolState(pool, *room)
+
+
+def _assemble(host: Host, state: State, config: Config) -> Core:
+    places = settle_places(state, config, host.default_pool_path)
+    if not config.pools:
+        host.make_default_pool()
+    catalogue = Catalogue(state)
+    points = [row.uuid for row in state.points.values()]
+    catalogue.keep_only((cluster.uuid for cluster in places.clusters), points)
+    around = Surroundings(host, places, catalogue, config.limits)
+    probes = Probes()
+    return Core(
+        config=config,
+        state=state,
+        inventory=EmbeddedInventory(state, places),
+        catalogue=catalogue,
+        jobs=Jobs(state, max_running=config.limits.max_jobs),
+        points=Points(state, around, probes),
+        probes=probes,
+    )
+
+
+def _size_of(probes: Probes, pool: Pool, volume_name: str) -> int | None:
+    return bounded_volume_size(probes, pool, volume_name, POOL_LOOK_TIMEOUT_S)
+
+
+def _normal_query(query: BackupQuery) -> BackupQuery:
+    return replace(query, vm_uuid=normal(query.vm_uuid), point_uuid=normal(query.point_uuid))

@@ -1,0 +1,85 @@
+"""Maintenance of a point as jobs: verify, gc, rebuild."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from engine.core import Core
+from engine.errors import Invalid
+from engine.ids import normal
+from engine.jobs import JobContext, new_job
+from engine.verify import report_lines, run_verify
+from engine.views import Maintenance
+from storage.domain import Domain
+from storage.errors import Damaged
+from storage.gc import GcReport
+
+
+def start_maintenance(core: Core, kind: Maintenance, point_uuid: str, deep: bool) -> str:
+    """The job's uuid; that of an equal one if one has not ended yet. NotFound, StorageError."""
+    handlers: dict[Maintenance, Callable[[JobContext], tuple[str, ...]]] = {
+        "verify": lambda ctx: _verify(core, point_uuid, deep, ctx),
+        "gc": lambda ctx: _gc(core, point_uuid, ctx),
+        "rebuild": lambda ctx: _rebuild(core, point_uuid, ctx),
+    }
+    if kind not in handlers:
+        raise Invalid("kind", f"{kind!r} is not one of {', '.join(handlers)}")
+    core.jobs.refuse_if_stopping()
+    point_uuid = normal(point_uuid)
+    core.points.opened(point_uuid)
+    under_way = core.jobs.find_active(kind, point_uuid, deep)
+    if under_way is not None:
+        return under_way.uuid
+    job = new_job(kind, backup_point_uuid=point_uuid, deep=deep)
+    return core.jobs.submit(
+        job, handlers[kind], lambda _error: core.points.look_again(point_uuid)
+    ).uuid
+
+
+def _verify(core: Core, point_uuid: str, deep: bool, ctx: JobContext) -> tuple[str, ...]:
+    """Fails when anything was found; the findings are the job's result."""
+    report = run_verify(core.points.opened(point_uuid).point.path, deep, ctx)
+    ctx.lines = report_lines(report)
+    if report.findings:
+        raise Damaged(ctx.lines[0])
+    return ctx.lines
+
+
+def _gc(core: Core, point_uuid: str, ctx: JobContext) -> tuple[str, ...]:
+    gc = core.config.gc
+    lines: list[str] = []
+    for domain in _domains(core, point_uuid):
+        ctx.check()
+        report = domain.reclaim(
+            sparse_below=gc.sparse_below,
+            copy_budget_bytes=gc.copy_budget_bytes,
+            cancelled=ctx.cancelled,
+        )
+        lines += _gc_lines(report)
+        ctx.lines = tuple(lines)
+    return ctx.lines
+
+
+def _gc_lines(report: GcReport) -> list[str]:
+    return [
+        f"{report.packs_removed} packs of {report.bytes_removed} bytes removed, "
+        f"{report.packs_repacked} of them repacked by copying {report.bytes_copied} bytes; "
+        f"{report.orphans_removed} orphans removed, {report.chains_folded} chains folded",
+        *(f"damaged: {detail}" for detail in report.damaged),
+    ]
+
+
+def _rebuild(core: Core, point_uuid: str, ctx: JobContext) -> tuple[str, ...]:
+    for domain in _domains(core, point_uuid):
+        ctx.check()
+        domain.rebuild()
+        stats = domain.stats()
+        line = (
+            f"view made anew: {stats.backups} backups, {stats.packs} packs, {stats.chunks} chunks"
+        )
+        ctx.lines = (*ctx.lines, line)
+    return ctx.lines
+
+
+def _domains(core: Core, point_uuid: str) -> list[Domain]:
+    return list(core.points.opened(point_uuid).domains.values())

@@ -1,0 +1,62 @@
+"""Verifying a backup point as a job: storage's checker, with the job's progress and cancelling."""
+
+from __future__ import annotations
+
+from engine.jobs import JobContext
+from storage.check import Cancelled as CheckCancelled
+from storage.check import CheckReport, Finding, check_point
+
+SHOWN_FINDINGS = 1000
+
+
+def run_verify(point_path: str, deep: bool, ctx: JobContext) -> CheckReport:
+    """Checks all of a point; `deep` reads every chunk. Findings are in the report, not raised.
+
+    Progress counts a deep check's bytes; a shallow one reads next to nothing and has none.
+    Raises Cancelled, PointUnreachable, PointNewerFormat.
+    """
+    progress = _Progress(ctx)
+    try:
+        return check_point(
+            point_path,
+            deep=deep,
+            cancelled=ctx.cancelled,
+            on_progress=progress.report if deep else lambda _done, _total: None,
+        )
+    except CheckCancelled:
+        ctx.check()
+        raise
+
+
+class _Progress:
+    """The checker counts anew in each domain; a job counts on."""
+
+    def __init__(self, ctx: JobContext) -> None:
+        self._ctx = ctx
+        self._before = 0  # the domains that are done
+        self._done = 0
+        self._total = 0
+
+    def report(self, done: int, total: int) -> None:
+        if done <= self._done:
+            self._before += self._total
+            self._done = 0
+        self._ctx.set_total(self._before + total)
+        self._ctx.add(scanned=done - self._done, read=done - self._done)
+        self._done, self._total = done, total
+
+
+def report_lines(report: CheckReport) -> tuple[str, ...]:
+    """What a job's result says: a summary, then a line for each of the first findings."""
+    count = len(report.findings)
+    summary = (
+        f"{count or 'no'} finding{'' if count == 1 else 's'} in {report.backups} backups, "
+        f"{report.packs} packs, {report.chunks} chunks; {report.bytes_read} bytes read"
+    )
+    return (summary, *(_line(finding) for finding in report.findings[:SHOWN_FINDINGS]))
+
+
+def _line(finding: Finding) -> str:
+    place = finding.path if finding.offset < 0 else f"{finding.path} at {finding.offset}"
+    lost = f" (backups: {', '.join(finding.backups)})" if finding.backups else ""
+    return f"{finding.kind}: {place}: {finding.detail}{lost}"

@@ -1,0 +1,152 @@
+"""Making and deleting VMs of the embedded inventory, and their volumes.
+
+create: volumes first, then the record; what was made is removed if the record is refused. One at a
+time, so that nobody takes over a volume that another call is about to remove again.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.core import Core
+from engine.errors import Conflict, EngineError, Invalid
+from engine.ids import new_id, normal
+from engine.inventory import find, find_or_default, require_addable
+from engine.model import Disk, Pool, Vm
+from engine.scopes import landing
+from engine.views import NewDisk, Scope
+from engine.volumes import (
+    MOST_CAPACITY_BYTES,
+    make_volume,
+    remove_volume,
+    require_plain_name,
+    volume_size,
+)
+
+log = logging.getLogger(__name__)
+
+MOST_DISKS = 256
+MOST_NAME_CHARS = 200
+
+_making = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    pool: Pool
+    disk: Disk
+    make: bool
+
+
+def create_vm(
+    core: Core,
+    scope: Scope,
+    name: str,
+    zone_uuid: str,
+    object_group: str,
+    disks: Sequence[NewDisk],
+) -> str:
+    """The new VM's uuid. Invalid, NotFound, Conflict, PoolFull, PoolUnreachable: nothing made."""
+    if not 0 < len(name) <= MOST_NAME_CHARS:
+        raise Invalid("compute_name", f"has to have 1 to {MOST_NAME_CHARS} characters")
+    places = core.inventory.places
+    cluster, namespace = landing(places, scope)
+    with _making:
+        planned = _plan_disks(disks, places.pools)
+        vm = Vm(
+            uuid=new_id(),
+            name=name,
+            cluster_uuid=cluster.uuid,
+            tenant=namespace.tenant,
+            namespace=namespace.uuid,
+            zone_uuid=find_or_default("zone", places.zones, normal(zone_uuid)).uuid,
+            object_group=find_or_default(
+                "object_group", places.object_groups, normal(object_group)
+            ).uuid,
+            disks=tuple(one.disk for one in planned),
+            vm_type=scope.vm_type,
+        )
+        require_addable(vm, core.inventory.vms())
+        _make(core, vm, [one for one in planned if one.make])
+    log.info("vm_created", extra={"vm": vm.uuid})
+    return vm.uuid
+
+
+def delete_vm(core: Core, uuid: str, delete_volumes: bool) -> None:
+    """Deletes the record, and, if asked, those of its volumes that no other VM has. Backups stay.
+
+    NotFound, Conflict(vm_busy). PoolUnreachable when a volume could not be removed; it is no VM's
+    any more then.
+    """
+    with _making:
+        vm = core.inventory.remove_vm(normal(uuid))
+        log.info("vm_deleted", extra={"vm": vm.uuid})
+        if delete_volumes:
+            _remove_volumes(core, vm)
+
+
+def _plan_disks(disks: Sequence[NewDisk], pools: Sequence[Pool]) -> list[_Planned]:
+    if len(disks) > MOST_DISKS:
+        raise Invalid("disks", f"has {len(disks)} entries; {MOST_DISKS} are the limit")
+    if len({disk.target_device for disk in disks}) != len(disks):
+        raise Invalid("disks", "names a target_device twice")
+    if len({(normal(disk.pool_uuid), disk.volume_name) for disk in disks}) != len(disks):
+        raise Invalid("disks", "names a volume twice")
+    return [_plan_disk(disk, find("pool", pools, normal(disk.pool_uuid))) for disk in disks]
+
+
+def _plan_disk(want: NewDisk, pool: Pool) -> _Planned:
+    if not want.target_device:
+        raise Invalid("target_device", "is empty")
+    require_plain_name(want.volume_name)
+    usd_type = want.usd_type or pool.usd_types[0]
+    if usd_type not in pool.usd_types:
+        offered = ", ".join(pool.usd_types)
+        raise Conflict("usd_type_not_offered", f"pool {pool.name} offers {offered}")
+    size_bytes = volume_size(pool, want.volume_name)
+    capacity = want.capacity if size_bytes is None else size_bytes
+    if capacity is None or not 0 < capacity <= MOST_CAPACITY_BYTES:
+        raise Invalid("capacity", f"of {want.volume_name!r}: has to be given, and above 0")
+    disk = Disk(
+        target_device=want.target_device,
+        pool_uuid=pool.uuid,
+        volume_name=want.volume_name,
+        capacity=capacity,
+        usd_type=usd_type,
+        replica=want.replica or pool.replica,
+        share=want.share,
+    )
+    return _Planned(pool, disk, make=size_bytes is None)
+
+
+def _make(core: Core, vm: Vm, planned: Sequence[_Planned]) -> None:
+    made: list[_Planned] = []
+    try:
+        for one in planned:
+            make_volume(one.pool, one.disk.volume_name, one.disk.capacity)
+            made.append(one)
+        core.inventory.add_vm(vm)
+    except BaseException:
+        for one in made:
+            _remove_again(one)
+        raise
+
+
+def _remove_again(planned: _Planned) -> None:
+    try:
+        remove_volume(planned.pool, planned.disk.volume_name)
+    except EngineError:
+        log.exception("volume_kept", extra={"volume": planned.disk.volume_name})
+
+
+def _remove_volumes(core: Core, vm: Vm) -> None:
+    used = {
+        (disk.pool_uuid, disk.volume_name) for other in core.inventory.vms() for disk in other.disks
+    }
+    pools = core.inventory.places.pools
+    for disk in vm.disks:
+        if (disk.pool_uuid, disk.volume_name) not in used:
+            remove_volume(find("pool", pools, disk.pool_uuid), disk.volume_name)

@@ -1,0 +1,333 @@
+"""The engine with several points, clusters and data directories."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from engine.config import Config, parse_config
+from engine.errors import Conflict, EngineError, Invalid, NotFound
+from engine.labels import UNREADABLE_NAME
+from engine.views import BackupQuery, Scope
+from storage.errors import PointNotEmpty, PointUnreachable, StorageError
+from storage.point import ClusterLabel, Point
+from storage.session import NewBackup
+from tests.engine_rig import ANYWHERE, ONE_JOB, EngineRig, disk_bytes, files_below
+
+MIB = 1 << 20
+
+
+def attach(rig: EngineRig, path: Path, name: str = "shared") -> str:
+    path.mkdir(exist_ok=True)
+    return rig.engine.create_point(name, "local", str(path))
+
+
+def back_up_to(rig: EngineRig, point: str, content: bytes, name: str) -> str:
+    vm = rig.make_vm(name, content)
+    backup, job = rig.engine.create_backup(ANYWHERE, vm.uuid, point, name, "", False)
+    rig.succeed(job)
+    return backup
+
+
+def test_another_data_directory_lists_imports_and_restores(tmp_path: Path) -> None:
+    contents = [disk_bytes(2 * MIB, 1), disk_bytes(MIB, 2)]
+    with EngineRig(tmp_path / "a") as one:
+        point = attach(one, tmp_path / "shared")
+        backups = [back_up_to(one, point, c, f"vm{n}") for n, c in enumerate(contents)]
+        with EngineRig(tmp_path / "b") as two:
+            assert attach(two, tmp_path / "shared", "theirs") == point
+            assert two.listed() == []
+            own = back_up_to(two, point, disk_bytes(MIB, 3), "own")
+            found = two.engine.remote_backups(two.cluster_uuid, point)
+            assert {one.backup.uuid for one in found} == {*backups, own}
+            assert {one.cluster.uuid for one in found} == {one.cluster_uuid, two.cluster_uuid}
+            wanted = [(uuid.upper(), point) for uuid in backups]
+            came = two.engine.import_backups(two.cluster_uuid, wanted)
+            assert [row.backup.uuid for row in came] == backups
+            again = two.engine.import_backups(two.cluster_uuid, [*wanted, (own, point)])
+            assert [row.backup.uuid for row in again] == [*backups, own]
+            assert set(two.listed()) == {*backups, own}
+            # A namespace that is not known here lands in the default one.
+            row = two.engine.backup(ANYWHERE, backups[0])
+            assert row.label.namespace == two.engine.namespaces()[0].uuid
+            for uuid in backups:
+                one.engine.delete_backup(ANYWHERE, uuid)
+            assert one.listed() == []
+            for number, uuid in enumerate(backups):
+                backup = two.engine.backup(ANYWHERE, uuid)
+                assert two.restore(backup, f"copy{number}") == [contents[number]]
+            two.engine.delete_backup(ANYWHERE, backups[0])
+            assert set(two.listed()) == {backups[1], own}
+
+
+def test_an_import_is_all_or_nothing(tmp_path: Path) -> None:
+    with EngineRig(tmp_path / "a") as one, EngineRig(tmp_path / "b") as two:
+        first = attach(one, tmp_path / "first", "first")
+        second = attach(one, tmp_path / "second", "second")
+        for name in ("first", "second"):
+            attach(two, tmp_path / name, name)
+        good = back_up_to(one, first, disk_bytes(MIB, 1), "web")
+        bad = back_up_to(one, second, disk_bytes(2 * MIB, 2), "db")
+        with pytest.raises(NotFound) as caught:
+            two.engine.import_backups(two.cluster_uuid, [(good, first), (good, second)])
+        assert (caught.value.what, caught.value.uuid) == ("backup", good)
+        with pytest.raises(NotFound):
+            two.engine.import_backups(two.cluster_uuid, [(good, "nowhere")])
+        with pytest.raises(NotFound):
+            two.engine.import_backups("no cluster", [(good, first)])
+        with pytest.raises(Invalid):
+            two.engine.import_backups(two.cluster_uuid, [])
+        # The second point's part fails after the first one's was committed.
+        for path in files_below(tmp_path / "second" / "domains" / one.cluster_uuid / "packs"):
+            Path(path).unlink()
+        with pytest.raises(StorageError):
+            two.engine.import_backups(two.cluster_uuid, [(good, first), (bad, second)])
+        assert two.listed() == []
+        domain = two.core.points.domain(first, two.cluster_uuid)
+        domain.refresh()
+        assert domain.backups() == []
+
+
+def test_junk_labels_are_shown_and_crash_nothing(tmp_path: Path) -> None:
+    with EngineRig(tmp_path / "a") as rig:
+        path = Path(rig.engine.points()[0].point.path)
+        foreign = Point.open(str(path))
+        cluster = ClusterLabel(
+            cluster_uuid="0" * 8 + "-0000-4000-8000-" + "0" * 12, cluster_name="x"
+        )
+        domain = foreign.domain(cluster, "11111111-0000-4000-8000-000000000000", "")
+        uuids = [f"22222222-0000-4000-8000-00000000000{n}" for n in range(3)]
+        labels = [b"\xff\x00junk", msgspec.msgpack.encode({"vm_uuid": 3}), b""]
+        for uuid, label in zip(uuids, labels, strict=True):
+            disk = uuid.replace("2222", "3333")
+            with domain.begin("backup") as session:
+                session.manifest(disk, MIB, None)
+                session.commit([NewBackup(backup=uuid, label=label, disks=[disk])])
+        domain.close()
+        found = rig.engine.remote_backups(rig.cluster_uuid, rig.point_uuid)
+        assert {one.backup.uuid for one in found} == set(uuids)
+        assert {one.backup.label.name for one in found} == {UNREADABLE_NAME}
+        assert [disk.capacity for disk in found[0].backup.label.disks] == [MIB]
+        rig.engine.import_backups(rig.cluster_uuid, [(uuids[0], rig.point_uuid)])
+        rig.engine.delete_backup(ANYWHERE, uuids[0])
+
+
+def test_attaching_twice_or_rubbish_is_refused(tmp_path: Path) -> None:
+    with EngineRig(tmp_path / "a") as rig:
+        attach(rig, tmp_path / "shared")
+        (tmp_path / "link").symlink_to(tmp_path / "shared")
+        (tmp_path / "full").mkdir()
+        (tmp_path / "full" / "file").write_bytes(b"x")
+        inside = tmp_path / "shared" / "domains"
+
+        def refused(name: str, kind: str, path: str) -> str:
+            try:
+                rig.engine.create_point(name, kind, path)
+            except (EngineError, StorageError) as error:
+                assert len(rig.engine.points()) == 2
+                return error.code
+            return "not at all"
+
+        assert refused("other", "local", str(tmp_path / "shared")) == "point_in_use"
+        assert refused("other", "local", str(tmp_path / "link")) == "point_in_use"
+        assert refused("other", "local", str(inside)) == "point_in_use"
+        assert refused("other", "local", str(tmp_path)) == "point_in_use"
+        assert refused("shared", "local", str(tmp_path / "new")) == "name_taken"
+        assert refused("other", "local", str(tmp_path / "full")) == PointNotEmpty.code
+        assert refused("other", "local", str(tmp_path / "none")) == PointUnreachable.code
+        assert refused("other", "s3", str(tmp_path / "new")) == "invalid_member"
+        assert refused("other", "local", "relative") == "invalid_member"
+        assert refused("", "local", str(tmp_path / "new")) == "invalid_member"
+        (tmp_path / "new").mkdir()
+        assert refused("other", "nfs", str(tmp_path / "new")) == "invalid_member"
+        assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_copy_of_a_point_is_the_same_point(tmp_path: Path) -> None:
+    with EngineRig(tmp_path / "a") as rig:
+        attach(rig, tmp_path / "shared")
+        (tmp_path / "copy").mkdir()
+        point = (tmp_path / "shared" / "POINT").read_bytes()
+        (tmp_path / "copy" / "POINT").write_bytes(point)
+        with pytest.raises(Conflict) as caught:
+            rig.engine.create_point("copy", "local", str(tmp_path / "copy"))
+        assert caught.value.code == "point_in_use"
+
+
+def test_detach_keeps_and_erase_deletes_our_own_only(tmp_path: Path) -> None:
+    with EngineRig(tmp_path / "a") as one, EngineRig(tmp_path / "b") as two:
+        point = attach(one, tmp_path / "shared")
+        attach(two, tmp_path / "shared")
+        kept = back_up_to(one, point, disk_bytes(MIB, 1), "web")
+        erased = back_up_to(two, point, disk_bytes(MIB, 2), "db")
+        one.engine.delete_point(point, False)
+        assert one.listed() == []
+        with pytest.raises(NotFound):
+            one.engine.point(point)
+        assert attach(one, tmp_path / "shared") == point
+        assert one.listed() == [kept]
+        two.engine.delete_point(point, True)
+        assert two.listed() == []
+        domains = tmp_path / "shared" / "domains"
+        assert files_below(domains / two.cluster_uuid / "packs") == []
+        found = one.engine.remote_backups(one.cluster_uuid, point)
+        assert [found_one.backup.uuid for found_one in found] == [kept]
+        assert erased not in one.listed()
+        assert one.restore(one.engine.backup(ANYWHERE, kept), "copy") == [disk_bytes(MIB, 1)]
+
+
+def test_a_point_that_a_job_works_on_stays(tmp_path: Path) -> None:
+    with EngineRig(tmp_path / "a", ONE_JOB) as rig:
+        vm = rig.make_vm("web", disk_bytes(MIB, 1))
+        free = rig.occupy()
+        _, job = rig.ask_backup(vm)
+        with pytest.raises(Conflict) as caught:
+            rig.engine.delete_point(rig.point_uuid, True)
+        assert caught.value.code == "point_in_use"
+        free()
+        rig.succeed(job)
+
+
+def test_a_missing_point_is_shown_and_hinders_nobody(tmp_path: Path) -> None:
+    with EngineRig(tmp_path / "a") as rig:
+        point = attach(rig, tmp_path / "shared")
+        backup = back_up_to(rig, point, disk_bytes(MIB, 1), "web")
+        (tmp_path / "shared").rename(tmp_path / "away")
+        rig.restart()
+        lost = rig.core.points
+        with pytest.raises(PointUnreachable):
+            lost.opened(point)
+        state = rig.engine.point(point)
+        assert state.state == "unreachable"
+        assert str(tmp_path / "shared") in state.last_error
+        assert rig.listed() == [backup]
+        rig.back_up(rig.make_vm("db", disk_bytes(MIB, 2)))
+        (tmp_path / "away").rename(tmp_path / "shared")
+        rig.core.points.look_again(point, 10.0)
+        assert rig.engine.point(point).state == "online"
+        assert rig.restore(rig.engine.backup(ANYWHERE, backup), "copy") == [disk_bytes(MIB, 1)]
+
+
+def test_two_hosts_of_one_cluster_see_each_others_backups(tmp_path: Path) -> None:
+    config = parse_config(
+        b"""
+        [[clusters]]
+        name = "both"
+        uuid = "AAAAAAAA-0000-4000-8000-000000000000"
+        """,
+        "test",
+    )
+    content = disk_bytes(MIB, 1)
+    with EngineRig(tmp_path / "a", config) as one, EngineRig(tmp_path / "b", config) as two:
+        assert one.cluster_uuid == two.cluster_uuid
+        point = attach(one, tmp_path / "shared")
+        attach(two, tmp_path / "shared")
+        backup = back_up_to(one, point, content, "web")
+        two.core.points.look_again(point, 10.0)
+        assert two.listed() == [backup]
+        assert two.restore(two.engine.backup(ANYWHERE, backup), "copy") == [content]
+        two.engine.delete_backup(ANYWHERE, backup)
+        one.core.points.look_again(point, 10.0)
+        assert one.listed() == []
+
+
+def test_several_managed_clusters_each_have_their_own(tmp_path: Path) -> None:
+    config = parse_config(b'[[clusters]]\nname = "east"\n[[clusters]]\nname = "west"\n', "test")
+    with EngineRig(tmp_path / "a", config) as rig:
+        east, west = (Scope(cluster_uuid=cluster.uuid) for cluster in rig.engine.clusters())
+        vm = rig.engine.vm(rig.engine.create_vm(west, "web", "", "", []))
+        assert [row.name for row in rig.engine.vms(west)] == [vm.name]
+        backup = rig.back_up(rig.make_vm("db", disk_bytes(MIB, 1)))
+        assert [row.uuid for row in rig.engine.backups(BackupQuery(scope=east)).rows] == [
+            backup.uuid
+        ]
+        both = rig.engine.backups(BackupQuery())
+        assert [state.total for state in both.ranges] == [1, 0]
+        with pytest.raises(NotFound):
+            rig.engine.backup(west, backup.uuid)
+        # From one of ours to the other: both have it then.
+        rig.engine.import_backups(west.cluster_uuid, [(backup.uuid, rig.point_uuid)])
+        assert [state.total for state in rig.engine.backups(BackupQuery()).ranges] == [1, 1]
+        rig.engine.delete_backup(east, backup.uuid)
+        copy = rig.engine.backup(west, backup.uuid)
+        assert rig.restore(copy, "copy") == [disk_bytes(MIB, 1)]
+
+
+def test_a_configured_installation(tmp_path: Path) -> None:
+    (tmp_path / "pool").mkdir()
+    (tmp_path / "pool" / "mail.raw").write_bytes(disk_bytes(MIB, 1))
+    (tmp_path / "backups").mkdir()
+    config = parse_config(
+        f"""
+        [[pools]]
+        name = "fast"
+        path = "{tmp_path}/pool"
+        usd_types = ["SSD"]
+        [[points]]
+        name = "nas"
+        path = "{tmp_path}/backups"
+        [[vms]]
+        name = "mail"
+        disks = [{{ target_device = "vda", volume_name = "mail.raw" }}]
+        """.encode(),
+        "test",
+    )
+    with EngineRig(tmp_path / "data", config) as rig:
+        (vm,) = rig.engine.vms(ANYWHERE)
+        assert [(disk.capacity, disk.usd_type) for disk in vm.disks] == [(2 * MIB, "SSD")]
+        assert [state.point.name for state in rig.engine.points()] == ["nas"]
+        assert not (tmp_path / "data" / "point").exists()
+        backup = rig.back_up(vm)
+        rig.restart()
+        assert [row.uuid for row in rig.engine.vms(ANYWHERE)] == [vm.uuid]
+        assert rig.restore(backup, "copy") == [disk_bytes(MIB, 1)]
+
+
+def test_no_configuration_is_the_embedded_default(tmp_path: Path) -> None:
+    with EngineRig(tmp_path / "data", Config()) as rig:
+        engine = rig.engine
+        assert [row.name for row in engine.tenants()] == ["default"]
+        assert [row.name for row in engine.namespaces()] == ["default"]
+        assert [row.name for row in engine.zones()] == ["default"]
+        assert [row.name for row in engine.object_groups()] == ["default"]
+        assert len(engine.clusters()) == 1
+        assert engine.pools()[0].pool.usd_types == ("HDD", "SSD")
+        assert engine.points()[0].state == "online"
+        assert engine.points()[0].capacity > engine.points()[0].free > 0
+
+
+def test_a_point_that_hangs_hinders_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.keeper.HUNG_AFTER_S", 0.0)
+    with EngineRig(tmp_path / "a") as rig:
+        point = attach(rig, tmp_path / "shared")
+        backup = back_up_to(rig, point, disk_bytes(MIB, 1), "web")
+        domain = rig.core.points.domain(point, rig.cluster_uuid)
+        held, free = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            with domain._lock:
+                held.set()
+                free.wait(60.0)
+
+        holder = threading.Thread(target=hold)
+        holder.start()
+        assert held.wait(60.0)
+        # The keeper hangs in its refresh now, as it would on a dead NFS server.
+        rig.core.points.look_again(point, 0.2)
+        assert rig.engine.point(point).state == "unreachable"
+        assert "has not answered" in rig.engine.point(point).last_error
+        with pytest.raises(PointUnreachable):
+            back_up_to(rig, point, disk_bytes(MIB, 2), "refused")
+        with pytest.raises(PointUnreachable):
+            rig.engine.delete_backup(ANYWHERE, backup)
+        assert rig.listed() == [backup]
+        others = [state.point.uuid for state in rig.engine.points() if state.point.uuid != point]
+        assert back_up_to(rig, others[0], disk_bytes(MIB, 3), "db") in rig.listed()
+        free.set()
+        holder.join(60.0)
+        monkeypatch.undo()
+        rig.core.points.look_again(point, 60.0)
+        assert rig.engine.point(point).state == "online"

@@ -1,0 +1,205 @@
+"""The engine stopped and killed at bad moments: nothing is left in the middle of anything."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from engine.errors import AlreadyRunning, Conflict
+from engine.model import BACKUP_DONE, BACKUP_FAILED, Job, Vm
+from engine.service import Engine
+from engine.state import State
+from storage.check import check_point
+from tests.engine_rig import ANYWHERE, ONE_JOB, PATIENCE_S, EngineRig, disk_bytes, files_below
+
+MIB = 1 << 20
+
+# argv: the data directory. A restore and a backup are under way, another one waits; then it dies.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from engine.config import Config, Limits
+from tests.engine_rig import EngineRig
+
+rig = EngineRig(Path(sys.argv[1]), Config(limits=Limits(max_jobs=2)))
+vms = {vm.name: vm for vm in rig.engine.vms(__import__("engine.views").views.Scope())}
+backup = rig.engine.backup(__import__("engine.views").views.Scope(), rig.listed()[0])
+jobs = [rig.ask_restore(backup, "copy")[1], rig.ask_backup(vms["web"])[1]]
+rig.ask_backup(vms["db"])
+while True:
+    rows = [rig.engine.job(job) for job in jobs]
+    assert not any(row.finished_at for row in rows), rows
+    if all(row.progress.bytes_scanned + row.progress.bytes_restored for row in rows):
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_stop_ends_jobs_and_a_start_shows_how(tmp_path: Path) -> None:
+    with EngineRig(tmp_path / "data", ONE_JOB) as rig:
+        vm = rig.make_vm("web", disk_bytes(MIB, 1))
+        kept = rig.back_up(vm)
+        rig.occupy()
+        backup, job = rig.ask_backup(vm)
+        copy, restore = rig.ask_restore(kept, "copy")
+        began_s = time.monotonic()
+        rig.restart()
+        assert time.monotonic() - began_s < PATIENCE_S
+        for uuid in (job, restore):
+            row = rig.engine.job(uuid)
+            assert (row.state, row.error) == ("failed", "interrupted: the service was stopped")
+        assert rig.engine.backup(ANYWHERE, backup).status == BACKUP_FAILED
+        assert rig.engine.vm(vm.uuid).action == ""
+        assert rig.engine.vm(copy).state == "restore_failed"
+        assert rig.restore(kept, "second") == [disk_bytes(MIB, 1)]
+
+
+def test_a_stopped_engine_takes_no_jobs(tmp_path: Path) -> None:
+    rig = EngineRig(tmp_path / "data")
+    vm = rig.make_vm("web", disk_bytes(MIB, 1))
+    rig.core.jobs.stop(1.0)
+    with pytest.raises(Conflict) as caught:
+        rig.ask_backup(vm)
+    assert caught.value.code == "shutting_down"
+    assert rig.engine.vm(vm.uuid).action == ""
+    assert rig.listed() == []
+    rig.engine.stop()
+    rig.engine.stop()
+
+
+def test_uuids_catalogue_and_jobs_outlive_a_restart(tmp_path: Path) -> None:
+    with EngineRig(tmp_path / "data") as rig:
+        vm = rig.make_vm("web", disk_bytes(MIB, 1))
+        backup, job = rig.ask_backup(vm)
+        rig.succeed(job)
+        rig.engine.log_operation("me", "compute/backup/create", backup, "b", "GCD", 0, "")
+        before = (
+            rig.engine.clusters(),
+            rig.engine.namespaces(),
+            rig.pool_uuid,
+            rig.point_uuid,
+            rig.engine.vm(vm.uuid),
+            rig.engine.backup(ANYWHERE, backup),
+            rig.engine.job(job),
+            rig.engine.operations(1, 10),
+        )
+        rig.restart()
+        after = (
+            rig.engine.clusters(),
+            rig.engine.namespaces(),
+            rig.pool_uuid,
+            rig.point_uuid,
+            rig.engine.vm(vm.uuid),
+            rig.engine.backup(ANYWHERE, backup),
+            rig.engine.job(job),
+            rig.engine.operations(1, 10),
+        )
+        assert after == before
+        assert not rig.back_up(vm).label.full
+
+
+def test_a_second_engine_on_the_same_data_is_refused(tmp_path: Path) -> None:
+    with EngineRig(tmp_path / "data") as rig:
+        with pytest.raises(AlreadyRunning):
+            Engine.start(str(tmp_path / "data"), rig.config)
+        assert len(rig.engine.points()) == 1
+
+
+def test_killed_amid_a_backup_and_a_restore(tmp_path: Path) -> None:
+    content = disk_bytes(150 * MIB, 1)
+    with EngineRig(tmp_path / "data") as rig:
+        web = rig.make_vm("web", content)
+        rig.make_vm("db", disk_bytes(MIB, 2))
+        kept = rig.back_up(web)
+        # Else the next one would find everything on the point and be over too soon.
+        rig.volume(web.disks[0]).write_bytes(disk_bytes(150 * MIB, 3))
+        pool_path = rig.pool_path
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path / "data")],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL
+    with EngineRig(tmp_path / "data") as rig:
+        jobs = [job for job in rig.engine.jobs() if job.state != "succeeded"]
+        assert [(job.state, job.error) for job in jobs] == [
+            ("failed", "interrupted by a restart")
+        ] * 3
+        vms = {vm.name: vm for vm in rig.engine.vms(ANYWHERE)}
+        assert [vm.action for vm in vms.values()] == ["", "", ""]
+        assert vms["copy"].state == "restore_failed"
+        assert vms["copy"].disks == ()
+        assert files_below(pool_path) == [
+            str(pool_path / "db-0.raw"),
+            str(pool_path / "web-0.raw"),
+        ]
+        rows = [rig.engine.backup(ANYWHERE, uuid) for uuid in rig.listed()]
+        broken = [row for row in rows if row.uuid != kept.uuid]
+        assert [row.status for row in broken] == [BACKUP_FAILED] * 2
+        assert rig.restore(kept, "again") == [content]
+        assert rig.back_up(vms["web"]).parent == kept.uuid
+        point_path = rig.engine.points()[0].point.path
+    report = check_point(point_path, deep=True)
+    assert report.findings == []
+
+
+def test_a_commit_that_we_did_not_live_to_note_counts(tmp_path: Path) -> None:
+    with EngineRig(tmp_path / "data") as rig:
+        vm = rig.make_vm("web", disk_bytes(MIB, 1))
+        backup = rig.back_up(vm)
+        # The state of somebody who was killed between the commit and the note of it.
+        rig.core.catalogue.put(replace(backup, status=1))
+        rig.core.inventory.begin_action(vm.uuid, "backing_up")
+        rig.restart()
+        rig.core.points.opened(rig.point_uuid)
+        assert rig.engine.backup(ANYWHERE, backup.uuid) == backup
+        assert backup.status == BACKUP_DONE
+        assert rig.engine.vm(vm.uuid).action == ""
+
+
+def test_a_restored_vm_that_we_did_not_live_to_note_is_undone(tmp_path: Path) -> None:
+    with EngineRig(tmp_path / "data", ONE_JOB) as rig:
+        vm = rig.make_vm("web", disk_bytes(MIB, 1))
+        backup = rig.back_up(vm)
+        rig.occupy()
+        copy, _ = rig.ask_restore(backup, "copy", volumes=["copy.raw"])
+        volume = rig.volume(rig.engine.vm(copy).disks[0])
+        volume.write_bytes(disk_bytes(MIB, 1))
+        # As after a kill: nobody settled anything.
+        state = rig.core.state
+        rows = state.vms.values(), state.jobs.values()
+        rig.engine.stop()
+        rig.engine = _started_with(rig, *rows)
+        assert rig.engine.vm(copy).state == "restore_failed"
+        assert not volume.exists()
+        assert rig.volume(rig.engine.vm(vm.uuid).disks[0]).exists()
+
+
+def _started_with(rig: EngineRig, vms: list[Vm], jobs: list[Job]) -> Engine:
+    """Starts again, from a state with these rows."""
+    state = State(str(rig.data / "state"))
+    state.vms.put_all(vms)
+    state.jobs.put_all(jobs)
+    state.close()
+    return Engine.start(str(rig.data), rig.config)
+
+
+def test_a_lost_state_brings_the_backups_back_as_another_clusters(tmp_path: Path) -> None:
+    content = disk_bytes(MIB, 1)
+    with EngineRig(tmp_path / "data") as rig:
+        backup = rig.back_up(rig.make_vm("web", content))
+    for path in files_below(tmp_path / "data" / "state"):
+        os.unlink(path)
+    with EngineRig(tmp_path / "data") as rig:
+        assert rig.listed() == []
+        found = rig.engine.remote_backups(rig.cluster_uuid, rig.point_uuid)
+        assert [one.backup.uuid for one in found] == [backup.uuid]
+        rig.engine.import_backups(rig.cluster_uuid, [(backup.uuid, rig.point_uuid)])
+        assert rig.restore(rig.engine.backup(ANYWHERE, backup.uuid), "copy") == [content]

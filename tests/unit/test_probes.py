@@ -1,0 +1,73 @@
+"""engine.probes and engine.rooms: what hangs holds one thread, and room is given away once."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from engine.errors import PoolFull, PoolUnreachable
+from engine.model import Pool
+from engine.probes import Probes
+from engine.rooms import Rooms
+from engine.volumes import pool_room
+
+
+def test_answers_and_errors_come_through() -> None:
+    probes = Probes()
+    assert probes.ask("a", lambda: 42, 10.0) == 42
+    with pytest.raises(OSError, match="gone"):
+        probes.ask("a", lambda: _raise(OSError("gone")), 10.0)
+    with pytest.raises(TimeoutError, match="its own"):
+        probes.ask("a", lambda: _raise(TimeoutError("its own")), 10.0)
+
+
+def _raise(error: Exception) -> int:
+    raise error
+
+
+def test_a_question_that_hangs_is_asked_once() -> None:
+    probes, free, asked = Probes(), threading.Event(), list[int]()
+
+    def hang() -> str:
+        asked.append(1)
+        free.wait(20.0)
+        return "late"
+
+    for _ in range(5):
+        with pytest.raises(TimeoutError, match="no answer"):
+            probes.ask("nfs", hang, 0.01)
+    assert probes.ask("another", lambda: "well", 10.0) == "well"
+    assert len(asked) == 1
+    free.set()
+    # Whoever waits for it now gets the answer, and the next one asks anew.
+    assert probes.ask("nfs", hang, 20.0) == "late"
+    assert probes.ask("nfs", lambda: "fresh", 20.0) in ("late", "fresh")
+
+
+def pool(path: Path, name: str = "p") -> Pool:
+    path.mkdir(exist_ok=True)
+    return Pool(uuid=name, name=name, path=str(path))
+
+
+def test_claims_add_up_over_pools_of_one_file_system(tmp_path: Path) -> None:
+    rooms, one, two = Rooms(), pool(tmp_path / "1", "1"), pool(tmp_path / "2", "2")
+    _, free = pool_room(one)
+    most = free * 2 // 3
+    with pytest.raises(PoolFull):
+        rooms.claim("a", {one: most, two: most})
+    rooms.claim("a", {one: most})
+    with pytest.raises(PoolFull):
+        rooms.claim("b", {two: most})
+    rooms.release("a")
+    rooms.release("a")
+    rooms.claim("b", {two: most}, lambda: 0.1)
+    # Nine tenths of b are written, and so no longer reserved on top of what is in use.
+    rooms.claim("c", {one: most})
+
+
+def test_a_pool_that_is_gone(tmp_path: Path) -> None:
+    gone = Pool(uuid="p", name="p", path=str(tmp_path / "none"))
+    with pytest.raises(PoolUnreachable):
+        Rooms().claim("a", {gone: 1})
