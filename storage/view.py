@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -101,6 +102,10 @@ class View:
         self.identity = identity
         self._stamp = _LAYOUT + b" " + identity
         self._replaced: list[lmdb.Environment] = []
+        self._gate = threading.Condition()
+        self._reading = threading.local()
+        self._readers = 0
+        self._growing = False
         os.makedirs(path, mode=0o700, exist_ok=True)
         with translated(f"view {path}"):
             self._current = _open(path)
@@ -136,9 +141,27 @@ class View:
     @contextlib.contextmanager
     def read(self) -> Iterator[_LmdbTables]:
         """The state after the last commit. Keep it short; never across a wait."""
-        current = self._current
-        with translated(f"view {self.path}"), current.env.begin() as txn:
-            yield _LmdbTables(txn, current.databases)
+        with self._entered():
+            current = self._current
+            with translated(f"view {self.path}"), current.env.begin() as txn:
+                yield _LmdbTables(txn, current.databases)
+
+    @contextlib.contextmanager
+    def _entered(self) -> Iterator[None]:
+        """Growing the map would end the transactions that are under way: so it waits for them,
+        and new ones wait for it, but for a thread that is in one already."""
+        depth: int = getattr(self._reading, "depth", 0)
+        with self._gate:
+            self._gate.wait_for(lambda: depth or not self._growing)
+            self._readers += 1
+        self._reading.depth = depth + 1
+        try:
+            yield
+        finally:
+            self._reading.depth = depth
+            with self._gate:
+                self._readers -= 1
+                self._gate.notify_all()
 
     def update(self, change: Callable[[_LmdbTables], ResultT]) -> ResultT:
         """Runs `change` in a write transaction, durable on return; none of it when it raises.
@@ -153,10 +176,17 @@ class View:
                 self.grow()
 
     def grow(self) -> None:
-        """Doubles the map. No transaction may be open in this thread."""
-        with translated(f"view {self.path}"):
-            env = self._current.env
-            env.set_mapsize(2 * env.info()["map_size"])
+        """Doubles the map, when nobody is reading. Not from within a transaction."""
+        with self._gate:
+            self._growing = True
+            try:
+                self._gate.wait_for(lambda: not self._readers)
+                env = self._current.env
+                with translated(f"view {self.path}"):
+                    env.set_mapsize(2 * env.info()["map_size"])
+            finally:
+                self._growing = False
+                self._gate.notify_all()
 
     def copy_to(self, path: str) -> str:
         """A compact copy of the last committed state in directory `path`; returns the file.

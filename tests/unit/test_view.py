@@ -1,0 +1,116 @@
+"""The LMDB view: transactions, growth under readers, replacement, and whose it is."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from storage import view as view_module
+from storage.errors import Damaged, StorageError
+from storage.tables import Tables
+from storage.view import View, destroy
+
+
+@pytest.fixture
+def view(tmp_path: Path) -> View:
+    return View(str(tmp_path / "view"), b"mine")
+
+
+def put(key: bytes, value: bytes, state: Tables) -> None:
+    state.table("chunks").put(key, value)
+
+
+def value_of(view: View, key: bytes) -> bytes | None:
+    with view.read() as state:
+        return state.table("chunks").get(key)
+
+
+def test_a_change_that_raises_leaves_no_trace(view: View) -> None:
+    def change(state: Tables) -> None:
+        put(b"k", b"v", state)
+        raise ValueError("on purpose")
+
+    with pytest.raises(ValueError, match="on purpose"):
+        view.update(change)
+    assert value_of(view, b"k") is None
+
+
+def test_a_change_lasts(view: View, tmp_path: Path) -> None:
+    view.update(lambda state: put(b"k", b"v", state))
+    assert view.update(lambda state: state.table("chunks").get(b"k")) == b"v"
+    view.close()
+    assert value_of(View(str(tmp_path / "view"), b"mine"), b"k") == b"v"
+
+
+def test_anothers_view_is_refused(view: View, tmp_path: Path) -> None:
+    view.close()
+    with pytest.raises(Damaged, match="another domain"):
+        View(str(tmp_path / "view"), b"yours")
+
+
+def test_garbage_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "view").mkdir()
+    (tmp_path / "view" / "data.mdb").write_bytes(b"no database" * 1000)
+    with pytest.raises(Damaged):
+        View(str(tmp_path / "view"), b"mine")
+
+
+def test_a_scan_keeps_to_its_prefix(view: View) -> None:
+    for key in (b"a1", b"b1", b"b2", b"c1"):
+        view.update(lambda state, key=key: put(key, key, state))  # type: ignore[misc]
+    with view.read() as state:
+        assert [key for key, _ in state.table("chunks").scan(b"b")] == [b"b1", b"b2"]
+        assert list(state.table("chunks").keys_from(b"b2", b"b")) == [b"b2"]
+        assert list(state.table("chunks").scan(b"d")) == []
+
+
+def test_the_map_grows_while_others_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(view_module, "FIRST_MAP_BYTES", 256 << 10)
+    view = View(str(tmp_path / "small"), b"mine")
+    view.update(lambda state: put(b"first", b"1", state))
+    done = threading.Event()
+    errors: list[BaseException] = []
+
+    def read() -> None:
+        try:
+            while not done.wait(0.001):
+                with view.read() as outer:
+                    assert value_of(view, b"first") == b"1"
+                    assert outer.table("chunks").get(b"first") == b"1"
+        except (AssertionError, StorageError) as error:
+            errors.append(error)
+
+    readers = [threading.Thread(target=read) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    for number in range(64):
+        key = number.to_bytes(2, "big")
+        view.update(lambda state, key=key: put(key, bytes(64 << 10), state))  # type: ignore[misc]
+    done.set()
+    for reader in readers:
+        reader.join(30)
+    assert errors == []
+    assert value_of(view, b"\x00\x3f") == bytes(64 << 10)
+
+
+def test_a_replaced_view_goes_on_with_the_new_one(view: View, tmp_path: Path) -> None:
+    view.update(lambda state: put(b"k", b"old", state))
+    other = View(str(tmp_path / "other"), b"mine")
+    other.update(lambda state: put(b"k", b"new", state))
+    other.close()
+    with view.read() as before:
+        view.replace(str(tmp_path / "other"))
+        assert before.table("chunks").get(b"k") == b"old"
+    assert value_of(view, b"k") == b"new"
+    view.update(lambda state: put(b"k", b"newer", state))
+    view.close()
+    assert value_of(View(str(tmp_path / "view"), b"mine"), b"k") == b"newer"
+
+
+def test_a_destroyed_view_is_gone(view: View, tmp_path: Path) -> None:
+    view.close()
+    destroy(str(tmp_path / "view"))
+    destroy(str(tmp_path / "view"))
+    assert not (tmp_path / "view").exists()
