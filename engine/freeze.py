@@ -2,7 +2,7 @@
 
 The operator names a command; we run `COMMAND freeze VM_UUID` and `COMMAND thaw VM_UUID`, without a
 shell. Between the two stands a watchdog, a child process that holds the other end of a pipe: when
-the pipe closes without the word `done` (we were killed), or when `hold_s` has passed (a clone takes
+the pipe closes without a word (we were killed), or when `hold_s` has passed (a clone takes
 too long), it runs the thaw by itself. It ignores the signals that a service manager sends to all of
 a service. So no failure of ours leaves a VM frozen, and none keeps it so for long.
 
@@ -26,15 +26,23 @@ _THAW_ATTEMPTS = 3
 _FROZE_TOO_LONG = 3
 
 # Small on purpose: it is started for each backup. argv: hold_s timeout_s attempts command...
+# It is told f when the VM is frozen, d when it is thawed again.
 _WATCHDOG = f"""
 import select, signal, subprocess, sys, os
 for name in ("SIGTERM", "SIGINT", "SIGHUP"):
     signal.signal(getattr(signal, name), signal.SIG_IGN)
 os.write(1, b"r")
 hold, limit, attempts = float(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
-late = not select.select([0], [], [], hold)[0]
-if not late and os.read(0, 4) == b"done":
-    sys.exit(0)
+late = True
+for patience in (limit + 1, hold):
+    if not select.select([0], [], [], patience)[0]:
+        break
+    word = os.read(0, 1)
+    if word == b"d":
+        sys.exit(0)
+    if word != b"f":
+        late = False
+        break
 for _ in range(attempts):
     try:
         no = subprocess.DEVNULL
@@ -80,6 +88,8 @@ def frozen(hook: FreezeHook) -> Iterator[Freeze]:
         return
     try:
         freeze.held = _run(hook, "freeze")
+        if freeze.held:
+            _tell(watchdog, b"f")
         if not freeze.held:
             freeze.notes.append("freeze failed: the snapshot is crash-consistent")
         yield freeze
@@ -130,7 +140,11 @@ def _start_watchdog(hook: FreezeHook, freeze: Freeze) -> subprocess.Popen[bytes]
     argv = [sys.executable, "-ISc", _WATCHDOG, *limits, *hook.command, "thaw", hook.vm_uuid]
     try:
         watchdog = subprocess.Popen(
-            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+            argv,
+            bufsize=0,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
         )
     except OSError as error:
         log.error("freeze_watchdog_failed", extra={"vm": hook.vm_uuid, "why": str(error)})
@@ -145,13 +159,18 @@ def _start_watchdog(hook: FreezeHook, freeze: Freeze) -> subprocess.Popen[bytes]
     return None
 
 
+def _tell(watchdog: subprocess.Popen[bytes], word: bytes) -> None:
+    assert watchdog.stdin is not None
+    with contextlib.suppress(BrokenPipeError):  # it gave up waiting, which its exit status says
+        watchdog.stdin.write(word)
+
+
 def _dismiss(watchdog: subprocess.Popen[bytes], thawed: bool, hook: FreezeHook) -> int | None:
     """Ends the watchdog; unless `thawed`, it tries once more first. Returns its exit status."""
     assert watchdog.stdin is not None
-    with contextlib.suppress(BrokenPipeError):
-        if thawed:
-            watchdog.stdin.write(b"done")
-        watchdog.stdin.close()
+    if thawed:
+        _tell(watchdog, b"d")
+    watchdog.stdin.close()
     try:
         return watchdog.wait(hook.timeout_s * _THAW_ATTEMPTS + 5)
     except subprocess.TimeoutExpired:

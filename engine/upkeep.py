@@ -37,10 +37,10 @@ def start_maintenance(core: Core, kind: Maintenance, point_uuid: str, deep: bool
 
 
 def _verify(core: Core, point_uuid: str, deep: bool, ctx: JobContext) -> tuple[str, ...]:
-    """Fails when anything was found; the findings are the job's result."""
+    """Fails when data is lost or in doubt; the findings are the job's result."""
     report = run_verify(core.points.opened(point_uuid).point.path, deep, ctx)
     ctx.lines = report_lines(report)
-    if report.findings:
+    if not report.clean:
         raise Damaged(ctx.lines[0])
     return ctx.lines
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 from collections.abc import Iterator
 from typing import ClassVar
 
@@ -120,16 +121,24 @@ def from_os_error(error: OSError, what: str) -> StorageError:
     return PointUnreachable(detail)
 
 
+def _from_lmdb_error(error: lmdb.Error, what: str) -> StorageError:
+    """py-lmdb gives the system's error as text only, so that is what there is to go by."""
+    text = str(error)
+    if isinstance(error, lmdb.DiskError) or any(os.strerror(n) in text for n in _FULL):
+        return PointFull(f"{what}: {error}")
+    if isinstance(error, lmdb.ReadonlyError) or any(os.strerror(n) in text for n in _READ_ONLY):
+        return PointReadOnly(f"{what}: {error}")
+    return PointUnreachable(f"{what}: {error}")
+
+
 @contextlib.contextmanager
 def translated(what: str) -> Iterator[None]:
     """Turns OSError and lmdb.Error inside the block into a StorageError that names `what`."""
     try:
         yield
-    except lmdb.DiskError as error:
-        raise PointFull(f"{what}: {error}") from error
     except (lmdb.CorruptedError, lmdb.InvalidError, lmdb.VersionMismatchError) as error:
         raise Damaged(f"{what}: {error}") from error
     except lmdb.Error as error:
-        raise PointUnreachable(f"{what}: {error}") from error
+        raise _from_lmdb_error(error, what) from error
     except OSError as error:
         raise from_os_error(error, what) from error

@@ -1,0 +1,132 @@
+"""Real disks for the demo: an ext4 file system with this machine's own files, and changes to it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import random
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+SOURCES = ("/usr/lib", "/usr/bin", "/usr/share", "/usr/local", "/opt", "/var/lib")
+TOOLS = ("mke2fs", "e2fsck", "debugfs")
+WORDS = tuple(f"word{n}" for n in range(5000))
+
+
+def missing_tools() -> list[str]:
+    """The commands of TOOLS that this machine lacks."""
+    return [tool for tool in TOOLS if shutil.which(tool, path=_with_sbin()["PATH"]) is None]
+
+
+def stage_files(into: Path, size_bytes: int) -> int:
+    """Fills the new directory with hard links to, or copies of, real files; returns their size.
+
+    What the machine can't supply is made up, as text.
+    """
+    into.mkdir()
+    staged = 0
+    for source in _files():
+        if staged >= size_bytes:
+            return staged
+        target = into / source.relative_to("/")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if _link_or_copy(source, target):
+            staged += source.stat().st_size
+    chance = random.Random(1)
+    while staged < size_bytes:
+        text = " ".join(chance.choices(WORDS, k=1_000_000)).encode()
+        (into / f"made-up-{staged}.txt").write_bytes(text)
+        staged += len(text)
+    return staged
+
+
+def make_ext4(image: Path, size_bytes: int, content: Path) -> None:
+    """A new sparse image with an ext4 file system that holds the directory's files."""
+    with image.open("xb") as file:
+        file.truncate(size_bytes)
+    subprocess.run(
+        ["mke2fs", "-q", "-F", "-t", "ext4", "-d", content, image], check=True, env=_with_sbin()
+    )
+
+
+def change_inside(image: Path, scratch: Path) -> str:
+    """Edits, deletes and adds files in the image's file system; says how, and how much."""
+    new = scratch / "new.bin"
+    new.write_bytes(random.Random(2).randbytes(24 << 20))
+    try:
+        with _mounted(image, scratch / "mnt") as root:
+            return "loop mount: " + _edit(root, new)
+    except (subprocess.CalledProcessError, OSError):
+        return "debugfs: " + _edit_with_debugfs(image, new)
+
+
+def check_ext4(image: Path) -> None:
+    """Raises CalledProcessError unless e2fsck finds nothing to mend."""
+    subprocess.run(["e2fsck", "-fn", image], check=True, capture_output=True, env=_with_sbin())
+
+
+def sha256(path: Path) -> str:
+    """The hex digest of a volume."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _files() -> Iterator[Path]:
+    for top in SOURCES:
+        for folder, folders, names in os.walk(top):
+            folders.sort()
+            for name in sorted(names):
+                path = Path(folder, name)
+                if path.is_file() and not path.is_symlink():
+                    yield path
+
+
+def _link_or_copy(source: Path, target: Path) -> bool:
+    try:
+        os.link(source, target)
+    except OSError:
+        try:
+            shutil.copyfile(source, target)
+        except OSError:
+            return False
+    return True
+
+
+def _edit(root: Path, new: Path) -> str:
+    files = sorted(path for path in (root / "usr").rglob("*") if path.is_file())[::400][:20]
+    for path in files[:10]:
+        path.unlink()
+    for path in files[10:]:
+        with path.open("ab") as file:
+            file.write(b"changed by the demo\n" * 1000)
+    shutil.copy(new, root / "new.bin")
+    return f"deleted {len(files[:10])} files, appended to {len(files[10:])}, added 24 MiB"
+
+
+def _edit_with_debugfs(image: Path, new: Path) -> str:
+    commands = f"write {new} new.bin\nmkdir made-by-the-demo\n"
+    subprocess.run(
+        ["debugfs", "-w", "-f", "-", image],
+        input=commands.encode(),
+        check=True,
+        capture_output=True,
+        env=_with_sbin(),
+    )
+    return "added 24 MiB"
+
+
+@contextlib.contextmanager
+def _mounted(image: Path, at: Path) -> Iterator[Path]:
+    at.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-o", "loop", image, at], check=True, capture_output=True)
+    try:
+        yield at
+    finally:
+        subprocess.run(["umount", at], check=True)
+
+
+def _with_sbin() -> dict[str, str]:
+    return {**os.environ, "PATH": os.environ.get("PATH", "") + ":/usr/sbin:/sbin"}

@@ -1,0 +1,133 @@
+"""What every implementation of storage.tables.Tables promises, and that they agree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from storage.tables import TABLE_NAMES, MemoryTables, Table
+from storage.view import View
+
+Change = Callable[[Table], None]
+KEYS = st.binary(min_size=1, max_size=6)
+
+
+class MemoryRig:
+    """Runs changes and questions on dictionaries."""
+
+    def __init__(self, _directory: Path) -> None:
+        self._tables = MemoryTables()
+
+    def change(self, change: Change) -> None:
+        change(self._tables.table("chunks"))
+
+    ask = change
+
+
+class LmdbRig:
+    """Runs changes, committed one by one, and questions on LMDB."""
+
+    def __init__(self, directory: Path) -> None:
+        self._view = View(str(directory / "view"), b"contract")
+
+    def change(self, change: Change) -> None:
+        self._view.update(lambda tables: change(tables.table("chunks")))
+
+    def ask(self, question: Change) -> None:
+        with self._view.read() as tables:
+            question(tables.table("chunks"))
+
+
+Rig = MemoryRig | LmdbRig
+
+
+@pytest.fixture(params=[MemoryRig, LmdbRig])
+def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Rig:
+    made: Rig = request.param(tmp_path)
+    return made
+
+
+def fill(rig: Rig, *keys: bytes) -> None:
+    for key in keys:
+        rig.change(lambda table, key=key: table.put(key, b"v" + key))  # type: ignore[misc]
+
+
+class TestTable:
+    """One class for every implementation."""
+
+    def test_what_was_put_is_got(self, rig: Rig) -> None:
+        fill(rig, b"k")
+        rig.change(lambda table: table.put(b"k", b"newer"))
+
+        def ask(table: Table) -> None:
+            assert table.get(b"k") == b"newer"
+            assert table.get(b"absent") is None
+
+        rig.ask(ask)
+
+    def test_deleting_what_is_absent_is_no_error(self, rig: Rig) -> None:
+        fill(rig, b"k")
+        rig.change(lambda table: table.delete(b"absent"))
+        rig.change(lambda table: table.delete(b"k"))
+
+        def ask(table: Table) -> None:
+            assert table.get(b"k") is None
+
+        rig.ask(ask)
+
+    def test_get_many_gives_those_that_are_there(self, rig: Rig) -> None:
+        fill(rig, b"a", b"b")
+
+        def ask(table: Table) -> None:
+            assert table.get_many([b"b", b"x", b"a"]) == {b"a": b"va", b"b": b"vb"}
+            assert table.get_many([]) == {}
+
+        rig.ask(ask)
+
+    def test_a_scan_is_ascending_and_keeps_to_its_prefix(self, rig: Rig) -> None:
+        fill(rig, b"b\xff", b"a", b"b", b"c", b"b\x00")
+
+        def ask(table: Table) -> None:
+            assert [key for key, _ in table.scan(b"b")] == [b"b", b"b\x00", b"b\xff"]
+            assert [key for key, _ in table.scan()] == [b"a", b"b", b"b\x00", b"b\xff", b"c"]
+            assert list(table.scan(b"x")) == []
+
+        rig.ask(ask)
+
+    def test_keys_from_starts_where_it_is_told(self, rig: Rig) -> None:
+        fill(rig, b"a1", b"b1", b"b3", b"c1")
+
+        def ask(table: Table) -> None:
+            assert list(table.keys_from(b"b2", b"b")) == [b"b3"]
+            assert list(table.keys_from(b"b1", b"")) == [b"b1", b"b3", b"c1"]
+            assert list(table.keys_from(b"b4", b"b")) == []
+
+        rig.ask(ask)
+
+
+@given(st.lists(st.tuples(KEYS, st.one_of(st.none(), st.binary(max_size=3))), max_size=30))
+@settings(max_examples=60, deadline=None)
+def test_both_come_to_the_same_state(
+    tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[bytes, bytes | None]]
+) -> None:
+    directory = tmp_path_factory.mktemp("tables")
+    memory, view = MemoryTables(), View(str(directory / "view"), b"contract")
+
+    def apply(table: Table) -> None:
+        for key, value in changes:
+            if value is None:
+                table.delete(key)
+            else:
+                table.put(key, value)
+
+    apply(memory.table("chunks"))
+    view.update(lambda tables: apply(tables.table("chunks")))
+    with view.read() as tables:
+        for name in TABLE_NAMES:
+            if name != "meta":
+                assert list(tables.table(name).scan()) == list(memory.table(name).scan())
+    view.close()

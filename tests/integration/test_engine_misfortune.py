@@ -1,0 +1,177 @@
+"""Bad luck in the middle of a job: it fails by name, loses nothing, and the next one succeeds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from engine.config import (
+    Config,
+    Limits,
+    NamespaceConfig,
+    PointConfig,
+    PoolConfig,
+    TenantConfig,
+)
+from engine.jobs import JobContext
+from engine.model import BACKUP_FAILED, Backup, Vm
+from engine.views import NewDisk, RestoreTarget, Scope
+from storage.check import check_point
+from tests.conftest import LoopFs
+from tests.engine_rig import ANYWHERE, EngineRig, disk_bytes, files_below
+from tests.rig import random_bytes, write_at
+from tests.vectors import colliding_chunks
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[EngineRig]:
+    with EngineRig(tmp_path / "data") as made:
+        yield made
+
+
+def failed(rig: EngineRig, vm: Vm, job_uuid: str) -> str:
+    """Asserts that the job failed and let go of the VM; its reason."""
+    job = rig.ended(job_uuid)
+    assert job.state == "failed"
+    assert rig.engine.vm(vm.uuid).action == ""
+    return job.error
+
+
+def clean(path: Path) -> None:
+    report = check_point(str(path), deep=True)
+    assert report.findings == []
+
+
+def on_first_batch(monkeypatch: pytest.MonkeyPatch, mishap: object) -> None:
+    """Calls `mishap()` once, when the running job has stored its first batch."""
+    told: list[bool] = []
+    add = JobContext.add
+
+    def add_then(self: JobContext, **counts: int) -> None:
+        add(self, **counts)
+        if not told:
+            told.append(True)
+            assert callable(mishap)
+            mishap()
+
+    monkeypatch.setattr(JobContext, "add", add_then)
+
+
+def test_a_point_that_vanishes_during_a_backup(
+    rig: EngineRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = disk_bytes(24 * MIB, 1)
+    vm = rig.make_vm("web", content)
+    kept = rig.back_up(vm)
+    point = Path(rig.engine.points()[0].point.path)
+    away = point.with_name("unplugged")
+    write_at(rig.volume(vm.disks[0]), 0, random_bytes(20 * MIB, 2))
+    with monkeypatch.context() as patch:
+        on_first_batch(patch, lambda: point.rename(away))
+        backup, job = rig.ask_backup(vm)
+        assert str(point) in failed(rig, vm, job)
+    assert rig.engine.backup(ANYWHERE, backup).status == BACKUP_FAILED
+    away.rename(point)
+    rig.restart()
+    again = rig.back_up(rig.engine.vm(vm.uuid))
+    assert rig.restore(again, "copy") == [rig.volume(vm.disks[0]).read_bytes()]
+    assert rig.restore(kept, "old") == [content]
+    clean(point)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_a_point_that_fills_during_a_backup(tmp_path: Path, loop_fs: LoopFs, kind: str) -> None:
+    place = loop_fs(kind, 330 * MIB if kind == "xfs" else 96 * MIB)
+    free = os.statvfs(place).f_bavail * os.statvfs(place).f_frsize
+    config = Config(
+        limits=Limits(point_reserve_bytes=0), points=(PointConfig("small", str(place)),)
+    )
+    with EngineRig(tmp_path / "data", config) as rig:
+        small = random_bytes(2 * MIB, 1)
+        vm = rig.make_vm("small", small)
+        kept = rig.back_up(vm)
+        big = rig.make_vm("big", os.urandom(free + 8 * MIB))
+        _, job = rig.ask_backup(big)
+        assert "bytes free" in failed(rig, big, job) or "No space left" in rig.ended(job).error
+        assert rig.restore(kept, "copy") == [small]
+        rig.engine.delete_backup(ANYWHERE, kept.uuid)
+        again = rig.back_up(vm)
+        assert rig.restore(again, "another") == [small]
+    clean(place)
+
+
+@pytest.mark.root
+def test_a_pool_that_fills_during_a_restore(
+    tmp_path: Path, loop_fs: LoopFs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = loop_fs("ext4", 96 * MIB)
+    pools = (
+        PoolConfig("big", str(tmp_path)),
+        PoolConfig("small", str(place)),
+    )
+    with EngineRig(tmp_path / "data", Config(pools=pools)) as rig:
+        backup = rig.back_up(_vm_in_big(rig, tmp_path, random_bytes(48 * MIB, 1)))
+        before = files_below(place)
+        hog = place / "somebody-elses"
+
+        def fill() -> None:
+            free = os.statvfs(place).f_bavail * os.statvfs(place).f_frsize
+            with hog.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, free - MIB)
+
+        with monkeypatch.context() as patch:
+            on_first_batch(patch, fill)
+            vm_uuid, job = _restore_into(rig, backup, "small", "copy")
+            assert rig.ended(job).state == "failed"
+        vm = rig.engine.vm(vm_uuid)
+        assert (vm.state, vm.action) == ("restore_failed", "")
+        assert str(place) in vm.last_error
+        hog.unlink()
+        assert files_below(place) == before
+        vm_uuid, job = _restore_into(rig, backup, "small", "copy2")
+        rig.succeed(job)
+        (disk,) = rig.engine.vm(vm_uuid).disks
+        assert rig.volume(disk).read_bytes() == random_bytes(48 * MIB, 1)
+
+
+def _vm_in_big(rig: EngineRig, pool_path: Path, content: bytes) -> Vm:
+    (pool_path / "source.raw").write_bytes(content)
+    (pool,) = [state.pool for state in rig.engine.pools() if state.pool.name == "big"]
+    disks = [NewDisk("sda", pool.uuid, "source.raw")]
+    return rig.engine.vm(rig.engine.create_vm(ANYWHERE, "source", "", "", disks))
+
+
+def _restore_into(rig: EngineRig, backup: Backup, pool: str, name: str) -> tuple[str, str]:
+    (found,) = [state.pool for state in rig.engine.pools() if state.pool.name == pool]
+    target = RestoreTarget("sda", found.uuid, f"{name}.raw", "SSD")
+    group, zone = rig.engine.object_groups()[0].uuid, rig.engine.zones()[0].uuid
+    return rig.engine.restore_backup(ANYWHERE, backup.uuid, name, [target], group, zone)
+
+
+def test_colliding_chunks_of_two_tenants_stay_their_own(tmp_path: Path) -> None:
+    """Equal XXH3-128, different content: nobody gets the other one's data, in whatever order."""
+    one, other = colliding_chunks(MIB)
+    config = Config(
+        tenants=(TenantConfig("mallory"), TenantConfig("alice")),
+        namespaces=(NamespaceConfig("m", "mallory"), NamespaceConfig("a", "alice")),
+    )
+    contents = {"m": one + other + one, "a": other + bytes(MIB) + one}
+    with EngineRig(tmp_path / "data", config) as rig:
+        spaces = {space.name: space for space in rig.engine.namespaces()}
+        backups = {}
+        for name, content in contents.items():
+            (rig.pool_path / f"{name}.raw").write_bytes(content)
+            scope = Scope(tenant=spaces[name].tenant, namespace_uuid=spaces[name].uuid)
+            disks = [NewDisk("sda", rig.pool_uuid, f"{name}.raw")]
+            vm = rig.engine.vm(rig.engine.create_vm(scope, name, "", "", disks))
+            backups[name] = rig.back_up(vm)
+            assert backups[name].label.tenant == spaces[name].tenant
+        assert rig.core.points.domain(rig.point_uuid, rig.cluster_uuid).stats().chunks == 2
+        for name, content in contents.items():
+            assert rig.restore(backups[name], f"{name}-copy") == [content]

@@ -1,0 +1,326 @@
+"""engine.restore: exact, sparse, all or nothing. Against the real storage."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from engine.errors import Cancelled, Conflict, PoolFull
+from engine.jobs import JobContext
+from engine.restore import RestoreDisk, run_restore
+from engine.snapshot import RESTORES, clear_leftovers
+from storage import tables
+from storage.errors import Damaged, NotOnPoint, SessionEnded
+from storage.fs import Buffer, OsFs
+from tests.conftest import LoopFs
+from tests.rig import Made, Rig, allocated_bytes, random_bytes, sparse, write_at
+
+CHUNK = 64 << 10
+MIB = 1 << 20
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    with Rig(tmp_path, chunk_size=CHUNK) as made:
+        yield made
+
+
+def volume(rig: Rig, name: str, content: bytes) -> Path:
+    path = rig.pool / name
+    path.write_bytes(content)
+    return path
+
+
+def names(rig: Rig) -> list[str]:
+    return sorted(os.listdir(rig.pool))
+
+
+def open_sessions(rig: Rig) -> int:
+    with rig.domain.view.read() as state:
+        return len(list(tables.sessions.scan(state)))
+
+
+@pytest.mark.parametrize("size_bytes", [0, 1, CHUNK - 1, CHUNK, 20 * CHUNK + 513])
+@pytest.mark.parametrize("workers", [1, 4])
+def test_same_bytes_and_size(rig: Rig, size_bytes: int, workers: int) -> None:
+    content = random_bytes(size_bytes)
+    made = rig.back_up(volume(rig, "v", content))
+    path = rig.restore(made, workers=workers)
+    assert path.read_bytes() == content
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert names(rig) == [path.name, "v"]
+    assert open_sessions(rig) == 0
+
+
+def test_holes_and_zeros_take_no_room(rig: Rig) -> None:
+    path = sparse(rig.pool / "v", 10 << 40)
+    write_at(path, 5 << 40, random_bytes(CHUNK))
+    write_at(path, 7 << 40, bytes(MIB))
+    made = rig.back_up(path)
+    restored = rig.restore(made)
+    assert restored.stat().st_size == 10 << 40
+    assert allocated_bytes(restored) < 4 * CHUNK
+    with restored.open("rb") as file:
+        file.seek(5 << 40)
+        assert file.read(CHUNK) == random_bytes(CHUNK)
+
+
+def test_progress_ends_at_the_capacity(rig: Rig) -> None:
+    made = rig.back_up(sparse(volume(rig, "v", b""), 3 * MIB), volume(rig, "w", b"x" * MIB))
+    context = JobContext()
+    disks = [RestoreDisk(made.disks[t], str(rig.pool / f"n-{t}")) for t in ("vda", "vdb")]
+    run_restore(rig.domain, disks, context, 2, backup=made.backup)
+    progress = context.progress()
+    assert (progress.bytes_total, progress.bytes_restored) == (4 * MIB, 4 * MIB)
+
+
+@pytest.mark.parametrize("what", ["file", "link"])
+def test_a_volume_is_never_overwritten(rig: Rig, what: str) -> None:
+    made = rig.back_up(volume(rig, "v", b"new"))
+    taken = rig.pool / "taken"
+    if what == "file":
+        taken.write_bytes(b"old")
+    else:
+        taken.symlink_to("nowhere")
+    with pytest.raises(Conflict) as caught:
+        run_restore(
+            rig.domain,
+            [RestoreDisk(made.disks["vda"], str(taken))],
+            JobContext(),
+            2,
+            backup=made.backup,
+        )
+    assert caught.value.code == "name_taken"
+    assert names(rig) == ["taken", "v"]
+    assert taken.is_symlink() or taken.read_bytes() == b"old"
+    assert open_sessions(rig) == 0
+
+
+class TakesName(JobContext):
+    """Somebody makes a volume of that name when the restore is nearly done."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+
+    def add(self, **counts: int) -> None:
+        super().add(**counts)
+        self._path.write_bytes(b"theirs")
+
+
+def test_all_disks_or_none(rig: Rig) -> None:
+    made = rig.back_up(volume(rig, "v", b"1"), volume(rig, "w", b"2"))
+    disks = [RestoreDisk(made.disks[t], str(rig.pool / f"n-{t}")) for t in ("vda", "vdb")]
+    with pytest.raises(Conflict, match="n-vdb"):
+        run_restore(rig.domain, disks, TakesName(rig.pool / "n-vdb"), 2, backup=made.backup)
+    assert names(rig) == ["n-vdb", "v", "w"]
+    assert (rig.pool / "n-vdb").read_bytes() == b"theirs"
+
+
+def test_both_disks_to_one_name(rig: Rig) -> None:
+    made = rig.back_up(volume(rig, "v", b"1"), volume(rig, "w", b"2"))
+    disks = [RestoreDisk(made.disks[t], str(rig.pool / "same")) for t in ("vda", "vdb")]
+    with pytest.raises(Conflict):
+        run_restore(rig.domain, disks, JobContext(), 2, backup=made.backup)
+    assert names(rig) == ["v", "w"]
+
+
+class CancelledLater(JobContext):
+    """Is told to end after its n-th check."""
+
+    def __init__(self, checks: int) -> None:
+        super().__init__()
+        self._left = checks
+
+    def check(self) -> None:
+        self._left -= 1
+        if self._left < 0:
+            self.cancel(Cancelled("cancelled", "enough"))
+        super().check()
+
+
+@pytest.mark.parametrize("checks", [0, 1, 2])
+def test_a_cancelled_restore_leaves_nothing(rig: Rig, checks: int) -> None:
+    made = rig.back_up(volume(rig, "v", random_bytes(20 * MIB)))
+    disks = [RestoreDisk(made.disks["vda"], str(rig.pool / "n"))]
+    with pytest.raises(Cancelled):
+        run_restore(rig.domain, disks, CancelledLater(checks), 2, backup=made.backup)
+    assert names(rig) == ["v"]
+    assert open_sessions(rig) == 0
+
+
+def test_a_flipped_bit_on_the_point_is_named_and_leaves_nothing(rig: Rig) -> None:
+    made = rig.back_up(volume(rig, "v", random_bytes(MIB)))
+    (pack,) = rig.point_path.rglob("packs/*/*")
+    pack.chmod(0o600)
+    content = bytearray(pack.read_bytes())
+    content[300_000] ^= 1
+    pack.write_bytes(content)
+    with pytest.raises(Damaged, match=str(pack)):
+        rig.restore(made)
+    assert names(rig) == ["v"]
+
+
+def test_a_backup_that_is_gone(rig: Rig) -> None:
+    made = rig.back_up(volume(rig, "v", b"x"))
+    rig.domain.forget([made.backup])
+    with pytest.raises(NotOnPoint):
+        rig.restore(made)
+    assert names(rig) == ["v"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_pool_by_errno(rig: Rig, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = rig.back_up(volume(rig, "v", random_bytes(MIB)))
+    whole = OsFs.pwrite
+
+    def pwrite(self: OsFs, fd: int, pieces: Sequence[Buffer], offset: int) -> int:
+        if f"/{RESTORES}/" in os.readlink(f"/proc/self/fd/{fd}"):
+            raise OSError(number, os.strerror(number))
+        return whole(self, fd, pieces, offset)
+
+    monkeypatch.setattr(OsFs, "pwrite", pwrite)
+    with pytest.raises(PoolFull):
+        rig.restore(made)
+    assert names(rig) == ["v"]
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("kind", ["xfs", "ext4"])
+def test_a_full_pool_for_real(loop_fs: LoopFs, tmp_path: Path, kind: str) -> None:
+    small = loop_fs(kind, 320 * MIB if kind == "xfs" else 64 * MIB)
+    before = os.statvfs(small).f_bavail
+    with Rig(tmp_path) as rig:
+        made = rig.back_up(volume(rig, "v", random_bytes(400 * MIB)))
+        disks = [RestoreDisk(made.disks["vda"], str(small / "n"))]
+        with pytest.raises(PoolFull):
+            run_restore(rig.domain, disks, JobContext(), 2, backup=made.backup)
+    assert [name for name in os.listdir(small) if name != "lost+found"] == []
+    os.sync()
+    assert os.statvfs(small).f_bavail * 1.01 >= before
+
+
+def test_a_restore_whose_session_was_aborted_fails_loudly(rig: Rig) -> None:
+    """Without its hold, what it read might have been deleted under it."""
+
+    class Aborts(JobContext):
+        def check(self) -> None:
+            super().check()
+            with rig.domain.view.read() as state:
+                sessions = [session for session, _ in tables.sessions.scan(state)]
+            for session in sessions:
+                rig.domain.abort(session)
+
+    made = rig.back_up(volume(rig, "v", b"x" * MIB))
+    disks = [RestoreDisk(made.disks["vda"], str(rig.pool / "n"))]
+    with pytest.raises(SessionEnded):
+        run_restore(rig.domain, disks, Aborts(), 2, backup=made.backup)
+    assert names(rig) == ["v"]
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from engine.jobs import JobContext
+from engine.restore import RestoreDisk, run_restore
+from tests.rig import Rig
+class Dies(JobContext):
+    def add(self, **counts):
+        os.kill(os.getpid(), signal.SIGKILL)
+with Rig(Path(sys.argv[1])) as rig:
+    (rig.pool / "v").write_bytes(b"x" * 5_000_000)
+    made = rig.back_up(rig.pool / "v")
+    disks = [RestoreDisk(made.disks["vda"], str(rig.pool / "n"))]
+    run_restore(rig.domain, disks, Dies(), 2, backup=made.backup)
+"""
+
+
+def test_what_a_killed_restore_leaves_is_cleared(tmp_path: Path) -> None:
+    killed = subprocess.run([sys.executable, "-c", _KILLED, str(tmp_path)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    pool = tmp_path / "pool"
+    assert sorted(os.listdir(pool)) == [RESTORES, "v"]
+    assert clear_leftovers(str(pool)) == 1
+    assert sorted(os.listdir(pool)) == ["v"]
+
+
+def test_a_running_restore_is_safe_from_clear_leftovers(rig: Rig) -> None:
+    class Clears(JobContext):
+        def add(self, **counts: int) -> None:
+            super().add(**counts)
+            assert clear_leftovers(str(rig.pool)) == 0
+
+    content = random_bytes(MIB)
+    made = rig.back_up(volume(rig, "v", content))
+    disks = [RestoreDisk(made.disks["vda"], str(rig.pool / "n"))]
+    run_restore(rig.domain, disks, Clears(), 2, backup=made.backup)
+    assert (rig.pool / "n").read_bytes() == content
+
+
+def test_many_restores_into_one_pool_at_once(rig: Rig) -> None:
+    made = rig.back_up(volume(rig, "v", b"x" * 1000))
+    failures: list[BaseException] = []
+
+    def loop(name: str) -> None:
+        try:
+            for number in range(10):
+                path = rig.pool / f"{name}-{number}"
+                disks = [RestoreDisk(made.disks["vda"], str(path))]
+                run_restore(rig.domain, disks, JobContext(), 1, backup=made.backup)
+                assert path.read_bytes() == b"x" * 1000
+        except BaseException as error:  # noqa: BLE001
+            failures.append(error)
+
+    threads = [threading.Thread(target=loop, args=(name,)) for name in "abcd"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+def test_the_hidden_directory_may_vanish_at_any_moment(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another restore, just done, removes it when it is empty."""
+    made = rig.back_up(volume(rig, "v", b"x"))
+    whole = os.mkdir
+    vanished: list[str] = []
+
+    def mkdir(path: str, mode: int = 0o777) -> None:
+        whole(path, mode)
+        if path.endswith(RESTORES) and len(vanished) < 3:
+            vanished.append(path)
+            os.rmdir(path)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    assert rig.restore(made).read_bytes() == b"x"
+    assert len(vanished) == 3
+
+
+def test_a_deleted_backup_can_be_restored_while_it_is_held(rig: Rig) -> None:
+    """Forget and gc in the middle of a restore: the reader's hold keeps the data."""
+    content = random_bytes(2 * MIB)
+
+    class Deletes(JobContext):
+        def check(self) -> None:
+            super().check()
+            with contextlib.suppress(NotOnPoint):
+                rig.domain.forget([made.backup])
+                rig.domain.reclaim()
+
+    made: Made = rig.back_up(volume(rig, "v", content))
+    disks = [RestoreDisk(made.disks["vda"], str(rig.pool / "n"))]
+    run_restore(rig.domain, disks, Deletes(), 2, backup=made.backup)
+    assert (rig.pool / "n").read_bytes() == content
+    assert rig.domain.backups() == []
