@@ -1,0 +1,148 @@
+"""The aiohttp application: routes of the Calls, and an envelope around whatever goes wrong.
+
+The event loop only moves bytes. Requests are parsed, checked, done and encoded in worker threads
+(dispatch.answer), "slow" calls in threads of their own, so that a point that hangs holds up no
+other call. A client that goes away changes nothing: its call runs to its end (aiohttp doesn't
+cancel handlers, and a worker can't be cancelled).
+
+Read next: dispatch, workers, routes/system.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
+from urllib.parse import urlsplit
+
+from aiohttp import web
+
+from api import docs, openapi
+from api.calls import AnyCall, Batch
+from api.decode import MAX_BODY_BYTES
+from api.dispatch import Answered, Received, answer, answer_error
+from api.errors import ApiError
+from api.routes import CALLS, system
+from api.service import SERVICE, Service
+from engine.service import Engine
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+SHUTDOWN_TIMEOUT_S = 1.0  # for requests under way; their calls go on in the workers
+WORKERS_TIMEOUT_S = 0.5
+# A query may be long: 4096 characters are up to 48 KiB when they are percent-encoded.
+MAX_LINE_BYTES = 64 << 10
+
+_HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+_CODE_BY_STATUS = {404: "route_not_found", 405: "method_not_allowed", 413: "body_too_large"}
+
+
+class Enveloped(web.Response):
+    """An answer in the envelope; `scode` is for the metrics."""
+
+    def __init__(self, answered: Answered) -> None:
+        super().__init__(
+            body=answered.body,
+            status=answered.status,
+            headers=answered.headers,
+            content_type="application/json",
+        )
+        self.scode = answered.scode
+
+
+def make_runner(engine: Engine) -> web.AppRunner:
+    """The application as `vmkeep serve` runs it. Its `cleanup` takes at most about 2 s."""
+    return web.AppRunner(
+        make_app(engine),
+        access_log=None,
+        handle_signals=False,
+        shutdown_timeout=SHUTDOWN_TIMEOUT_S,
+        max_line_size=MAX_LINE_BYTES,
+        max_field_size=MAX_LINE_BYTES,
+    )
+
+
+def make_app(engine: Engine) -> web.Application:
+    """Serves a started Engine, which is the caller's to stop, after the application."""
+    document = openapi.document(CALLS)
+    app = web.Application(middlewares=[_envelope_errors], client_max_size=MAX_BODY_BYTES)
+    app[SERVICE] = Service(engine, document, docs.page(document))
+    for call in CALLS:
+        app.router.add_route(call.method, call.path, partial(_handle, call))
+    for path, handler in system.HANDLERS.items():
+        app.router.add_route("GET", path, handler)
+    app.cleanup_ctx.append(_run_service)
+    app.on_shutdown.append(_stop_service)
+    return app
+
+
+async def _run_service(app: web.Application) -> AsyncIterator[None]:
+    service = app[SERVICE]
+    service.start()
+    yield
+    service.close(WORKERS_TIMEOUT_S)
+
+
+async def _stop_service(app: web.Application) -> None:
+    """Before the server waits for its handlers: the streams would never end by themselves."""
+    app[SERVICE].stop()
+
+
+async def _handle(call: AnyCall | Batch, request: web.Request) -> web.StreamResponse:
+    service = request.app[SERVICE]
+    received = await _receive(call, request)
+    workers = service.quick if isinstance(received, ApiError) else service.workers(call.pace)
+    work = partial(answer, service.engine, call, received, request.remote or "")
+    return Enveloped(await workers.run(work))
+
+
+async def _receive(call: AnyCall | Batch, request: web.Request) -> Received:
+    if call.method == "GET":
+        return list(request.query.items())
+    try:
+        return await request.read()
+    except web.HTTPRequestEntityTooLarge:
+        return ApiError("body_too_large", f"the body may have {MAX_BODY_BYTES} bytes")
+    except (web.RequestPayloadError, ConnectionError) as error:
+        return ApiError("malformed", f"the body could not be read: {error}")
+
+
+@web.middleware
+async def _envelope_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Counts every request, and answers those that reach no worker."""
+    began_s = time.monotonic()
+    try:
+        _refuse_foreign_origin(request)
+        response = await handler(request)
+    except web.HTTPException as error:
+        response = Enveloped(answer_error(_as_api_error(request, error)))
+        if isinstance(error, web.HTTPMethodNotAllowed):
+            response.headers["Allow"] = ", ".join(sorted(error.allowed_methods))
+    except Exception as error:  # noqa: BLE001 - every error becomes an envelope
+        response = Enveloped(answer_error(error))
+    if not response.prepared:
+        response.headers.update(_HEADERS)
+    scode = response.scode if isinstance(response, Enveloped) else 0
+    seconds = time.monotonic() - began_s
+    request.app[SERVICE].metrics.observe(_route(request), scode, seconds)
+    return response
+
+
+def _as_api_error(request: web.Request, error: web.HTTPException) -> ApiError:
+    code = _CODE_BY_STATUS.get(error.status, "malformed")
+    ours = ApiError(code, f"{request.method} {request.path}"[:200] + f": {error.reason}")
+    return ours.with_traceback(error.__traceback__)
+
+
+def _refuse_foreign_origin(request: web.Request) -> None:
+    """A browser says which page a POST comes from; only our own may change anything here."""
+    origin = request.headers.get("Origin")
+    if origin is None or request.method in ("GET", "HEAD"):
+        return
+    if urlsplit(origin).netloc != request.headers.get("Host"):
+        raise ApiError("foreign_origin", "the request comes from a page of another site")
+
+
+def _route(request: web.Request) -> str:
+    resource = request.match_info.route.resource
+    return "unknown" if resource is None else resource.canonical

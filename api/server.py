@@ -1,0 +1,143 @@
+"""`vmkeep serve`: the composition root. Signals, environment and addresses end here.
+
+Start: configuration, engine (which locks the data directory), listening socket; then it is ready
+(/healthz, and READY=1 to systemd). Stop, on SIGTERM or SIGINT: no new connections, streams and
+requests end, the engine stops, all within EXIT_TIMEOUT_S. What hangs by then (a dead mount) is left
+to die with the process: nothing in memory is needed (docs/design.md I10).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable
+
+from aiohttp import web
+
+from api import VERSION, logs
+from api.app import make_app, make_runner
+from engine.config import Config, load_config
+from engine.service import Engine
+
+__all__ = ["CannotListen", "make_app", "make_runner", "run"]
+
+log = logging.getLogger(__name__)
+
+DEFAULT_LISTEN = "127.0.0.1:8080"
+EXIT_TIMEOUT_S = 9.5
+ENGINE_STOP_TIMEOUT_S = 6.5
+
+_LOOPBACK = ("127.", "::1", "localhost")
+
+
+class CannotListen(Exception):
+    """The address is not one, is taken, or is not this host's."""
+
+
+def run(
+    data: str,
+    listen: str = DEFAULT_LISTEN,
+    config_path: str = "",
+    *,
+    json_logs: bool | None = None,
+    tell: Callable[[str], None] = print,
+) -> int:
+    """Serves the data directory until a signal; 0. From the main thread, once in a process.
+
+    json_logs: None = as the configuration says, text if there is none.
+    json_logs: None = as configured.
+
+    Raises EngineError, StorageError, CannotListen when it can't begin.
+    """
+    config = load_config(config_path) if config_path else Config()
+    as_json = config.log.form == "json" if json_logs is None else json_logs
+    logs.set_up(json_lines=as_json, level=getattr(logging, config.log.level))
+    host, port = parse_listen(listen)
+    engine = Engine.start(data, config)
+    try:
+        asyncio.run(_serve(engine, host, port, tell))
+    finally:
+        engine.stop(ENGINE_STOP_TIMEOUT_S)
+    log.info("stopped")
+    return 0
+
+
+def parse_listen(listen: str) -> tuple[str, int]:
+    """Host and port of `host:port` or `[v6]:port`. Port 0: any free one. CannotListen."""
+    host, colon, port = listen.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not (colon and host and port.isascii() and port.isdigit() and int(port) < 1 << 16):
+        raise CannotListen(f"{listen!r} is not host:port")
+    return host, int(port)
+
+
+def notify(message: str) -> None:
+    """Tells systemd, if it started us and wants to know (sd_notify's protocol)."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address.startswith(("/", "@")):
+        return
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
+            sender.sendto(message.encode(), address)
+    except OSError as error:
+        log.warning("notify_failed", extra={"reason": str(error)})
+
+
+async def _serve(engine: Engine, host: str, port: int, tell: Callable[[str], None]) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, _begin_exit, stop)
+    runner = make_runner(engine)
+    await runner.setup()
+    try:
+        await _listen(runner, host, port)
+        _introduce(engine, host, runner.addresses[0][1], tell)
+        notify("READY=1")
+        await stop.wait()
+        notify("STOPPING=1")
+        log.info("stopping")
+    finally:
+        await runner.cleanup()
+
+
+async def _listen(runner: web.AppRunner, host: str, port: int) -> None:
+    if not host.startswith(_LOOPBACK):
+        log.warning("open_to_network", extra={"host": host, "why": "anyone there may call"})
+    try:
+        await web.TCPSite(runner, host, port).start()
+    except OSError as error:
+        raise CannotListen(f"{host}:{port}: {error.strerror or error}") from error
+
+
+def _begin_exit(stop: asyncio.Event) -> None:
+    stop.set()
+    watch = threading.Timer(EXIT_TIMEOUT_S, os._exit, (0,))
+    watch.daemon = True
+    watch.start()
+
+
+def _introduce(engine: Engine, host: str, port: int, tell: Callable[[str], None]) -> None:
+    """Where it listens, and what there is to work with."""
+    shown = f"[{host}]" if ":" in host else host
+    tell(f"vmkeep {VERSION} listens on http://{shown}:{port}")
+    for cluster in engine.clusters():
+        tell(f"  cluster       {cluster.uuid}  {cluster.name}")
+    for tenant in engine.tenants():
+        tell(f"  tenant        {tenant.uuid}  {tenant.name}")
+    for namespace in engine.namespaces():
+        tell(f"  namespace     {namespace.uuid}  {namespace.name}")
+    for zone in engine.zones():
+        tell(f"  zone          {zone.uuid}  {zone.name}")
+    for group in engine.object_groups():
+        tell(f"  object group  {group.uuid}  {group.name}")
+    for state in engine.pools():
+        tell(f"  pool          {state.pool.uuid}  {state.pool.name}  {state.pool.path}")
+    for point in (state.point for state in engine.points()):
+        tell(f"  backup point  {point.uuid}  {point.name}  {point.path}")
