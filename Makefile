@@ -1,0 +1,69 @@
+# vmkeep: `make demo` shows it at work, `make test` tests it, `make check` is what CI runs.
+# All of it happens in .venv, which is made from the locked requirements when needed.
+
+PYTHON ?= python3
+BIN := .venv/bin
+ARGS ?=
+
+# command:Debian package
+TEST_TOOLS := qemu-img:qemu-utils mkfs.xfs:xfsprogs mkfs.btrfs:btrfs-progs mke2fs:e2fsprogs \
+	strace:strace systemd-analyze:systemd
+
+.PHONY: help demo test test-deps check bench soak lock clean
+
+help:
+	@echo "make demo       a real VM disk: backed up, changed, backed up, restored, imported, compared"
+	@echo "make test       the tests; ARGS='-k name' passes on to pytest"
+	@echo "make check      lint, types, layers and tests, as CI does"
+	@echo "make test-deps  Debian packages that the tests use (as root)"
+	@echo "make bench      how fast;  make soak  five minutes of random verbs and kill -9"
+	@echo "make lock       renews requirements/*.txt from pyproject.toml"
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.%: requirements/%.txt pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --require-hashes -r $<
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: .venv/.runtime
+	$(BIN)/python -m bench.demo $(ARGS)
+
+test: .venv/.test
+	$(BIN)/python -m pytest $(ARGS)
+
+check: .venv/.check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: .venv/.runtime
+	$(BIN)/python -m bench.datapath $(ARGS)
+
+soak: .venv/.runtime
+	$(BIN)/python -m bench.soak $(ARGS)
+
+test-deps:
+	@packages=""; for pair in $(TEST_TOOLS); do \
+		PATH="$$PATH:/usr/sbin:/sbin" command -v "$${pair%%:*}" >/dev/null || packages="$$packages $${pair##*:}"; done; \
+	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || packages="$$packages python3-venv"; \
+	if [ -z "$$packages" ]; then echo "test-deps: nothing is missing"; \
+	elif [ "$$(id -u)" = 0 ]; then apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$packages; \
+	else echo "test-deps: as root, please: apt-get install$$packages" >&2; exit 1; fi
+
+PIP_COMPILE := .cache/lock/bin/pip-compile --quiet --generate-hashes --allow-unsafe --strip-extras \
+	--no-emit-index-url --no-emit-trusted-host --no-emit-find-links --no-emit-options
+LOCK_FROM := pyproject.toml requirements/build.in
+
+lock:
+	$(PYTHON) -m venv .cache/lock && .cache/lock/bin/pip install --quiet pip-tools
+	$(PIP_COMPILE) -o requirements/runtime.txt $(LOCK_FROM)
+	$(PIP_COMPILE) --extra test -c requirements/runtime.txt -o requirements/test.txt $(LOCK_FROM)
+	$(PIP_COMPILE) --extra test --extra check -c requirements/test.txt -o requirements/check.txt $(LOCK_FROM)
+
+clean:
+	rm -rf .venv .cache build demo-data .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

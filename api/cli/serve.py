@@ -1,0 +1,55 @@
+"""`vmkeep serve`: the service itself. What it is made of: api.server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from api.cli.exits import FAILED, USAGE, Failure
+from api.cli.remote import DEFAULT_LISTEN
+from engine.errors import ConfigInvalid, EngineError
+from storage.errors import StorageError
+
+
+@click.command()
+@click.option(
+    "--data",
+    required=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Directory of the service's own: made when it is not there.",
+)
+@click.option("--listen", default=DEFAULT_LISTEN, show_default=True, metavar="HOST:PORT")
+@click.option(
+    "--config",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="TOML; see deploy/vmkeep.toml.",
+)
+@click.option(
+    "--log-format",
+    type=click.Choice(["json", "text"]),
+    help="Default: the configuration's; text without one.",
+)
+def serve(data: Path, listen: str, config: Path | None, log_format: str | None) -> None:
+    """Run the service until SIGTERM or Ctrl-C.
+
+    Without --config it makes all that is needed in the data directory: a pool, a backup point, and
+    what else requests refer to, each named `default`. There is no authentication: listen on
+    loopback, or put a proxy before it.
+
+    \b
+      vmkeep serve --data /var/lib/vmkeep
+    """
+    from api import server  # all of the service, which no other command needs
+
+    json_logs = log_format == "json" if log_format or config is None else None
+    try:
+        server.run(str(data), listen, str(config or ""), json_logs=json_logs, tell=_tell)
+    except ConfigInvalid as error:
+        raise Failure(USAGE, str(error)) from error
+    except (server.CannotListen, EngineError, StorageError) as error:
+        raise Failure(FAILED, str(error)) from error
+
+
+def _tell(line: str) -> None:
+    print(line, flush=True)

@@ -1,0 +1,165 @@
+"""The command line without a server: parsing, units, help, and that no call is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from api.cli import cli, names, params, units
+from api.cli.exits import REFUSED, Failure, of_status
+from api.cli.names import Named
+from api.cli.params import DiskSpec
+from api.client import Client
+from api.routes import CALLS
+
+SOURCES = Path(cli.callback.__code__.co_filename).parent if cli.callback else Path()
+NOWHERE = Client("http://127.0.0.1:1")
+
+
+def leaves(group: click.Group, path: str = "vmkeep") -> Iterator[tuple[str, click.Command]]:
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from leaves(command, f"{path} {name}")
+        else:
+            yield f"{path} {name}", command
+
+
+@pytest.mark.parametrize(("path", "command"), list(leaves(cli)), ids=str)
+def test_every_command_has_help_and_documented_options(path: str, command: click.Command) -> None:
+    assert command.help, path
+    if path not in ("vmkeep serve", "vmkeep point check"):
+        flags = {flag for param in command.params for flag in param.opts}
+        assert {"--server", "--json"} <= flags, path
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.path)
+def test_every_call_of_the_api_has_a_command(call: object) -> None:
+    path = getattr(call, "path").removeprefix("/v1/")  # noqa: B009 - Call or Batch
+    used = "".join(source.read_text() for source in SOURCES.glob("*.py"))
+    assert f'"{path}"' in used
+
+
+@pytest.mark.parametrize(
+    ("text", "spec"),
+    [
+        ("sda=fast:web01", DiskSpec("sda", "fast", "web01")),
+        ("sda=fast:web01:20G", DiskSpec("sda", "fast", "web01", 20 << 30)),
+        ("sda=fast:web01:SSD", DiskSpec("sda", "fast", "web01", 0, "SSD")),
+        ("sda=fast:web01:1.5T:HDD", DiskSpec("sda", "fast", "web01", 3 << 39, "HDD")),
+        ("vdb=p:v:4096:x", DiskSpec("vdb", "p", "v", 4096, "x")),
+    ],
+)
+def test_disks_are_understood(text: str, spec: DiskSpec) -> None:
+    assert params.disk(text) == spec
+
+
+@pytest.mark.parametrize(
+    "text", ["", "sda", "sda=", "sda=fast", "=fast:web", "sda=:web", "sda=fast:"]
+)
+def test_disks_without_their_parts_are_refused(text: str) -> None:
+    with pytest.raises(click.BadParameter):
+        params.disk(text)
+
+
+@pytest.mark.parametrize("text", ["sda=p:v:1G:SSD:more", "sda=p:v:SSD:HDD", "sda=p:v:20X"])
+def test_disks_with_parts_too_many_or_wrong_are_refused(text: str) -> None:
+    with pytest.raises(click.BadParameter):
+        params.disk(text)
+
+
+@given(st.integers(min_value=0, max_value=1 << 62))
+def test_a_size_is_read_back_within_its_three_digits(size_bytes: int) -> None:
+    text = units.size(size_bytes)
+    unit = text.split()[1]
+    if unit != "EiB":
+        assert units.parse_size(text) == pytest.approx(size_bytes, rel=0.0051, abs=0.5)
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.00 KiB"),
+        (1 << 20, "1.00 MiB"),
+        (999.6 * 1024, "0.98 MiB"),
+    ],
+)
+def test_sizes_as_people_read_them(size_bytes: float, text: str) -> None:
+    assert units.size(size_bytes) == text
+
+
+@pytest.mark.parametrize("text", ["", "G", "12Q", "-1G", "1G1"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a size"):
+        units.parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.04, "0.0 s"), (12.4, "12 s"), (65, "1:05"), (7322, "2:02:02")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert units.duration(seconds) == text
+
+
+def test_times() -> None:
+    assert units.parse_time("1763900000") == 1763900000
+    assert units.parse_time(units.time(1763900000)) == 1763900000
+    assert units.time(0) == "-"
+
+
+ROWS = [
+    Named("aaaa1111-0000-4000-8000-000000000001", "web01"),
+    Named("aaaa2222-0000-4000-8000-000000000002", "web02"),
+    Named("bbbb3333-0000-4000-8000-000000000003", "twin"),
+    Named("cccc4444-0000-4000-8000-000000000004", "twin"),
+]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "row"), [("web01", 0), ("aaaa2", 1), ("bbbb", 2), ("CCCC4444-0000", 3)]
+)
+def test_names_and_prefixes_stand_for_uuids(wanted: str, row: int) -> None:
+    assert names.pick(NOWHERE, "VM", wanted, lambda _: ROWS) == ROWS[row].uuid
+
+
+def test_a_whole_uuid_asks_nobody() -> None:
+    def listing(_: Client) -> list[Named]:
+        raise AssertionError("asked")
+
+    uuid = "dddd4444-0000-4000-8000-000000000004"
+    assert names.pick(NOWHERE, "VM", uuid, listing) == uuid
+
+
+@pytest.mark.parametrize("wanted", ["twin", "aaaa"])
+def test_what_could_be_two_is_a_usage_error_that_names_both(wanted: str) -> None:
+    with pytest.raises(click.UsageError) as caught:
+        names.pick(NOWHERE, "VM", wanted, lambda _: ROWS)
+    fits = [row for row in ROWS if wanted in (row.name, row.uuid[:4])]
+    assert all(row.uuid in caught.value.message for row in fits)
+
+
+@pytest.mark.parametrize("wanted", ["web", "aaa", "nobody"])
+def test_what_fits_nothing_is_refused(wanted: str) -> None:
+    with pytest.raises(Failure) as caught:
+        names.pick(NOWHERE, "VM", wanted, lambda _: ROWS)
+    assert caught.value.exit_code == REFUSED
+
+
+def test_what_is_not_named_is_the_only_one_or_default() -> None:
+    default = Named("eeee5555-0000-4000-8000-000000000005", "default")
+    assert names.pick_or_only(NOWHERE, "pool", "", lambda _: ROWS[:1]) == ROWS[0].uuid
+    assert names.pick_or_only(NOWHERE, "pool", "", lambda _: [*ROWS, default]) == default.uuid
+    with pytest.raises(click.UsageError):
+        names.pick_or_only(NOWHERE, "pool", "", lambda _: ROWS[:2])
+    with pytest.raises(Failure):
+        names.pick_or_only(NOWHERE, "pool", "", lambda _: [])
+
+
+def test_exit_codes_follow_the_class_of_the_status() -> None:
+    assert [of_status(status) for status in (400, 404, 409, 500, 503, 507)] == [4, 4, 4, 5, 5, 5]
