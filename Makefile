@@ -7,7 +7,8 @@ ARGS ?=
 
 # command:Debian package
 TEST_TOOLS := qemu-img:qemu-utils mkfs.xfs:xfsprogs mkfs.btrfs:btrfs-progs mke2fs:e2fsprogs \
-	strace:strace systemd-analyze:systemd
+	strace:strace systemd-analyze:systemd qemu-system-x86_64:qemu-system-x86 \
+	busybox:busybox-static depmod:kmod faketime:faketime
 
 .PHONY: help demo test test-deps check bench soak lock clean
 
@@ -16,7 +17,7 @@ help:
 	@echo "make test       the tests; ARGS='-k name' passes on to pytest"
 	@echo "make check      lint, types, layers and tests, as CI does"
 	@echo "make test-deps  Debian packages that the tests use (as root)"
-	@echo "make bench      how fast;  make soak  five minutes of random verbs and kill -9"
+	@echo "make bench      how fast;  make soak  hours of crashes, faults, damage and hostile input"
 	@echo "make lock       renews requirements/*.txt from pyproject.toml"
 
 .venv/bin/python:
@@ -43,8 +44,16 @@ check: .venv/.check
 bench: .venv/.runtime
 	$(BIN)/python -m bench.datapath $(ARGS)
 
-soak: .venv/.runtime
+# Hours: each line alone is a sweep that `make check` runs a small part of. As root for all of it.
+soak: .venv/.test
 	$(BIN)/python -m bench.soak $(ARGS)
+	$(BIN)/python -m tests.model.search --full
+	$(BIN)/python -m tests.crash_sweep --points 1000000
+	$(BIN)/python -m tests.fire.sweep --stride 1
+	$(BIN)/python -m tests.fire.plug --count 5000
+	$(BIN)/python -m bench.soak_two --rounds 1000 --hosts-rounds 200
+	VMKEEP_DAMAGE=20000 $(BIN)/python -m pytest tests/damage/test_point_damage.py
+	VMKEEP_SOAK=1 $(BIN)/python -m pytest tests/hostile tests/nfs -rP
 
 test-deps:
 	@packages=""; for pair in $(TEST_TOOLS); do \

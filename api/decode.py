@@ -49,7 +49,7 @@ def parse_query(pairs: Iterable[tuple[str, str]]) -> dict[str, object]:
         if name in seen:
             raise ApiError("invalid_member", f"{_shown(name)}: given twice")
         seen.add(name)
-        if not _is_unicode(text):
+        if not (_is_unicode(name) and _is_unicode(text)):
             raise ApiError("invalid_member", f"{_shown(name)}: not UTF-8")
         if text:
             members[name] = text

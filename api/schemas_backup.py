@@ -83,6 +83,10 @@ class BackupRestore(ScopeMembers, frozen=True, kw_only=True):
     ]
     object_group: Id
     zone_uuid: Id
+    allow_damaged: Annotated[
+        bool,
+        Meta(description="Restore what is left of a damaged backup; the job lists what is zeros."),
+    ] = False
 
 
 class RemoteListQuery(Paging, frozen=True, kw_only=True):

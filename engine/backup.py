@@ -7,17 +7,27 @@ session's block aborts it, and the snapshot's block lets go of the volumes. See 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from engine.errors import Cancelled
 from engine.freeze import NO_HOOK, FreezeHook
 from engine.jobs import JobContext
 from engine.pipeline import scan_disk, store_again
 from engine.snapshot import Snapshot, SnapshotFacts, take_snapshot
 from engine.sources import DiskFile
 from storage.domain import Domain
-from storage.errors import ChunkMissing, NotOnPoint
+from storage.errors import (
+    ChunkMissing,
+    Damaged,
+    NotOnPoint,
+    PointFull,
+    PointReadOnly,
+    PointUnreachable,
+    StorageError,
+)
 from storage.session import NewBackup, Session
 
 log = logging.getLogger(__name__)
@@ -79,12 +89,25 @@ def run_backup(work: BackupWork, ctx: JobContext) -> BackupResult:
 
     A parent that is gone, or a disk whose size changed, makes a full backup, of all or that disk.
     Raises Cancelled, Conflict("volume_changed"), PoolUnreachable, PoolFull, StorageError.
+    What was stored when the service is stopped saves the next backup's time (storage.salvage).
     """
     session, parent = _begin(work)
-    with (
-        session,
-        take_snapshot([disk.file for disk in work.disks], work.freeze) as snapshot,
-    ):
+    with session:
+        try:
+            return _make(work, session, parent, ctx)
+        except Cancelled as reason:
+            if reason.wish == "interrupted":
+                session.set_aside()
+            raise
+        except StorageError:
+            # The reason behind a file that is gone may be that the session is not ours any more.
+            with contextlib.suppress(PointUnreachable, PointFull, PointReadOnly, Damaged):
+                session.require_open()
+            raise
+
+
+def _make(work: BackupWork, session: Session, parent: str, ctx: JobContext) -> BackupResult:
+    with take_snapshot([disk.file for disk in work.disks], work.freeze) as snapshot:
         ctx.set_total(sum(snapshot.facts.capacities.values()))
         facts = _facts(work, parent, snapshot.facts)
         for disk in work.disks:
@@ -120,11 +143,22 @@ def _facts(work: BackupWork, parent: str, held: SnapshotFacts) -> BackupFacts:
         target = disk.file.target_device
         if not parent or not disk.parent_disk:
             continue
-        if held.capacities[target] == disk.parent_capacity:
-            incremental.add(target)
-        else:
+        if held.capacities[target] != disk.parent_capacity:
             notes.append(f"{target} full: its size changed")
+        elif not _can_be_read(work.domain, disk.parent_disk):
+            notes.append(f"{target} full: the parent's manifest is damaged")
+        else:
+            incremental.add(target)
     return BackupFacts(held, frozenset(incremental), tuple(notes))
+
+
+def _can_be_read(domain: Domain, disk: str) -> bool:
+    """Whether the disk's map is there to build on."""
+    try:
+        domain.disk_map(disk)
+    except Damaged:
+        return False
+    return True
 
 
 def _scan(

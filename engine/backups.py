@@ -16,6 +16,7 @@ from msgspec.structs import replace
 
 from engine.backup import BackupFacts, BackupWork, DiskWork, run_backup
 from engine.core import Core
+from engine.distrust import remember
 from engine.errors import Conflict, Invalid
 from engine.freeze import FreezeHook
 from engine.ids import new_id, normal
@@ -137,6 +138,7 @@ class _BackupRun:
         if error is not None:
             reason = str(error) or type(error).__name__
             row = replace(self._row, status=BACKUP_FAILED, error=reason)
+        remember(self._core.state, self._core.points, row.point_uuid, (row.cluster_uuid,))
         try:
             self._core.catalogue.put(row)
         finally:

@@ -47,6 +47,7 @@ class Limits(Section, frozen=True):
     workers: Annotated[int, Meta(ge=0, le=256)] = 0  # threads of one job; 0 = cores + 1
     point_probe_timeout_s: Annotated[float, Meta(gt=0, le=300)] = 5.0
     point_refresh_s: Annotated[float, Meta(gt=0, le=120)] = 30.0  # well below a host's patience
+    verify_bytes_per_s: Annotated[int, Meta(ge=0)] = 0  # of a deep verify; 0 = as fast as it goes
     point_reserve_bytes: Annotated[int, Meta(ge=0)] = 64 << 20  # less free than this is full
 
 
@@ -170,5 +171,5 @@ def parse_config(text: bytes, source: str) -> Config:
     """The configuration that `text` (TOML) says; `source` is for the message."""
     try:
         return msgspec.toml.decode(text, type=Config)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigInvalid(f"{source}: {error}") from error

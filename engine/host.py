@@ -6,6 +6,7 @@ DATA/
   host         the host's id: made once, names this host in every domain that it writes to
   state/       the state environment (engine/state.py)
   views/       views of the domains on NFS points, which can't hold an LMDB environment
+  seen/        the last record that was seen of each domain (storage.seen)
   pool/ point/ the embedded default's pool and backup point
 ```
 """
@@ -46,6 +47,10 @@ class Host:
     @property
     def views_path(self) -> str:
         return os.path.join(self.path, "views")
+
+    @property
+    def seen_path(self) -> str:
+        return os.path.join(self.path, "seen")
 
     @property
     def default_pool_path(self) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import threading
 import time
 from dataclasses import dataclass, replace
@@ -22,7 +23,8 @@ from engine.errors import NotFound, PointStateError
 from engine.host import Host
 from engine.inventory import Places
 from engine.labels import settled_backup
-from engine.model import Backup, BackupPoint, Cluster
+from engine.model import Backup, BackupPoint, Cluster, Distrust
+from engine.state import Rows
 from engine.views import PointState, PointStateName
 from storage.domain import Domain
 from storage.errors import (
@@ -35,6 +37,7 @@ from storage.errors import (
     StorageError,
     translated,
 )
+from storage.fs import Room
 from storage.heartbeats import Observer, beat
 from storage.point import ClusterLabel, Point
 
@@ -61,14 +64,21 @@ class Surroundings:
     places: Places
     catalogue: Catalogue
     limits: Limits
+    distrusts: Rows[Distrust]
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A point and the managed clusters' domains on it, by cluster."""
+    """A point and the managed clusters' domains on it, by cluster. `damaged`: those that can't be
+    opened while the others can, and why."""
 
     point: Point
     domains: dict[str, Domain]
+    damaged: dict[str, Damaged]
+
+    def sound(self) -> list[tuple[str, Domain]]:
+        """(cluster, domain) of those whose log can be read."""
+        return [item for item in self.domains.items() if item[0] not in self.damaged]
 
     def close(self) -> None:
         for domain in self.domains.values():
@@ -131,7 +141,10 @@ class Keeper:
 
     def domain(self, cluster_uuid: str) -> Domain:
         """That cluster's domain; raises as `opened`, or NotFound for a cluster not managed."""
-        found = self.opened().domains.get(cluster_uuid)
+        opened = self.opened()
+        found = opened.domains.get(cluster_uuid)
+        if cluster_uuid in opened.damaged:
+            raise _same(opened.damaged[cluster_uuid])
         if found is None:
             raise NotFound("cluster", cluster_uuid)
         return found
@@ -216,12 +229,22 @@ class Keeper:
         row, around = self.row, self._around
         with translated(row.path):
             point = Point.open(row.path, expect_uuid=row.uuid)
-            opened = Opened(point, {})
+            opened = Opened(point, {}, {})
             try:
                 for cluster in around.places.clusters:
                     views = os.path.join(around.host.views_path, row.uuid, cluster.uuid)
-                    domain = point.domain(_label(cluster), around.host.id, views)
+                    seen = os.path.join(self._seen_directory(), cluster.uuid)
+                    try:
+                        domain = point.domain(
+                            _label(cluster), around.host.id, views, seen_path=seen
+                        )
+                    except Damaged as error:
+                        opened.damaged[cluster.uuid] = error
+                        continue
                     opened.domains[cluster.uuid] = domain
+                    recall(around.distrusts, row.uuid, cluster.uuid, domain)
+                if opened.damaged and not opened.domains:
+                    raise next(iter(opened.damaged.values()))
             except BaseException:
                 opened.close()
                 raise
@@ -230,10 +253,19 @@ class Keeper:
             self._opened = opened
         return opened
 
+    def forget_seen(self) -> None:
+        """So that the point may be attached again in whatever state it is in then."""
+        shutil.rmtree(self._seen_directory(), ignore_errors=True)
+        shutil.rmtree(os.path.join(self._around.host.views_path, self.row.uuid), ignore_errors=True)
+
+    def _seen_directory(self) -> str:
+        return os.path.join(self._around.host.seen_path, self.row.uuid)
+
     def _refresh(self, opened: Opened) -> None:
+        self._sort_out(opened)
         if time.monotonic() - self._beat_at_s >= BEAT_EVERY_S:
             self._beat(opened)
-        for cluster_uuid, domain in opened.domains.items():
+        for cluster_uuid, domain in opened.sound():
             seq = domain.refresh()
             if self._synced.get(cluster_uuid) != seq:
                 self._sync(cluster_uuid, domain)
@@ -242,11 +274,27 @@ class Keeper:
         with self._lock:
             self._seen = seen
 
+    def _sort_out(self, opened: Opened) -> None:
+        """A domain whose log is damaged keeps none of the others from being used."""
+        for cluster_uuid, domain in opened.domains.items():
+            try:
+                domain.require_own_past()
+                domain.refresh()
+                opened.damaged.pop(cluster_uuid, None)
+            except Damaged as error:
+                opened.damaged[cluster_uuid] = error
+        if opened.damaged and not opened.sound():
+            raise _same(next(iter(opened.damaged.values())))
+
     def _beat(self, opened: Opened) -> None:
         """Shows that we live, and ends the sessions of hosts of our clusters that do not."""
         self._beats += 1
-        for cluster_uuid, domain in opened.domains.items():
-            beat(domain, self._beats)
+        for cluster_uuid, domain in opened.sound():
+            try:
+                beat(domain, self._beats)
+            except PointFull as error:
+                # Missing it costs at most a session; a full point has to stay open for deletes.
+                log.warning("no_room_to_beat", extra={"point": self.row.uuid, "error": str(error)})
             observer = self._observers.setdefault(cluster_uuid, Observer())
             ended = observer.end_dead_sessions(domain, time.monotonic())
             if ended:
@@ -268,10 +316,10 @@ class Keeper:
     def _count(self, opened: Opened) -> PointState:
         room = opened.point.room()
         stats = [domain.stats() for domain in opened.domains.values()]
-        full = room.free_bytes < self._around.limits.point_reserve_bytes
         return PointState(
             self.row,
-            state="full" if full else "online",
+            state="damaged" if opened.damaged else self._room_state(room),
+            last_error=next((str(error) for error in opened.damaged.values()), ""),
             capacity=room.capacity_bytes,
             free=room.free_bytes,
             stored_bytes=sum(one.stored_bytes for one in stats),
@@ -280,8 +328,14 @@ class Keeper:
             pack_count=sum(one.packs for one in stats),
         )
 
+    def _room_state(self, room: Room) -> PointStateName:
+        if not os.access(self.row.path, os.W_OK):
+            return "read_only"
+        full = room.free_bytes < self._around.limits.point_reserve_bytes
+        return "full" if full else "online"
+
     def _reclaim(self, opened: Opened) -> None:
-        for cluster_uuid, domain in opened.domains.items():
+        for cluster_uuid, domain in opened.sound():
             try:
                 domain.reclaim(copy_budget_bytes=0, cancelled=self._stopping.is_set)
             except StorageError:
@@ -314,3 +368,14 @@ def _same(error: StorageError) -> StorageError:
         (kind(str(error)) for kind, _ in _STATES if isinstance(error, kind)),
         PointUnreachable(str(error)),
     )
+
+
+def recall(distrusts: Rows[Distrust], point_uuid: str, cluster_uuid: str, domain: Domain) -> None:
+    """Tells a domain that was just opened what it has to distrust."""
+    for row in distrusts_of(distrusts, point_uuid, cluster_uuid):
+        domain.distrust(row.pack, frozenset(row.chunks) if row.chunks else None)
+
+
+def distrusts_of(distrusts: Rows[Distrust], point_uuid: str, cluster_uuid: str) -> list[Distrust]:
+    wanted = (point_uuid, cluster_uuid)
+    return [row for row in distrusts.values() if (row.point_uuid, row.cluster_uuid) == wanted]

@@ -170,6 +170,23 @@ class Job(Row, frozen=True):
     result: tuple[str, ...] = ()  # what a verify, gc or rebuild has to say, a line each
 
 
+class Distrust(Row, frozen=True):
+    """Chunks of a pack that were found damaged there; none named: all of the pack."""
+
+    point_uuid: str
+    cluster_uuid: str
+    pack: str
+    chunks: tuple[bytes, ...] = ()
+
+
+class PackRead(Row, frozen=True):
+    """When a verify last read a pack of a point in full, whatever it found there."""
+
+    point_uuid: str
+    pack: str  # <cluster uuid>/<FileId>
+    at: float
+
+
 class Operation(Row, frozen=True):
     """One line of the operation log."""
 

@@ -117,6 +117,8 @@ class Points:
         domain = self.domain(uuid, cluster_uuid)
         room = self._probe(self._keeper(uuid).row)
         reserve_bytes = self._around.limits.point_reserve_bytes
+        if room.free_bytes < reserve_bytes and domain.salvage.drop():
+            room = self._probe(self._keeper(uuid).row)
         if room.free_bytes < reserve_bytes:
             name = self._keeper(uuid).row.name
             raise PointFull(
@@ -171,7 +173,8 @@ class Points:
         with self._lock:
             self._keepers.pop(uuid, None)
         keeper.stop()
-        keeper.join(JOIN_TIMEOUT_S)
+        if keeper.join(JOIN_TIMEOUT_S):
+            keeper.forget_seen()
         self._around.catalogue.remove_point(uuid)
         log.info("point_detached", extra={"point": uuid, "path": keeper.row.path})
 

@@ -19,7 +19,14 @@ from engine.keeper import Opened
 from engine.labels import at_home, decode_label, encode_label, settled_backup
 from engine.model import Backup, Cluster
 from engine.views import RemoteBackup
-from storage.errors import Damaged, NotOnPoint, StorageError
+from storage.errors import (
+    Damaged,
+    NotOnPoint,
+    PointNewerFormat,
+    PointUnreachable,
+    Refused,
+    StorageError,
+)
 from storage.listing import BackupRow
 from storage.point import ClusterLabel
 
@@ -140,7 +147,9 @@ def _rows(opened: Opened, label: ClusterLabel) -> list[BackupRow]:
     """A domain's backups. Damage to one domain must not hide the others."""
     try:
         return opened.point.foreign_backups(label.cluster_uuid)
-    except Damaged as error:
+    except (Damaged, PointNewerFormat, PointUnreachable, Refused) as error:
+        if isinstance(error, PointUnreachable):
+            opened.point.room()  # raises when it is the point itself
         fields = {"cluster": label.cluster_uuid, "error": str(error)}
         log.warning("domain_unreadable", extra=fields)
         return []

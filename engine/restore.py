@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import mmap
 import os
 import secrets
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from engine.crew import Stop, run_crew
 from engine.errors import Conflict
@@ -27,10 +28,13 @@ from engine.jobs import JobContext
 from engine.snapshot import RESTORES
 from engine.sources import pool_errors
 from storage.domain import Domain
-from storage.errors import Damaged
+from storage.errors import ChunkDamaged, Damaged
 from storage.fs import Buffer, OsFs
 from storage.maps import DiskMap
-from storage.reader import MAX_RUN_BYTES, ChunkReader, ReadRun, plan_reads
+from storage.ranges import joined
+from storage.reader import MAX_RUN_BYTES, ChunkReader, FramePlace, ReadRun, plan_reads
+
+log = logging.getLogger(__name__)
 
 _NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 _NAME_TRIES = 100
@@ -51,24 +55,48 @@ def run_restore(
     workers: int,
     *,
     backup: str,
-) -> None:
+    allow_damaged: bool = False,
+) -> RestoreReport:
     """Makes all volumes, durably, or none. `backup`: the one that `disks` are of; it is held.
 
+    With `allow_damaged` what can't be read becomes zeros, and the report says where; else the first
+    damage ends the restore. Either way the domain stores it anew with the next full backup.
     Raises Conflict("name_taken") when a volume is there already, PoolFull, PoolUnreachable,
     Cancelled, NotOnPoint, Damaged and other StorageErrors.
     """
     with domain.begin("read", [backup]) as session, contextlib.ExitStack() as undo:
-        maps = [domain.disk_map(disk.disk_uuid) for disk in disks]
-        ctx.set_total(sum(disk_map.capacity for disk_map in maps))
+        gaps = [Gaps(disk.disk_uuid) for disk in disks]
+        sizes = {row.disk: row.capacity for row in domain.backup(backup).disks}
+        maps = [_map_of(domain, missing, sizes, allow_damaged) for missing in gaps]
+        ctx.set_total(sum(sizes[disk.disk_uuid] for disk in disks))
         volumes = [undo.enter_context(_NewVolume(disk.path_final)) for disk in disks]
         with contextlib.closing(domain.reader()) as reader:
-            for disk_map, volume in zip(maps, volumes, strict=True):
-                _fill(domain, reader, disk_map, volume, ctx, workers)
+            for disk_map, volume, missing in zip(maps, volumes, gaps, strict=True):
+                if disk_map is None:
+                    volume.resize(missing.size_bytes)
+                    ctx.add(restored=missing.size_bytes)
+                    continue
+                gap = missing if allow_damaged else None
+                _fill(domain, reader, disk_map, volume, ctx, workers, gap)
         for volume in volumes:
             ctx.check()
             volume.make_durable()
         session.end()
         _name_all(volumes)
+    return RestoreReport(tuple(gap for gap in gaps if gap.size_bytes))
+
+
+def _map_of(
+    domain: Domain, gaps: Gaps, sizes: dict[str, int], allow_damaged: bool
+) -> DiskMap | None:
+    """The disk's map; None, and all of the disk is a gap, when it can't be read and may not."""
+    try:
+        return domain.disk_map(gaps.disk_uuid)
+    except Damaged:
+        if not allow_damaged:
+            raise
+        gaps.add(0, sizes[gaps.disk_uuid])
+        return None
 
 
 def _name_all(volumes: Sequence[_NewVolume]) -> None:
@@ -87,6 +115,7 @@ def _fill(
     volume: _NewVolume,
     ctx: JobContext,
     workers: int,
+    gaps: Gaps | None,
 ) -> None:
     """Writes a disk's chunks into `volume` and counts its whole capacity as restored."""
     volume.resize(disk_map.capacity)
@@ -98,15 +127,36 @@ def _fill(
         while (run := runs.pull()) is not None:
             ctx.check()
             count = 0
-            for place, content in reader.read(run, buffer):
+            for place, found in reader.read_each(run, buffer):
+                if isinstance(found, ChunkDamaged):
+                    _miss(domain, disk_map, place, found, gaps)
+                    continue
                 for target in place.targets:
-                    count += _write_chunk(volume, disk_map, target, content)
+                    count += _write_chunk(volume, disk_map, target, found)
             _start_writeback(volume, disk_map, run)
             runs.count(count)
             ctx.add(restored=count)
 
     run_crew(workers, "restore", work, runs.stop)
     ctx.add(restored=disk_map.capacity - runs.written_bytes)
+
+
+def _miss(
+    domain: Domain,
+    disk_map: DiskMap,
+    place: FramePlace,
+    damage: ChunkDamaged,
+    gaps: Gaps | None,
+) -> None:
+    """Notes what can't be read, or raises it."""
+    if damage.pack:
+        domain.distrust(damage.pack, frozenset({damage.chunk}))
+    if gaps is None:
+        raise damage
+    log.warning("chunk_damaged", extra={"detail": str(damage)})
+    for target in place.targets:
+        offset = target * disk_map.chunk_size
+        gaps.add(offset, min(disk_map.chunk_size, disk_map.capacity - offset))
 
 
 def _write_chunk(volume: _NewVolume, disk_map: DiskMap, target: int, content: Buffer) -> int:
@@ -124,6 +174,33 @@ def _start_writeback(volume: _NewVolume, disk_map: DiskMap, run: ReadRun) -> Non
     first, last = min(targets), max(targets)
     size_bytes = (last + 1 - first) * disk_map.chunk_size
     volume.start_writeback(first * disk_map.chunk_size, size_bytes)
+
+
+@dataclass(slots=True)
+class Gaps:
+    """Where a restored volume has zeros because the backup's data is damaged. Any thread adds."""
+
+    disk_uuid: str
+    size_bytes: int = 0
+    _pieces: list[tuple[int, int]] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, offset: int, size_bytes: int) -> None:
+        with self._lock:
+            self.size_bytes += size_bytes
+            self._pieces.append((offset, size_bytes))
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """(offset, length) in bytes, ascending, joined where they touch."""
+        with self._lock:
+            return joined(self._pieces)
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreReport:
+    """The disks that are not complete; none without allow_damaged."""
+
+    gaps: tuple[Gaps, ...] = ()
 
 
 class _SharedRuns:

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 
 from engine.core import Core
+from engine.distrust import remember
 from engine.errors import Conflict, Invalid, NotFound, PoolFull
 from engine.ids import new_id, normal
 from engine.inventory import find, require_addable
 from engine.jobs import JobContext, new_job
 from engine.model import BACKUP_DONE, Backup, Disk, DiskBackup, Pool, Vm
-from engine.restore import RestoreDisk, run_restore
+from engine.restore import Gaps, RestoreDisk, run_restore
 from engine.views import RestoreTarget, Scope
 from engine.volumes import bounded_volume_size, require_plain_name, volume_path
 from storage.domain import Domain
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 MOST_NAME_CHARS = 200
 POOL_TIMEOUT_S = 10.0
 MEASURE_TIMEOUT_S = 60.0
+SHOWN_RANGES = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,8 @@ def restore_backup(
     targets: Sequence[RestoreTarget],
     object_group: str,
     zone_uuid: str,
+    *,
+    allow_damaged: bool = False,
 ) -> tuple[str, str]:
     """Starts a restore; (vm, job). When it raises, nothing was created."""
     core.jobs.refuse_if_stopping()
@@ -74,7 +78,7 @@ def restore_backup(
     try:
         core.inventory.add_vm(plan.vm)
         try:
-            run = _RestoreRun(core, plan, job.uuid)
+            run = _RestoreRun(core, plan, job.uuid, allow_damaged)
             core.jobs.submit(job, run, run.settle)
         except BaseException:
             core.inventory.end_action(plan.vm.uuid)
@@ -221,7 +225,8 @@ def _share_left(core: Core, job_uuid: str) -> float:
 class _RestoreRun:
     """The job of one restore."""
 
-    def __init__(self, core: Core, plan: RestorePlan, job_uuid: str) -> None:
+    def __init__(self, core: Core, plan: RestorePlan, job_uuid: str, allow_damaged: bool) -> None:
+        self._allow_damaged = allow_damaged
         self._core = core
         self._plan = plan
         self._job_uuid = job_uuid
@@ -235,16 +240,41 @@ class _RestoreRun:
             for planned in self._plan.disks
         ]
         domain = core.points.domain(row.point_uuid, row.cluster_uuid)
-        run_restore(domain, disks, ctx, core.config.worker_count, backup=row.uuid)
-        return ()
+        report = run_restore(
+            domain,
+            disks,
+            ctx,
+            core.config.worker_count,
+            backup=row.uuid,
+            allow_damaged=self._allow_damaged,
+        )
+        devices = {disk.source.disk_uuid: disk.source.target_device for disk in self._plan.disks}
+        return tuple(
+            line for gaps in report.gaps for line in _gap_lines(devices[gaps.disk_uuid], gaps)
+        )
 
     def settle(self, error: Exception | None) -> None:
         core, vm = self._core, self._plan.vm
+        row = self._plan.backup
+        remember(core.state, core.points, row.point_uuid, (row.cluster_uuid,))
         core.rooms.release(self._job_uuid)
         reason = "" if error is None else str(error) or type(error).__name__
         core.inventory.end_action(vm.uuid, lambda now: after_restore(now, reason))
         # The backup may have been deleted meanwhile: what only we still held is dead now.
         core.points.reclaim(self._plan.backup.point_uuid, 0)
+
+
+def _gap_lines(device: str, gaps: Gaps) -> list[str]:
+    """What a job's result says about a disk that is not complete; one range a line."""
+    ranges = gaps.ranges()
+    shown = ranges[:SHOWN_RANGES]
+    lines = [
+        f"{device}: {gaps.size_bytes} bytes in {len(ranges)} ranges are damaged and read as zeros"
+    ]
+    lines += [f"{device}: missing offset={at} length={length}" for at, length in shown]
+    if len(ranges) > len(shown):
+        lines.append(f"{device}: and {len(ranges) - len(shown)} more ranges")
+    return lines
 
 
 def after_restore(vm: Vm, reason: str) -> Vm:

@@ -216,10 +216,19 @@ class Engine:
         disks: Sequence[RestoreTarget],
         object_group: str,
         zone_uuid: str,
+        *,
+        allow_damaged: bool = False,
     ) -> tuple[str, str]:
         """(VM, job). See engine.restores.restore_backup."""
         return restores.restore_backup(
-            self._core, scope, backup_uuid, new_vm_name, disks, object_group, zone_uuid
+            self._core,
+            scope,
+            backup_uuid,
+            new_vm_name,
+            disks,
+            object_group,
+            zone_uuid,
+            allow_damaged=allow_damaged,
         )
 
     def remote_backups(self, cluster_uuid: str, point_uuid: str) -> list[RemoteBackup]:
@@ -320,7 +329,7 @@ def _assemble(host: Host, state: State, config: Config) -> Core:
     catalogue = Catalogue(state)
     points = [row.uuid for row in state.points.values()]
     catalogue.keep_only((cluster.uuid for cluster in places.clusters), points)
-    around = Surroundings(host, places, catalogue, config.limits)
+    around = Surroundings(host, places, catalogue, config.limits, state.distrusts)
     probes = Probes()
     return Core(
         config=config,

@@ -13,10 +13,12 @@ from engine.model import (
     Backup,
     BackupPoint,
     Cluster,
+    Distrust,
     Job,
     Namespace,
     ObjectGroup,
     Operation,
+    PackRead,
     Pool,
     Row,
     Tenant,
@@ -93,6 +95,8 @@ _points = Table("points", BackupPoint)
 _backups = Table("backups", Backup)
 _jobs = Table("jobs", Job)
 _operations = Table("operations", Operation)
+_distrusts = Table("distrusts", Distrust)
+_pack_reads = Table("pack_reads", PackRead)
 
 _TABLES: tuple[Table[Any], ...] = (
     _clusters,
@@ -106,6 +110,8 @@ _TABLES: tuple[Table[Any], ...] = (
     _backups,
     _jobs,
     _operations,
+    _distrusts,
+    _pack_reads,
 )
 
 
@@ -126,6 +132,10 @@ class State:
         self.backups = Rows(store, _backups, lambda row: backup_key(row.cluster_uuid, row.uuid))
         self.jobs = Rows(store, _jobs, lambda row: row.uuid)
         self.operations = Rows(store, _operations, lambda row: operation_key(row.seq))
+        self.distrusts = Rows(
+            store, _distrusts, lambda row: f"{row.point_uuid}/{row.cluster_uuid}/{row.pack}"
+        )
+        self.pack_reads = Rows(store, _pack_reads, lambda row: f"{row.point_uuid}/{row.pack}")
 
     def close(self) -> None:
         """Ends it; every later call is a StorageError."""

@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from engine.core import Core
+from engine.distrust import remember
 from engine.errors import Invalid
 from engine.ids import normal
 from engine.jobs import JobContext, new_job
+from engine.keeper import Opened
+from engine.packreads import PackReads
 from engine.verify import report_lines, run_verify
 from engine.views import Maintenance
+from storage.check import Damage
+from storage.check_view import check_view
 from storage.domain import Domain
-from storage.errors import Damaged
+from storage.errors import Damaged, StorageError
 from storage.gc import GcReport
 
 
@@ -38,11 +43,53 @@ def start_maintenance(core: Core, kind: Maintenance, point_uuid: str, deep: bool
 
 def _verify(core: Core, point_uuid: str, deep: bool, ctx: JobContext) -> tuple[str, ...]:
     """Fails when data is lost or in doubt; the findings are the job's result."""
-    report = run_verify(core.points.opened(point_uuid).point.path, deep, ctx)
-    ctx.lines = report_lines(report)
+    opened = core.points.opened(point_uuid)
+    reads = PackReads(core.state, point_uuid, core.clock) if deep else None
+    manifests: dict[str, set[str]] = {}
+
+    def on_damage(damage: Damage) -> None:
+        domain = opened.domains.get(damage.cluster)
+        if damage.manifest:
+            manifests.setdefault(damage.cluster, set()).add(damage.manifest)
+        elif domain is not None:
+            domain.distrust(damage.pack, frozenset({damage.chunk}) if damage.chunk else None)
+
+    try:
+        report = run_verify(
+            opened.point.path,
+            deep,
+            ctx,
+            reads=reads,
+            on_damage=on_damage,
+            rate_bytes_per_s=core.config.limits.verify_bytes_per_s,
+        )
+    finally:
+        if reads is not None:
+            reads.flush()
+        remember(core.state, core.points, point_uuid, opened.domains)
+    if deep:
+        reads = None
+        PackReads.end(core.state, point_uuid)
+        for _, domain in opened.sound():
+            for finding in check_view(domain):
+                report.add(finding)
+    lines = report_lines(report)
+    for cluster, names in manifests.items():
+        lines += _rewritten(opened, cluster, names)
+    ctx.lines = lines
     if not report.clean:
         raise Damaged(ctx.lines[0])
     return ctx.lines
+
+
+def _rewritten(opened: Opened, cluster: str, names: set[str]) -> tuple[str, ...]:
+    """Damaged manifests of our own domains are written anew, as far as their views know them."""
+    domain = opened.domains.get(cluster)
+    try:
+        count = domain.rewrite_manifests(names) if domain is not None else 0
+    except StorageError as error:
+        return (f"damaged manifests could not be written anew: {error}",)
+    return (f"manifests of {count} disks written anew from the view",) if count else ()
 
 
 def _gc(core: Core, point_uuid: str, ctx: JobContext) -> tuple[str, ...]:
@@ -66,6 +113,7 @@ def _gc_lines(report: GcReport) -> list[str]:
         f"{report.packs_repacked} of them repacked by copying {report.bytes_copied} bytes; "
         f"{report.orphans_removed} orphans removed, {report.chains_folded} chains folded",
         *(f"damaged: {detail}" for detail in report.damaged),
+        *(["no room to repack sparse packs in"] if report.short_of_room else []),
     ]
 
 

@@ -1,83 +1,84 @@
 """The checker: asserts the invariants of docs/design.md §3 on a point, reading only.
 
-Shallow: every log, every live pack's and manifest's table, every manifest's pages, and that each
-chunk a live backup names is in a live pack. Deep: every frame too, decoded and held against its id.
-It works while services use the point: what they delete meanwhile is looked at again, not reported.
-Memory is bounded: the index it needs is a throw-away view in the temporary directory.
+Shallow: every log, label and heartbeat, every live pack's and manifest's table, every manifest's
+pages, and that each chunk a live backup names is in a live pack. Deep: every frame too, decoded and
+held against its id, and the checkpoints. It works while services use the point: what they delete
+meanwhile is looked at again, not reported. A deep check reads the packs in the order that `Reads`
+gives, at most `rate_bytes_per_s`, and may be cancelled at any time and gone on with.
+
+Memory is bounded: the index it needs is a throw-away view in the temporary directory, and of what
+is damaged only so much is listed (the rest is counted). storage.check_view compares a view.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import struct
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
-from storage import tables
-from storage.chunks import FRAME_HEADER_BYTES, ZERO_MARK, ChunkHasher, Decoder
+from storage import orphans, tables
+from storage.check_frames import FrameCheck, file_digest
+from storage.check_report import (
+    MOST_FINDINGS,
+    SHOWN_RANGES,
+    Cancelled,
+    CheckReport,
+    Damage,
+    DiskDamage,
+    Finding,
+    NoReads,
+    Pieces,
+    Reads,
+    Watch,
+)
+from storage.chunks import ZERO_MARK
 from storage.errors import Damaged, PointNewerFormat, StorageError, translated
+from storage.fold import fold
 from storage.fs import Fs, OsFs
+from storage.heartbeats import check_beat
 from storage.listing import backup_rows
-from storage.log import RECORDS_PER_EPOCH, Log
-from storage.manifests import ManifestReader, decode_page
-from storage.packs import PackEntry, parse_frame, read_footer
+from storage.log import Log
+from storage.manifests import PAGE_ENTRIES, ManifestReader, decode_page
+from storage.packs import PackEntry, read_footer
 from storage.paths import DomainPaths, FileContents
 from storage.point import Point
-from storage.rebuild import fold_records, merged_pages, own_part
+from storage.rebuild import (
+    RECORDS_PER_STEP,
+    checkpoint_name,
+    manifest_chain,
+    merged_pages,
+    own_part,
+)
+from storage.record import Open
 from storage.tables import ManifestState, PackState
 from storage.view import View
 
-READ_BYTES = 8 << 20
+__all__ = [
+    "Cancelled",
+    "CheckReport",
+    "Damage",
+    "DiskDamage",
+    "Finding",
+    "Reads",
+    "check_point",
+]
+
 _SEQ = re.compile("[0-9a-f]{16}")
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """Something that is not as it must be. `backups`: uuids of those that lose data by it."""
+class _Place(NamedTuple):
+    """Where the newest copy of a chunk lies, and whether it can be read."""
 
-    kind: str  # "log", "label", "pack", "manifest", "chunk", "orphan"
-    path: str
-    detail: str
-    offset: int = -1
-    backups: tuple[str, ...] = ()
-
-    @property
-    def harmless(self) -> bool:
-        """Costs room, not data."""
-        return self.kind == "orphan"
+    number: int
+    offset: int
+    sound: bool
 
 
-@dataclass(slots=True)
-class CheckReport:
-    """What was looked at, and what was found wrong."""
-
-    findings: list[Finding] = field(default_factory=list)
-    domains: int = 0
-    records: int = 0
-    backups: int = 0
-    packs: int = 0
-    manifests: int = 0
-    chunks: int = 0
-    bytes_read: int = 0
-
-    @property
-    def clean(self) -> bool:
-        """Whether no data is lost or in doubt."""
-        return all(finding.harmless for finding in self.findings)
-
-
-class Cancelled(Exception):
-    """`cancelled` said so."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Watch:
-    """How a check reports and is stopped. on_progress(bytes done, bytes in all)."""
-
-    cancelled: Callable[[], bool]
-    on_progress: Callable[[int, int], None]
+_PLACE = struct.Struct("<II?")
 
 
 def check_point(
@@ -86,18 +87,29 @@ def check_point(
     deep: bool,
     cancelled: Callable[[], bool] = lambda: False,
     on_progress: Callable[[int, int], None] = lambda _done, _total: None,
+    on_damage: Callable[[Damage], None] = lambda _damage: None,
+    reads: Reads | None = None,
+    rate_bytes_per_s: int = 0,
     fs: Fs | None = None,
 ) -> CheckReport:
-    """Checks every domain. Raises when the point itself can't be opened, or Cancelled."""
+    """Checks every domain; `rate_bytes_per_s` 0 = as fast as it goes.
+
+    Raises when the point itself can't be opened, or Cancelled.
+    """
     fs = fs or OsFs()
     point = Point.open(path, fs=fs)
     report = CheckReport()
     root = os.path.join(path, "domains")
     with translated(root):
         names = fs.listdir(root)
+    watch = Watch(cancelled, on_progress, on_damage, reads or NoReads(), rate_bytes_per_s)
     for name in names:
+        with translated(root):
+            if fs.stat(os.path.join(root, name)).kind != "directory":
+                where = os.path.join(root, name)
+                report.findings.append(Finding("label", where, "is no domain's directory"))
+                continue
         report.domains += 1
-        watch = _Watch(cancelled, on_progress)
         with tempfile.TemporaryDirectory(prefix="vmkeep-check-") as scratch:
             view = View(os.path.join(scratch, "view"), b"check")
             try:
@@ -116,61 +128,56 @@ class _DomainCheck:
         paths: DomainPaths,
         view: View,
         report: CheckReport,
-        watch: _Watch,
+        watch: Watch,
     ) -> None:
         self._fs = fs
         self._point = point
         self._paths = paths
+        self._cluster = os.path.basename(paths.root)
         self._view = view
         self._report = report
         self._watch = watch
         self._records = Log(fs, paths.log, paths.tmp)
-        self._damaged: dict[bytes, Finding] = {}
+        self._contents = FileContents(fs, paths)
+        self._frames = FrameCheck(fs, point, report, watch)
+        self._names: dict[int, str] = {}  # the packs that were checked, by number
+        self._done = 0
+        self._total = 0
 
     def run(self, *, deep: bool) -> None:
         orphans = self._listed()
         if not self._fold():
             return
-        packs, manifests, users = self._live()
-        total_bytes = sum(row.size_bytes for row in packs.values()) if deep else len(packs)
-        done = 0
-        for pack, row in packs.items():
-            self._pause()
-            self._check_pack(pack, row, deep=deep)
-            done += row.size_bytes if deep else 1
-            self._watch.on_progress(done, total_bytes)
-        for manifest, row_of in manifests.items():
-            self._pause()
-            self._check_manifest(manifest, row_of, users.get(manifest, ()))
-        with self._view.read() as state:
-            disks = [disk for disk, _ in tables.disks.scan(state)]
-        for disk in disks:
-            self._pause()
-            self._check_disk(disk)
+        packs, manifests = self._live()
+        self._check_packs(deep=deep)
+        for manifest, row in manifests.items():
+            self._watch.pause()
+            self._check_manifest(manifest, row)
+        self._check_disks(deep=deep)
+        self._check_heartbeats()
+        if deep:
+            self._check_checkpoints()
         self._check_orphans(orphans, packs, manifests)
-
-    def _pause(self) -> None:
-        if self._watch.cancelled():
-            raise Cancelled
 
     def _found(
         self, kind: str, path: str, detail: str, offset: int = -1, backups: tuple[str, ...] = ()
     ) -> None:
-        self._report.findings.append(Finding(kind, path, detail, offset, backups))
+        self._report.add(Finding(kind, path, detail, offset, backups))
 
     # The log.
 
     def _fold(self) -> bool:
         """Folds all records, which proves the chain; False when they can't be followed."""
         try:
-            self._point.cluster(os.path.basename(self._paths.root))
+            if self._point.cluster(self._cluster) is None and self._records.newest_name():
+                self._found("label", self._paths.label, "is not there; its owner makes it anew")
         except StorageError as error:
             self._found("label", self._paths.label, str(error))
         try:
-            while self._view.update(partial(fold_records, records=self._records)):
-                self._pause()
+            while self._view.update(self._fold_some):
+                self._watch.pause()
         except StorageError as error:
-            self._found("log", self._paths.log, str(error))
+            self._found("log", self._paths.log, str(error), backups=self._all_backups())
             return False
         with self._view.read() as state:
             last, _ = tables.applied(state)
@@ -179,138 +186,267 @@ class _DomainCheck:
         self._check_gaps(last)
         return True
 
+    def _fold_some(self, state: tables.Tables) -> bool:
+        """Some records; False at the tail. A session's id never recurs (I5)."""
+        seen = state.table("chunks")
+        for _ in range(RECORDS_PER_STEP):
+            seq = tables.applied(state)[0] + 1
+            found = self._records.read(seq)
+            if found is None and self._records.newest_name() >= seq:
+                # Listed, so an NFS client's memory of its absence is out of date.
+                found = self._records.read_surely(seq)
+            if found is None:
+                return False
+            fold(state, *found, None)
+            for op in found[0].ops:
+                if isinstance(op, Open):
+                    key = b"session " + op.session.encode()
+                    if seen.get(key) is not None:
+                        raise Damaged(f"record {found[0].seq}: session {op.session} came before")
+                    seen.put(key, b"")
+        return True
+
+    def _all_backups(self) -> tuple[str, ...]:
+        """Those that the part of the log which can be read knows."""
+        with self._view.read() as state:
+            return tuple(row.backup for row in backup_rows(state))[:SHOWN_RANGES]
+
     def _check_gaps(self, last: int) -> None:
         """Records behind the last one that can be reached mean that one is missing."""
-        with translated(self._paths.log):
-            epochs = self._fs.listdir(self._paths.log)
-            for epoch in epochs[last // RECORDS_PER_EPOCH :]:
-                for name in self._fs.listdir(os.path.join(self._paths.log, epoch)):
-                    if _SEQ.fullmatch(name) and int(name, 16) > last + 1:
-                        self._found("log", self._paths.log, f"record {last + 1} is missing")
-                        return
+        if self._records.newest_name() > last + 1:
+            self._found("log", self._paths.log, f"record {last + 1} is missing")
 
-    def _live(
-        self,
-    ) -> tuple[dict[str, PackState], dict[str, ManifestState], dict[str, tuple[str, ...]]]:
-        """Live packs, live manifests, and which backups need each manifest."""
-        users: dict[str, set[str]] = {}
+    def _live(self) -> tuple[dict[str, PackState], dict[str, ManifestState]]:
+        """Live packs and live manifests."""
         with self._view.read() as state:
-            packs = dict(tables.packs.scan(state))
-            manifests = dict(tables.manifests.scan(state))
-            for _, row in tables.disks.scan(state):
-                name = row.manifest
-                while name:
-                    users.setdefault(name, set()).add(row.backup)
-                    name = manifests[name].base
-        return packs, manifests, {name: tuple(sorted(who)) for name, who in users.items()}
+            return dict(tables.packs.scan(state)), dict(tables.manifests.scan(state))
+
+    def _users(self, manifest: str) -> tuple[str, ...]:
+        """The backups that need a manifest."""
+        with self._view.read() as state:
+            users = {
+                row.backup
+                for _, row in tables.disks.scan(state)
+                if any(name == manifest for name, _ in manifest_chain(state, row.manifest))
+            }
+        return tuple(sorted(users))
 
     def _still_live(self, table: str, name: str) -> bool:
         """Whether the log, read to its end by now, still has it: else it was deleted beside us."""
-        while self._view.update(partial(fold_records, records=self._records)):
+        while self._view.update(self._fold_some):
             pass
         with self._view.read() as state:
             return state.table(table).get(name.encode()) is not None
 
     # Packs.
 
+    def _check_packs(self, *, deep: bool) -> bool:
+        """All live packs that were not checked yet, also those that come meanwhile; whether there
+        were any. Deep: those first that were not read for longest."""
+        found = False
+        while new := self._new_packs():
+            found = True
+            for pack, row in self._in_order(new, deep=deep):
+                self._watch.pause()
+                self._names[row.number] = pack
+                self._check_pack(pack, row, deep=deep)
+                self._done += row.size_bytes if deep else 1
+                self._watch.on_progress(self._done, self._total)
+        return found
+
+    def _new_packs(self) -> dict[str, PackState]:
+        while self._view.update(self._fold_some):
+            pass
+        with self._view.read() as state:
+            return {
+                pack: row for pack, row in tables.packs.scan(state) if row.number not in self._names
+            }
+
+    def _in_order(self, packs: dict[str, PackState], *, deep: bool) -> list[tuple[str, PackState]]:
+        last = self._watch.reads.last
+        self._total += sum(row.size_bytes for row in packs.values()) if deep else len(packs)
+        if not deep:
+            return list(packs.items())
+        return sorted(
+            packs.items(), key=lambda item: last(f"{self._cluster}/{item[0]}") or float("-inf")
+        )
+
     def _check_pack(self, pack: str, row: PackState, *, deep: bool) -> None:
         path = self._paths.pack(pack)
+        bad: set[int] = set()
+        skipped = deep and self._watch.reads.skip(f"{self._cluster}/{pack}")
         try:
             with translated(path):
                 seal, entries = read_footer(self._fs, path)
             if (seal.digest, seal.size_bytes) != (row.digest, row.size_bytes):
                 raise Damaged(f"{path}: is whole, but is not the file that the log names")
-            if deep:
-                self._check_frames(path, entries)
+            if deep and not skipped:
+                bad = self._frames.damaged(path, entries)
         except PointNewerFormat:
             raise
         except StorageError as error:
             if self._still_live("packs", pack):
                 self._found("pack", path, str(error))
+                self._watch.on_damage(Damage(self._cluster, pack=pack))
             return
         self._report.packs += 1
+        self._report.packs_skipped += skipped
         self._report.chunks += len(entries)
-        good = [entry.chunk_id for entry in entries if entry.chunk_id not in self._damaged]
-        self._view.update(partial(_note, good))
-
-    def _check_frames(self, path: str, entries: list[PackEntry]) -> None:
-        decoder = Decoder()
-        with translated(path):
-            fd = self._fs.open_read(path)
-            try:
-                for entry, frame in _frames(self._fs, fd, entries):
-                    self._pause()
-                    self._check_frame(decoder, self._point.hasher, path, entry, frame)
-            finally:
-                self._fs.close(fd)
-
-    def _check_frame(
-        self,
-        decoder: Decoder,
-        hasher: ChunkHasher,
-        path: str,
-        entry: PackEntry,
-        frame: memoryview,
-    ) -> None:
-        what = f"{path} at {entry.offset}"
-        self._report.bytes_read += len(frame)
-        try:
-            view = parse_frame(frame, self._point.chunk_size, what)
-            raw = decoder.decode(view.codec, view.payload, view.raw_len)
-            if view.chunk_id != entry.chunk_id or hasher.full(raw) != entry.chunk_id:
-                raise Damaged(f"{what}: content does not have its id")
-        except StorageError as error:
-            finding = Finding("chunk", path, str(error), entry.offset)
-            self._damaged[entry.chunk_id] = finding
+        self._view.update(partial(_note, row.number, entries, bad))
+        for entry in entries:
+            if entry.offset in bad:
+                self._watch.on_damage(Damage(self._cluster, pack=pack, chunk=entry.chunk_id))
+        if deep and not skipped and not bad:
+            self._watch.reads.done(f"{self._cluster}/{pack}")
 
     # Manifests.
 
-    def _check_manifest(self, manifest: str, row: ManifestState, users: tuple[str, ...]) -> None:
+    def _check_manifest(self, manifest: str, row: ManifestState) -> None:
         path = self._paths.manifest(manifest)
         try:
             with translated(path), ManifestReader(self._fs, path) as reader:
                 if (reader.seal.digest, reader.seal.size_bytes) != (row.digest, row.size_bytes):
                     raise Damaged(f"{path}: is whole, but is not the file that the log names")
-                self._report.bytes_read += sum(len(page) for _, page in reader.pages())
+                for _, page in reader.pages():
+                    self._report.bytes_read += len(page)
+                    self._watch.pause(len(page))
         except PointNewerFormat:
             raise
         except StorageError as error:
             if self._still_live("manifests", manifest):
-                self._found("manifest", path, str(error), backups=users)
+                self._found("manifest", path, str(error), backups=self._users(manifest))
+                self._watch.on_damage(Damage(self._cluster, manifest=manifest))
             return
         self._report.manifests += 1
 
     # Disks: each entry of a live layer names a chunk in a whole live pack (I1).
 
-    def _check_disk(self, disk: str) -> None:
+    def _check_disks(self, *, deep: bool) -> None:
+        with self._view.read() as state:
+            disks = [disk for disk, _ in tables.disks.scan(state)]
+        hit: set[str] = set()
+        for disk in disks:
+            self._watch.pause()
+            sound = self._check_layer(disk)
+            if not sound and self._check_packs(deep=deep):
+                sound = self._check_layer(disk)  # a gc moved what was looked for
+            if not sound:
+                self._report_layer(disk)
+                with self._view.read() as state:
+                    hit |= {disk, *_heirs(state, disk)}
+        for disk in sorted(hit):
+            self._watch.pause()
+            self._measure(disk)
+
+    def _check_layer(self, disk: str) -> bool:
+        """Whether the disk's own part of its map is whole, and so is what it names."""
+        try:
+            return not any(self._lacking(page) for page in self._layer(disk))
+        except StorageError:
+            return not self._still_live("disks", disk)
+
+    def _layer(self, disk: str) -> Iterator[dict[int, bytes]]:
+        """The pages of the disk's own part; none of one that was deleted meanwhile."""
+        with self._view.read() as state:
+            if tables.disks.get(state, disk) is None:
+                return
+            _, root, chain = own_part(state, disk)
+        for _, page in merged_pages(self._contents, chain, root=root):
+            yield decode_page(page)
+
+    def _report_layer(self, disk: str) -> None:
+        """Says what is wrong with the disk's own part, and who needs it."""
         with self._view.read() as state:
             row = tables.disks.get(state, disk)
             if row is None:
                 return
-            _, root, chain = own_part(state, disk)
-            users = tuple(sorted({row.backup, *_heirs(state, disk)}))
-        lacking: set[bytes] = set()
+            users = {row.backup, *(_backup(state, heir) for heir in _heirs(state, disk))}
+        lacking: dict[bytes, _Place | None] = {}
         try:
-            for _, page in merged_pages(FileContents(self._fs, self._paths), chain, root=root):
-                lacking |= self._lacking(page)
+            for page in self._layer(disk):
+                if len(lacking) < MOST_FINDINGS:
+                    lacking |= self._lacking(page)
         except StorageError:
             return  # a manifest of the chain is not whole, which has been reported as such
-        if lacking and self._still_live("disks", disk):
-            self._report_lacking(self._paths.manifest(row.manifest), lacking, users)
+        self._report_lacking(self._paths.manifest(row.manifest), lacking, tuple(sorted(users)))
 
-    def _lacking(self, page: bytes) -> set[bytes]:
-        wanted = set(decode_page(page).values()) - {ZERO_MARK}
+    def _lacking(self, page: dict[int, bytes]) -> dict[bytes, _Place | None]:
+        """The page's chunks that can't be read, and where they would be."""
+        wanted = list(set(page.values()) - {ZERO_MARK})
         with self._view.read() as state:
-            return wanted - state.table("chunks").get_many(list(wanted)).keys()
+            found = state.table("chunks").get_many(wanted)
+        places = {chunk: _Place._make(_PLACE.unpack(value)) for chunk, value in found.items()}
+        return {
+            chunk: places.get(chunk)
+            for chunk in wanted
+            if chunk not in places or not places[chunk].sound
+        }
 
-    def _report_lacking(self, path: str, lacking: set[bytes], users: tuple[str, ...]) -> None:
-        for chunk in sorted(lacking & self._damaged.keys()):
-            damage = self._damaged[chunk]
-            self._found("chunk", damage.path, damage.detail, damage.offset, users)
-        elsewhere = lacking - self._damaged.keys()
+    def _report_lacking(
+        self,
+        path: str,
+        lacking: dict[bytes, _Place | None],
+        users: tuple[str, ...],
+    ) -> None:
+        elsewhere = 0
+        for chunk, place in sorted(lacking.items()):
+            if place is None:
+                elsewhere += 1
+                continue
+            pack = self._paths.pack(self._names[place.number])
+            detail = self._frames.details.get(chunk, f"{pack} at {place.offset}: is damaged")
+            self._found("chunk", pack, detail, place.offset, users)
         if elsewhere:
-            detail = f"names {len(elsewhere)} chunks that no whole live pack holds"
+            detail = f"names {elsewhere} chunks that no whole live pack holds"
             self._found("manifest", path, detail, backups=users)
+
+    def _measure(self, disk: str) -> None:
+        """Lists what of a disk can't be restored, by its complete map."""
+        with self._view.read() as state:
+            row = tables.disks.get(state, disk)
+            if row is None:
+                return
+            chain = manifest_chain(state, row.manifest)
+        size, pieces = self._point.chunk_size, Pieces()
+        try:
+            for page_no, page in merged_pages(self._contents, chain, root=True):
+                entries = decode_page(page)
+                lacking = self._lacking(entries)
+                for at in (at for at, chunk in entries.items() if chunk in lacking):
+                    offset = (page_no * PAGE_ENTRIES + at) * size
+                    pieces.add(offset, min(size, row.capacity - offset))
+        except StorageError:
+            pieces = Pieces()
+            pieces.add(0, row.capacity)
+        if pieces.count:
+            shown = tuple(pieces.shown)
+            self._report.disks.append(
+                DiskDamage(row.backup, disk, row.capacity, pieces.size_bytes, pieces.count, shown)
+            )
+
+    # What costs no data.
+
+    def _check_heartbeats(self) -> None:
+        with translated(self._paths.hosts):
+            for host in orphans.names_in(self._fs, self._paths.hosts):
+                path = os.path.join(self._paths.hosts, host)
+                try:
+                    check_beat(self._fs, path)
+                except FileNotFoundError:
+                    continue
+                except StorageError as error:
+                    self._found("heartbeat", path, str(error))
+
+    def _check_checkpoints(self) -> None:
+        with translated(self._paths.checkpoints):
+            for name in orphans.names_in(self._fs, self._paths.checkpoints):
+                path = os.path.join(self._paths.checkpoints, name)
+                seq = name[:16]
+                digest = file_digest(self._fs, path, self._report, self._watch)
+                if digest is None:
+                    continue
+                if not _SEQ.fullmatch(seq) or checkpoint_name(int(seq, 16), digest) != name:
+                    self._found("checkpoint", path, f"{path}: its content does not match its name")
 
     # What nobody owns.
 
@@ -319,8 +455,8 @@ class _DomainCheck:
         found = []
         for table, root in (("packs", self._paths.packs), ("manifests", self._paths.manifests)):
             with translated(root):
-                for session in self._fs.listdir(root):
-                    names = self._fs.listdir(os.path.join(root, session))
+                for session in orphans.names_in(self._fs, root):
+                    names = orphans.names_in(self._fs, os.path.join(root, session))
                     found += [(table, f"{session}/{name}") for name in names]
         return found
 
@@ -340,32 +476,25 @@ class _DomainCheck:
 
 
 def _heirs(state: tables.Tables, disk: str) -> set[str]:
-    """The backups whose disks build on a disk, at any distance."""
+    """The disks that build on a disk, at any distance."""
     heirs: set[str] = set()
     waiting = [disk]
     while waiting:
-        for child in tables.disks.require(state, waiting.pop()).children:
-            heirs.add(tables.disks.require(state, child).backup)
-            waiting.append(child)
+        children = tables.disks.require(state, waiting.pop()).children
+        heirs.update(children)
+        waiting += children
     return heirs
 
 
-def _note(chunks: list[bytes], state: tables.Tables) -> None:
+def _backup(state: tables.Tables, disk: str) -> str:
+    return tables.disks.require(state, disk).backup
+
+
+def _note(number: int, entries: list[PackEntry], bad: set[int], state: tables.Tables) -> None:
+    """Notes where the chunks of a pack lie; of several copies the newest counts, as for a read."""
     table = state.table("chunks")
-    for chunk in chunks:
-        table.put(chunk, b"\x01")
-
-
-def _frames(fs: Fs, fd: int, entries: list[PackEntry]) -> Iterator[tuple[PackEntry, memoryview]]:
-    """Each entry with its frame's bytes, read in large pieces. Entries lie without gaps."""
-    at = 0
-    while at < len(entries):
-        start, end, last = entries[at].offset, entries[at].offset, at
-        while last < len(entries) and (end - start < READ_BYTES or last == at):
-            end += FRAME_HEADER_BYTES + entries[last].stored_len
-            last += 1
-        piece = memoryview(fs.pread(fd, end - start, start))
-        for entry in entries[at:last]:
-            offset = entry.offset - start
-            yield entry, piece[offset : offset + FRAME_HEADER_BYTES + entry.stored_len]
-        at = last
+    known = table.get_many([entry.chunk_id for entry in entries])
+    for entry in entries:
+        value = known.get(entry.chunk_id)
+        if value is None or _PLACE.unpack(value)[0] < number:
+            table.put(entry.chunk_id, _PLACE.pack(number, entry.offset, entry.offset not in bad))

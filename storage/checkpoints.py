@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 from blake3 import blake3
 
 from storage import tables
-from storage.errors import translated
+from storage.errors import PointFull, translated
 from storage.publish import close_discarded, discard, make_dirs, publish
 from storage.rebuild import COPY_BYTES, checkpoint_name
 from storage.record import Checkpoint
+from storage.session import reserve_bytes
 
 if TYPE_CHECKING:
     from storage.domain import Domain
@@ -36,13 +37,22 @@ def publish_checkpoint(domain: Domain) -> None:
         copy = domain.view.copy_to(copy_directory)
         with domain.view.read() as state:
             seq, _ = tables.applied(state)
+        _require_room(domain, os.path.getsize(copy))
         digest, size_bytes = _put(domain, copy, seq)
     finally:
         shutil.rmtree(copy_directory, ignore_errors=True)
     op = Checkpoint(seq=seq, digest=digest, size_bytes=size_bytes)
-    domain.append(lambda _: [op])
+    domain.append(lambda _: [op], spend_ballast=False)
     log.info("checkpoint_published domain=%s seq=%d bytes=%d", domain.paths.root, seq, size_bytes)
     _drop_old(domain)
+
+
+def _require_room(domain: Domain, size_bytes: int) -> None:
+    """A checkpoint only saves time: it does not take the room that deleting needs."""
+    with translated(domain.paths.checkpoints):
+        room = domain.fs.room(domain.paths.checkpoints)
+    if room.free_bytes < size_bytes + reserve_bytes(room):
+        raise PointFull(f"{domain.paths.checkpoints}: no room for {size_bytes} bytes")
 
 
 def _put(domain: Domain, copy: str, seq: int) -> tuple[bytes, int]:

@@ -12,13 +12,23 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from storage import gc, imports, orphans, tables
+from storage.ballast import Ballast
 from storage.checkpoints import publish_checkpoint
 from storage.chunks import ChunkHasher
-from storage.errors import Damaged, FileGone, NotOnPoint, PointUnreachable, StorageError, translated
+from storage.errors import (
+    ChunkMissing,
+    Damaged,
+    FileDamaged,
+    FileGone,
+    NotOnPoint,
+    PointUnreachable,
+    Refused,
+    StorageError,
+)
 from storage.fold import Garbage, fold
 from storage.fs import Fs
 from storage.listing import BackupRow, backup_row, backup_rows
@@ -37,8 +47,10 @@ from storage.record import (
     encode_record,
     record_digest,
 )
+from storage.salvage import Salvage
+from storage.seen import Seen
 from storage.session import Session
-from storage.tables import Tables
+from storage.tables import LOST_PACK, Tables, unpack_chunk_row
 from storage.view import View
 
 RECORDS_PER_TRANSACTION = 64
@@ -59,6 +71,18 @@ class DomainStats:
     logical_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class DomainLosses:
+    """What a view could not take in: lost packs, chunks without a place, disks without a map."""
+
+    packs: tuple[str, ...] = ()
+    chunks: int = 0
+    disks: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.packs or self.chunks or self.disks)
+
+
 class _LostRace(Exception):
     """Another host's record took the number."""
 
@@ -76,6 +100,7 @@ class Domain:
         hasher: ChunkHasher,
         chunk_size: int,
         pack_size_bytes: int,
+        seen: Seen,
     ) -> None:
         self.fs = fs
         self.paths = paths
@@ -86,8 +111,13 @@ class Domain:
         self.chunk_size = chunk_size
         self.pack_size_bytes = pack_size_bytes
         self.contents = FileContents(fs, paths)
+        self.ballast = Ballast(fs, paths.ballast, paths.root, self._view_bytes_on_point)
+        self.salvage = Salvage(self)
+        self._seen = seen
         self._log = Log(fs, paths.log, paths.host_tmp(host))
         self._lock = threading.RLock()
+        self._distrusted: dict[str, frozenset[bytes] | None] = {}
+        self._distrust: dict[int, frozenset[bytes] | None] = {}  # replaced, never changed
 
     # The log.
 
@@ -99,23 +129,49 @@ class Domain:
         """
         with self._lock:
             try:
-                while self.view.update(self._fold_some):
+                while self.ballast.spend(lambda: self.view.update(self._fold_some)):
                     pass
             except FileGone as error:
                 log.info("view_made_anew domain=%s reason=%s", self.paths.root, error)
                 self.rebuild()
+            except (FileDamaged, Refused, ChunkMissing) as error:
+                # A file is damaged, or was when this view or the record's author looked.
+                log.warning("view_made_anew domain=%s reason=%s", self.paths.root, error)
+                self.rebuild()
             with self.view.read() as state:
-                return tables.applied(state)[0]
+                seq, digest = tables.applied(state)
+            self._seen.note(seq, digest)
+            return seq
+
+    def refresh_to_end(self) -> None:
+        """refresh(), to the log's end as the server has it: what an NFS client remembers as absent
+        does not count. Raises PointFull and PointReadOnly, too, when the server can't be asked."""
+        while not self._log.ends_before(self.refresh() + 1):
+            pass
 
     def require_own_past(self) -> None:
-        """The log must still hold the record that the view ends with.
+        """The log must still hold what the view ends with, and what this host has last seen.
 
         Damaged when it does not: the point was put back to an older state of itself. Nothing is
-        written to such a point, since names would recur.
+        written to such a point, since numbers would recur.
         """
         with self.view.read() as state:
             seq, digest = tables.applied(state)
-        found = self._log.read(seq) if seq else None
+        self._require_record(seq, digest)
+        if self._seen.last is not None:
+            self._require_record(*self._seen.last)
+
+    def require_no_gap(self) -> None:
+        """Folds the log to its end, behind which no record may be. Damaged: one is missing, and
+        nothing is written, since its number would recur."""
+        newest = self._log.newest_name()
+        last = self.refresh()
+        if newest > last:
+            raise Damaged(f"{self.paths.log}: record {last + 1} is missing, {newest} is there")
+
+    def _require_record(self, seq: int, digest: bytes) -> None:
+        """Damaged unless record `seq` is there and has this digest; 0 always is."""
+        found = self._log.read_surely(seq) if seq else None
         if seq and (found is None or found[1] != digest):
             raise Damaged(
                 f"{self.paths.log}: record {seq}, which this host has seen, is not there any more: "
@@ -124,53 +180,83 @@ class Domain:
 
     def _fold_some(self, state: Tables) -> bool:
         """Folds up to a transaction's worth of records; False when the tail was reached."""
+        first = tables.applied(state)[0] + 1
+        own = 0
         for _ in range(RECORDS_PER_TRANSACTION):
             found = self._log.read(tables.applied(state)[0] + 1)
             if found is None:
-                return False
+                break
             fold(state, *found, self.contents)
-        return True
+            if found[0].host == self.host:
+                own = found[0].seq
+        last = tables.applied(state)[0]
+        # Who linked them may have died before their names were durable; a view that outlives them
+        # would look like a point that was put back.
+        self._log.make_names_durable(first, last)
+        if own:  # ours, and not in our view: how its append ended is not known
+            self._log.name_anew(own)
+        return last - first + 1 == RECORDS_PER_TRANSACTION
 
-    def append(self, build: Callable[[Tables], Sequence[Op]]) -> Garbage:
+    def append(
+        self, build: Callable[[Tables], Sequence[Op]], *, spend_ballast: bool = True
+    ) -> Garbage:
         """Appends one record with the ops that `build` derives from the state that they follow.
 
         Durable on return. `build` may run several times. Raises Refused and leaves, ChunkMissing,
-        PointFull, PointReadOnly, PointUnreachable; after these nothing was appended, but for
-        PointUnreachable, where the next refresh tells.
+        PointFull, PointReadOnly, PointUnreachable, Damaged; after these nothing was appended, but
+        for PointUnreachable, where the next refresh tells. With `spend_ballast` PointFull is raised
+        only when the room of storage.ballast was not enough either.
         """
         with self._lock:
-            for _ in range(APPEND_ATTEMPTS):
-                self.refresh()
-                garbage = self._append_next(build)
-                if garbage is not None:
-                    return garbage
+            if spend_ballast:
+                return self.ballast.spend(lambda: self._append(build))
+            return self._append(build)
+
+    def _append(self, build: Callable[[Tables], Sequence[Op]]) -> Garbage:
+        """`_lock` is held."""
+        for _ in range(APPEND_ATTEMPTS):
+            self.refresh()
+            garbage = self._append_next(build)
+            if garbage is not None:
+                return garbage
         raise PointUnreachable(f"{self.paths.log}: {APPEND_ATTEMPTS} times another host was first")
 
     def _append_next(self, build: Callable[[Tables], Sequence[Op]]) -> Garbage | None:
         """One attempt at the next number; None when another record took it."""
         published: Record | None = None
+        digest = b""
         garbage = Garbage()
 
         def change(state: Tables) -> None:
-            nonlocal published, garbage
+            nonlocal published, digest, garbage
             record = published or self._next_record(state, build(state))
-            garbage = fold(state, record, record_digest(encode_record(record)), self.contents)
+            digest = record_digest(encode_record(record))
+            garbage = fold(state, record, digest, self.contents, strict=published is None)
             if published is None:
+                self._require_record(record.seq - 1, record.previous)
                 if not self._log.publish(record):
                     raise _LostRace
                 published = record
 
         try:
-            with translated(f"view {self.view.path}"):
-                self.view.update(change)
+            self.view.update(change)
         except _LostRace:
             return None
         except StorageError:
             if published is None:
                 raise
-            # The record is in the log; only our view is behind, and the next refresh mends that.
-            log.warning("view_behind seq=%d path=%s", published.seq, self.view.path)
+            # The record is in the log; only our view is behind.
+            self._catch_up(published)
+        if published is not None:
+            self._seen.note(published.seq, digest)
         return garbage
+
+    def _catch_up(self, published: Record) -> None:
+        try:
+            self.refresh()
+        except StorageError as error:  # the next refresh tries it again
+            fields = (published.seq, self.view.path, error)
+            log.warning("view_behind seq=%d path=%s error=%s", *fields)
 
     def _next_record(self, state: Tables, ops: Sequence[Op]) -> Record:
         seq, previous = tables.applied(state)
@@ -225,8 +311,9 @@ class Domain:
             incarnation=self.incarnation,
             holds=tuple(holds),
         )
-        self.append(lambda _: [op])
-        return Session(self, session)
+        frees = kind in ("gc", "read")
+        self.append(lambda _: [op], spend_ballast=frees)
+        return Session(self, session, may_use_reserve=frees)
 
     def abort(self, session: str) -> None:
         """Ends a session without outcome and deletes its files. SessionEnded if it has one."""
@@ -235,7 +322,8 @@ class Domain:
     def clear_dead_sessions(self) -> int:
         """Aborts sessions that this host left open before it last stopped; returns how many.
 
-        Safe because one process at a time has the host's id (its data directory is locked).
+        What dead backups had sealed is kept for the next ones (storage.salvage). Safe because one
+        process at a time has the host's id: its data directory is locked.
         """
         with self.view.read() as state:
             dead = [
@@ -244,6 +332,7 @@ class Domain:
                 if row.host == self.host and row.incarnation != self.incarnation
             ]
         orphans.remove_directory(self, self.paths.host_tmp(self.host))
+        self.salvage.rescue(dead)
         for session in dead:
             self.abort(session)
         orphans.sweep(self)
@@ -258,17 +347,85 @@ class Domain:
         copy_budget_bytes: int = 1 << 30,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> gc.GcReport:
-        """Unlinks dead packs and empties sparse ones within the budget. See storage.gc."""
-        return gc.reclaim(self, sparse_below, copy_budget_bytes, cancelled)
+        """Unlinks dead packs and empties sparse ones within the budget. See storage.gc.
+
+        With a budget it also ends what is kept for resuming backups (storage.salvage).
+        """
+        if copy_budget_bytes:
+            self.salvage.drop()
+        try:
+            return gc.reclaim(self, sparse_below, copy_budget_bytes, cancelled)
+        finally:
+            self.ballast.keep()
 
     def rebuild(self) -> None:
         """Makes the view anew from log, footers and manifests. Others may go on reading.
 
-        Raises Damaged when a live file is not what the log says; the old view stays then.
+        Raises Damaged when the log is; the old view stays then. What damaged files held is lost
+        in the new one (docs/design.md §5.3): see `losses`.
         """
         with self._lock:
             path, identity = self.view.path, self.view.identity
             self.view.replace(make_view(self.fs, self.paths, path, identity))
+            self._distrust = self._resolved(self._distrusted)
+
+    # Damage.
+
+    @property
+    def records(self) -> Log:
+        """The domain's log, to read."""
+        return self._log
+
+    def losses(self) -> DomainLosses:
+        """What the view lacks because of damaged files; empty when it lacks nothing."""
+        with self.view.read() as state:
+            found = tables.losses(state)
+            return DomainLosses(found.packs, found.chunks, tuple(tables.lost_disks(state)))
+
+    def distrust(self, pack: str, chunks: frozenset[bytes] | None = None) -> None:
+        """From now on a session stores these chunks of the pack anew (None: all of it).
+
+        A chunk whose place is in another pack is not meant: so what was stored anew is trusted.
+        Kept in memory only; the engine keeps it over restarts.
+        """
+        with self._lock:
+            before = self._distrusted.get(pack, frozenset())
+            whole = chunks is None or before is None
+            self._distrusted[pack] = None if whole else (before or frozenset()) | (chunks or set())
+            self._distrust = self._resolved(self._distrusted)
+
+    def distrusted(self) -> dict[str, frozenset[bytes] | None]:
+        """What is still placed in a live pack and not trusted there, by pack; None: all of it."""
+        with self._lock, self.view.read() as state:
+            for pack in list(self._distrusted):
+                row = tables.packs.get(state, pack)
+                if row is None or not row.live_chunks:
+                    del self._distrusted[pack]
+            return dict(self._distrusted)
+
+    def trusted(self, chunk: bytes, row: bytes) -> bool:
+        """Whether a chunk can be expected to be whole where its row of the view says it lies."""
+        number = unpack_chunk_row(row).pack
+        if number == LOST_PACK:
+            return False
+        if number not in self._distrust:
+            return True
+        chunks = self._distrust[number]
+        return chunks is not None and chunk not in chunks
+
+    def _resolved(
+        self, distrusted: Mapping[str, frozenset[bytes] | None]
+    ) -> dict[int, frozenset[bytes] | None]:
+        """By the packs' numbers."""
+        with self.view.read() as state:
+            rows = [(tables.packs.get(state, pack), chunks) for pack, chunks in distrusted.items()]
+        return {row.number: chunks for row, chunks in rows if row is not None}
+
+    def rewrite_manifests(self, manifests: Collection[str]) -> int:
+        """Writes new manifests for the disks whose own part of the chain has one of these, from the
+        view, which still knows what they said; returns how many. Durable on return."""
+        self.refresh()
+        return gc.rewrite_manifests(self, manifests)
 
     def checkpoint(self) -> None:
         """Puts a compact copy of the view on the point, announces it, and keeps the newest two.
@@ -276,7 +433,7 @@ class Domain:
         Durable on return. PointFull and the like change nothing.
         """
         with self._lock:
-            if self.refresh():
+            if self.refresh() and not self.losses():
                 publish_checkpoint(self)
 
     def checkpoint_if_due(self, every_records: int) -> bool:
@@ -312,6 +469,11 @@ class Domain:
             logical_bytes=sum(disk.capacity for disk in disks),
         )
 
+    def _view_bytes_on_point(self) -> int:
+        on_point = self.view.path.startswith(self.paths.root + "/")
+        return self.view.size_bytes() if on_point else 0
+
     def close(self) -> None:
         """Lets go of the view. Open sessions stay open in the log until the host's next start."""
+        self._seen.settle()
         self.view.close()

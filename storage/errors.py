@@ -69,6 +69,19 @@ class Damaged(StorageError):
     code = "data_damaged"
 
 
+class FileDamaged(Damaged):
+    """A pack or manifest that the log names is not what it says. The log itself is sound."""
+
+
+class ChunkDamaged(Damaged):
+    """A chunk can't be read where it lies: `pack`, a FileId, "" when that is not known."""
+
+    def __init__(self, detail: str, pack: str, chunk: bytes) -> None:
+        super().__init__(detail)
+        self.pack = pack
+        self.chunk = chunk
+
+
 class ChunkMissing(StorageError):
     """Chunks that a commit needs are no longer on the point; `ids` says which.
 

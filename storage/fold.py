@@ -17,7 +17,14 @@ from dataclasses import dataclass, field
 import msgspec
 
 from storage import tables
-from storage.errors import AlreadyOnPoint, Damaged, NotOnPoint, Refused, SessionEnded
+from storage.errors import (
+    AlreadyOnPoint,
+    Damaged,
+    FileDamaged,
+    NotOnPoint,
+    Refused,
+    SessionEnded,
+)
 from storage.index import Contents, Index
 from storage.record import (
     Abort,
@@ -34,6 +41,7 @@ from storage.record import (
     file_id,
 )
 from storage.tables import (
+    LOST_LAYER,
     BackupState,
     DiskState,
     ManifestState,
@@ -52,9 +60,17 @@ class Garbage:
     sessions: list[str] = field(default_factory=list)  # aborted: all of their files
 
 
-def fold(state: Tables, record: Record, digest: bytes, contents: Contents | None) -> Garbage:
+def fold(
+    state: Tables,
+    record: Record,
+    digest: bytes,
+    contents: Contents | None,
+    *,
+    strict: bool = False,
+) -> Garbage:
     """Applies the record that follows `applied(state)`; returns what may be unlinked after it.
 
+    `strict`, for a record that is not in the log yet: it may not name a chunk that is lost.
     Raises Refused when an op is not valid here, ChunkMissing when a commit's chunk is nowhere,
     Damaged when the record does not follow the state at all. The state is then half changed.
     """
@@ -62,7 +78,8 @@ def fold(state: Tables, record: Record, digest: bytes, contents: Contents | None
     if record.seq != seq + 1 or record.previous != previous:
         raise Damaged(f"record {record.seq} does not follow record {seq}: the log was changed")
     garbage = Garbage()
-    step = _Step(state, record.seq, Index(state, contents) if contents else None, garbage)
+    index = Index(state, contents, strict=strict) if contents else None
+    step = _Step(state, record.seq, index, garbage)
     for op in record.ops:
         step.apply(op)
         if step.index:
@@ -144,7 +161,7 @@ class _Step:
         numbers: dict[str, int] = {}
         for seal in seals:
             pack = file_id(session, seal.n)
-            if pack in numbers:
+            if pack in numbers or tables.packs.get(self.state, pack) is not None:
                 raise Refused(f"pack {pack} occurs twice")
             number = tables.take_number(self.state, b"next_pack")
             state = PackState(number, seal.size_bytes, seal.count, seal.digest)
@@ -221,27 +238,48 @@ class _Step:
 
     def _release(self, backup: str, row: BackupState) -> None:
         """Drops a forgotten backup that nobody holds; its layers go to its children."""
+        heirs: set[str] = set()
         for disk in row.disks:
-            self._release_disk(disk, tables.disks.require(self.state, disk), row.parent)
+            heirs |= self._release_disk(disk, tables.disks.require(self.state, disk))
+        for heir in sorted(heirs):
+            self._reparent_backup(heir, row.parent)
         tables.backups.delete(self.state, backup)
 
-    def _release_disk(self, disk: str, state: DiskState, grandparent: str) -> None:
+    def _release_disk(self, disk: str, state: DiskState) -> set[str]:
+        """Drops a disk backup; returns the backups that built on it."""
         children = [(name, tables.disks.require(self.state, name)) for name in state.children]
-        layers = [child.layer for _, child in children]
-        if self.index:
-            self.index.merge_layer(state.layer, layers, root=not state.parent)
-        if layers:
-            layers[-1] = state.layer  # merge_layer lets the last child take the layer over
+        layers = self._merge_layers(state, [child.layer for _, child in children])
         for (name, child), layer in zip(children, layers, strict=True):
             moved = msgspec.structs.replace(child, parent=state.parent, layer=layer)
             tables.disks.put(self.state, name, moved)
-            self._reparent_backup(child.backup, grandparent)
         self._replace_child(state.parent, disk, state.children)
         tables.disks.delete(self.state, disk)
         self._unuse_manifest(state.manifest)
+        return {child.backup for _, child in children}
 
-    def _reparent_backup(self, backup: str, parent: str) -> None:
+    def _merge_layers(self, state: DiskState, children: list[int]) -> list[int]:
+        """Folds a released layer into the children's; returns the layers that these have then.
+
+        What stood on a lost layer is lost with it; into a lost one there is nothing to fold.
+        """
+        if state.layer == LOST_LAYER:
+            for layer in children:
+                if self.index and layer != LOST_LAYER:
+                    self.index.merge_layer(layer, (), root=False)
+            return [LOST_LAYER] * len(children)
+        sound = [at for at, layer in enumerate(children) if layer != LOST_LAYER]
+        if self.index:
+            layers = [children[at] for at in sound]
+            self.index.merge_layer(state.layer, layers, root=not state.parent)
+        if sound:
+            children[sound[-1]] = state.layer  # merge_layer lets the last one take the layer over
+        return children
+
+    def _reparent_backup(self, backup: str, grandparent: str) -> None:
+        """A backup of which no disk builds on the grandparent has become a full one."""
         row = tables.backups.require(self.state, backup)
+        builds = any(tables.disks.require(self.state, disk).parent for disk in row.disks)
+        parent = grandparent if builds else ""
         tables.backups.put(self.state, backup, msgspec.structs.replace(row, parent=parent))
 
     def _replace_child(self, parent: str, old: str, new: tuple[str, ...]) -> None:
@@ -285,6 +323,8 @@ class _Step:
             raise Refused(f"disk {rebase.disk} or its new manifest is not there")
         if (state.manifest, state.parent) != (rebase.was, rebase.parent):
             raise Refused(f"disk {rebase.disk} has changed since its manifest was folded")
+        if self.index and state.layer == LOST_LAYER:
+            raise FileDamaged(f"disk {rebase.disk} has a whole manifest now: make the view anew")
         base = ""
         if state.parent:
             base = tables.disks.require(self.state, state.parent).manifest
@@ -308,6 +348,8 @@ class _Step:
     # Manifest files live as long as a disk, or another manifest, builds on them.
 
     def _add_manifest(self, name: str, seal: FileSeal, base: str, users: int) -> None:
+        if tables.manifests.get(self.state, name) is not None:
+            raise Refused(f"manifest {name} occurs twice")
         row = ManifestState(seal.size_bytes, seal.count, seal.digest, base, users)
         tables.manifests.put(self.state, name, row)
         if base:

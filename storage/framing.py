@@ -9,13 +9,17 @@ format may have another one.
 from __future__ import annotations
 
 import struct
+from typing import TypeVar
 
+import msgspec
 from blake3 import blake3
 
 from storage.errors import Damaged, PointNewerFormat
 
 FORMAT = 1
 DIGEST_BYTES = 16
+BodyT = TypeVar("BodyT")
+
 _HEADER = struct.Struct("<4sHHI")
 
 
@@ -46,6 +50,14 @@ def decode_object(magic: bytes, data: bytes, limit_bytes: int, what: str) -> byt
     if blake3(view[:end]).digest(DIGEST_BYTES) != data[end:]:
         raise Damaged(f"{what}: digest does not match")
     return data[_HEADER.size : end]
+
+
+def decode_body(decoder: msgspec.msgpack.Decoder[BodyT], body: bytes, what: str) -> BodyT:
+    """The body as its Struct. Damaged for anything else, however it is nested or spelled."""
+    try:
+        return decoder.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise Damaged(f"{what}: {error}") from error
 
 
 def check_format(version: int, flags: int, what: str) -> None:

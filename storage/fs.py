@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
+from storage.mounts import MountKind, require_sound_mount
+
 Buffer: TypeAlias = bytes | bytearray | memoryview | mmap.mmap
 
 
@@ -62,6 +64,10 @@ class Fs(Protocol):
         """Writes all pieces, one after the other, at `offset`; returns the byte count."""
         ...
 
+    def allocate(self, fd: int, size_bytes: int) -> None:
+        """Makes an empty file that long, reading as zeros, with all of its room set aside."""
+        ...
+
     def start_writeback(self, fd: int, offset: int, size_bytes: int) -> None:
         """A hint: begin to write this range out, so that the later fsync is short."""
         ...
@@ -88,6 +94,10 @@ class Fs(Protocol):
 
     def stat(self, path: str) -> FileStat: ...
     def room(self, path: str) -> Room: ...
+    def mount_kind(self, path: str) -> MountKind:
+        """What holds directory `path`. NotADirectoryError; PointUnsafeMount when it does not keep
+        what the protocol rests on (storage.mounts)."""
+        ...
 
 
 _IOV_MAX = 1024
@@ -140,6 +150,9 @@ class OsFs:
                 rest = _after(rest, count)
         return done
 
+    def allocate(self, fd: int, size_bytes: int) -> None:
+        os.posix_fallocate(fd, 0, size_bytes)
+
     def start_writeback(self, fd: int, offset: int, size_bytes: int) -> None:
         # A hint only: file systems without it (NFS) answer an error, which changes nothing.
         _libc.sync_file_range(
@@ -186,6 +199,12 @@ class OsFs:
     def room(self, path: str) -> Room:
         found = os.statvfs(path)
         return Room(found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize)
+
+    def mount_kind(self, path: str) -> MountKind:
+        if not os.path.isdir(path):
+            raise NotADirectoryError(errno.ENOTDIR, "is no directory", path)
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+            return require_sound_mount(os.path.realpath(path), file.read()).kind
 
 
 def _after(views: list[memoryview], count: int) -> list[memoryview]:

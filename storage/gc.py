@@ -8,17 +8,20 @@ after it are files unlinked. Long manifest chains are folded by the same session
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from storage import orphans, tables
 from storage.chunks import FRAME_HEADER_BYTES, make_frame
-from storage.errors import Damaged, Refused, translated
-from storage.packs import parse_frame
+from storage.errors import Damaged, FileGone, PointFull, PointNewerFormat, translated
+from storage.packs import ROW_BYTES, parse_frame
+from storage.rebuild import own_part
 from storage.record import DISKS_LIMIT
+from storage.sealed import HEADER_BYTES, TAIL_BYTES
 from storage.session import FoldedChain, Session
-from storage.tables import Tables, unpack_chunk_row
+from storage.tables import LOST_LAYER, Tables, unpack_chunk_row
 
 if TYPE_CHECKING:
     from storage.domain import Domain
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
 COPY_BATCH_BYTES = 8 << 20
 CHAIN_LIMIT = 16
 CHECKPOINT_EVERY_RECORDS = 512
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +54,21 @@ class GcReport:
     orphans_removed: int = 0
     chains_folded: int = 0
     damaged: tuple[str, ...] = ()
+    short_of_room: bool = False  # sparse packs stay as they are, since copying needs room
 
 
 def plan_gc(state: Tables, sparse_below: float, copy_budget_bytes: int) -> GcPlan:
-    """Dead packs, then the sparsest within the budget. `sparse_below`: live share, 0 to 1."""
+    """Dead packs, then the sparsest within the budget. `sparse_below`: the share of a pack's frames
+    that is live, 0 to 1."""
     dead, sparse = [], []
+    if tables.lost_disks(state):
+        return GcPlan((), (), 0, ())
     for pack, row in tables.packs.scan(state):
         if not row.live_chunks:
-            dead.append(pack)
-        elif row.live_bytes < sparse_below * row.size_bytes:
-            sparse.append((row.live_bytes / row.size_bytes, row.live_bytes, pack))
+            if tables.may_retire(state, pack, row):
+                dead.append(pack)
+        elif row.live_bytes < sparse_below * _frames_bytes(row):
+            sparse.append((row.live_bytes / _frames_bytes(row), row.live_bytes, pack))
     chosen, budget = [], copy_budget_bytes
     for _, live_bytes, pack in sorted(sparse):
         if live_bytes <= budget:
@@ -66,6 +76,11 @@ def plan_gc(state: Tables, sparse_below: float, copy_budget_bytes: int) -> GcPla
             budget -= live_bytes
     chains = _long_chains(state) if copy_budget_bytes else ()
     return GcPlan(tuple(dead), tuple(chosen), copy_budget_bytes - budget, chains)
+
+
+def _frames_bytes(row: tables.PackState) -> int:
+    """A pack without its header and table: else one of small frames would be sparse for ever."""
+    return row.size_bytes - HEADER_BYTES - row.count * ROW_BYTES - TAIL_BYTES
 
 
 def _long_chains(state: Tables) -> tuple[str, ...]:
@@ -89,12 +104,27 @@ def reclaim(
     domain.refresh()
     with domain.view.read() as state:
         plan = plan_gc(state, sparse_below, copy_budget_bytes)
-    report = execute_gc(domain, plan, cancelled)
+    # What takes no room goes first: it makes room for the rest.
+    report = execute_gc(domain, replace(plan, sparse=(), long_chains=()), cancelled)
     if not copy_budget_bytes:
         return report
-    swept = orphans.sweep(domain)
-    domain.checkpoint_if_due(CHECKPOINT_EVERY_RECORDS)
-    return replace(report, orphans_removed=swept)
+    report = replace(report, orphans_removed=orphans.sweep(domain))
+    try:
+        report = _both(report, execute_gc(domain, replace(plan, dead=()), cancelled))
+        domain.checkpoint_if_due(CHECKPOINT_EVERY_RECORDS)
+    except PointFull as error:
+        log.warning("gc_short_of_room domain=%s error=%s", domain.paths.root, error)
+        return replace(report, short_of_room=True)
+    return report
+
+
+def _both(freed: GcReport, copied: GcReport) -> GcReport:
+    return replace(
+        copied,
+        packs_removed=freed.packs_removed + copied.packs_removed,
+        bytes_removed=freed.bytes_removed + copied.bytes_removed,
+        orphans_removed=freed.orphans_removed,
+    )
 
 
 def execute_gc(domain: Domain, plan: GcPlan, cancelled: Callable[[], bool]) -> GcReport:
@@ -110,9 +140,10 @@ def execute_gc(domain: Domain, plan: GcPlan, cancelled: Callable[[], bool]) -> G
             try:
                 copied_bytes += _copy_live(domain, session, pack)
                 emptied.append(pack)
-            except Damaged as error:
-                damaged.append(str(error))
-        folded = [_fold_chain(domain, session, disk) for disk in plan.long_chains]
+            except (Damaged, FileGone, PointNewerFormat) as error:
+                if _is_live(domain, pack):
+                    damaged.append(str(error))
+        folded = _fold_chains(domain, session, plan.long_chains)
         retired = session.retire((*plan.dead, *emptied), folded).packs
     return GcReport(
         packs_removed=len(retired),
@@ -122,6 +153,30 @@ def execute_gc(domain: Domain, plan: GcPlan, cancelled: Callable[[], bool]) -> G
         chains_folded=len(folded),
         damaged=tuple(damaged),
     )
+
+
+def rewrite_manifests(domain: Domain, manifests: Collection[str]) -> int:
+    """See Domain.rewrite_manifests."""
+    with domain.view.read() as state:
+        hit = [
+            disk
+            for disk, row in tables.disks.scan(state)
+            if row.layer != LOST_LAYER
+            and any(name in manifests for name, _ in own_part(state, disk)[2])
+        ]
+    if not hit:
+        return 0
+    with domain.begin("gc") as session:
+        folded = _fold_chains(domain, session, hit[:DISKS_LIMIT])
+        session.retire((), folded)
+    return len(folded)
+
+
+def _is_live(domain: Domain, pack: str) -> bool:
+    """Whether the log, read to its end, still has it: else another gc was first."""
+    domain.refresh()
+    with domain.view.read() as state:
+        return tables.packs.get(state, pack) is not None
 
 
 def _sizes(domain: Domain, packs: Sequence[str]) -> dict[str, int]:
@@ -135,7 +190,7 @@ def _copy_live(domain: Domain, session: Session, pack: str) -> int:
     with domain.view.read() as state:
         row = tables.packs.get(state, pack)
         if row is None:
-            raise Refused(f"pack {pack} is not live")
+            raise FileGone(f"pack {pack} was retired")
         entries = domain.contents.footer(pack, row.digest)
         chunks = state.table("chunks").get_many([entry.chunk_id for entry in entries])
     placed = {chunk: unpack_chunk_row(value) for chunk, value in chunks.items()}
@@ -166,10 +221,17 @@ def _copy_live(domain: Domain, session: Session, pack: str) -> int:
     return copied_bytes
 
 
-def _fold_chain(domain: Domain, session: Session, disk: str) -> FoldedChain:
-    """Writes a disk's layer as one manifest of the session."""
+def _fold_chains(domain: Domain, session: Session, disks: Sequence[str]) -> list[FoldedChain]:
+    """Writes each disk's layer as one manifest of the session; not of one that went meanwhile."""
+    folded = [_fold_chain(domain, session, disk) for disk in disks]
+    return [chain for chain in folded if chain is not None]
+
+
+def _fold_chain(domain: Domain, session: Session, disk: str) -> FoldedChain | None:
     with domain.view.read() as state:
-        row = tables.disks.require(state, disk)
+        row = tables.disks.get(state, disk)
+        if row is None:
+            return None
         builder = session.manifest(disk, row.capacity, row.parent or None)
         for page_no, page in tables.layer_pages(state, row.layer):
             builder.writer.add_page(page_no, page)

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 
 from storage import tables
-from storage.errors import Damaged, SessionEnded, translated
-from storage.framing import decode_object, encode_object
+from storage.errors import Damaged, PointNewerFormat, SessionEnded, translated
+from storage.framing import decode_body, decode_object, encode_object
+from storage.fs import Fs
 from storage.publish import close_discarded, discard, make_dirs
 
 if TYPE_CHECKING:
@@ -51,15 +52,23 @@ def beat(domain: Domain, counter: int) -> None:
             close_discarded(fs, fd)
             discard(fs, tmp)
             raise
-        fs.close(fd)
-        fs.rename(tmp, os.path.join(paths.hosts, domain.host))
+        try:
+            fs.close(fd)
+            fs.rename(tmp, os.path.join(paths.hosts, domain.host))
+        except BaseException:
+            discard(fs, tmp)
+            raise
 
 
 def read_beat(domain: Domain, host: str) -> Heartbeat | None:
     """Another host's heartbeat; None when it never beat, or what is there is none."""
+    if host in ("", ".", "..") or "/" in host or "\0" in host:
+        return None  # a record may say so; no host has such an id
     path = os.path.join(domain.paths.hosts, host)
     with translated(path):
         try:
+            if domain.fs.stat(path).kind != "file":
+                return None
             fd = domain.fs.open_read(path)
         except FileNotFoundError:
             return None
@@ -68,9 +77,19 @@ def read_beat(domain: Domain, host: str) -> Heartbeat | None:
         finally:
             domain.fs.close(fd)
     try:
-        return _decoder.decode(decode_object(MAGIC, found, LIMIT_BYTES, path))
-    except (Damaged, msgspec.MsgspecError):
+        return decode_body(_decoder, decode_object(MAGIC, found, LIMIT_BYTES, path), path)
+    except (Damaged, PointNewerFormat):
         return None
+
+
+def check_beat(fs: Fs, path: str) -> None:
+    """Raises Damaged when the file at `path` is no heartbeat, FileNotFoundError when it is gone."""
+    fd = fs.open_read(path)
+    try:
+        found = fs.pread(fd, LIMIT_BYTES, 0)
+    finally:
+        fs.close(fd)
+    decode_body(_decoder, decode_object(MAGIC, found, LIMIT_BYTES, path), path)
 
 
 class Observer:
@@ -78,14 +97,21 @@ class Observer:
 
     def __init__(self, patience_s: float = DEFAULT_PATIENCE_S) -> None:
         self._patience_s = patience_s
-        self._seen: dict[str, tuple[Heartbeat | None, float]] = {}
+        # By incarnation: the counter last seen, None for no heartbeat of it, and when it changed.
+        self._seen: dict[str, tuple[int | None, float]] = {}
 
-    def silent(self, host: str, heartbeat: Heartbeat | None, now_s: float) -> bool:
-        """Whether the host's heartbeat has not moved for the whole patience. `now_s`: any clock
-        of the observer's that never goes back."""
-        known = self._seen.get(host)
-        if known is None or known[0] != heartbeat:
-            self._seen[host] = (heartbeat, now_s)
+    def silent(self, incarnation: str, heartbeat: Heartbeat | None, now_s: float) -> bool:
+        """Whether no heartbeat of the incarnation has moved for the whole patience. `now_s`: any
+        clock of the observer's that never goes back. `heartbeat`: its host's.
+
+        A host that has just restarted opens sessions before others see it beat anew: so another
+        incarnation's heartbeat says no more than none does.
+        """
+        ours = heartbeat is not None and heartbeat.incarnation == incarnation
+        counter = heartbeat.counter if heartbeat is not None and ours else None
+        known = self._seen.get(incarnation)
+        if known is None or known[0] != counter:
+            self._seen[incarnation] = (counter, now_s)
             return False
         return now_s - known[1] >= self._patience_s
 
@@ -99,14 +125,14 @@ class Observer:
                 if row.host != domain.host
             ]
         beats = {host: read_beat(domain, host) for host in {host for _, host, _ in foreign}}
-        silent = {host for host, found in beats.items() if self.silent(host, found, now_s)}
-        ended = 0
-        for session, host, incarnation in foreign:
-            found = beats[host]
-            restarted = found is not None and found.incarnation != incarnation
-            if host in silent or restarted:
-                ended += _end(domain, session)
-        return ended
+        owners = {(host, incarnation) for _, host, incarnation in foreign}
+        silent = {owner for owner in owners if self.silent(owner[1], beats[owner[0]], now_s)}
+        self._seen = {one: self._seen[one] for _, one in owners}
+        return sum(
+            _end(domain, session)
+            for session, host, incarnation in foreign
+            if (host, incarnation) in silent
+        )
 
 
 def _end(domain: Domain, session: str) -> bool:

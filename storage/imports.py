@@ -9,21 +9,30 @@ domain is read, never written, and not believed: decoders are bounded, restores 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from storage import tables
-from storage.errors import ChunkMissing, NotOnPoint, PointUnreachable, translated
+from storage.chunks import FRAME_HEADER_BYTES, ZERO_MARK, Decoder
+from storage.errors import (
+    AlreadyOnPoint,
+    ChunkMissing,
+    Damaged,
+    NotOnPoint,
+    PointUnreachable,
+    translated,
+)
 from storage.fs import Fs
 from storage.listing import BackupRow, backup_rows
 from storage.log import Log
-from storage.manifests import decode_page
-from storage.packs import read_footer
+from storage.manifests import PAGE_ENTRIES, decode_page
+from storage.packs import PackEntry, parse_frame, read_footer
 from storage.paths import DomainPaths, FileContents
 from storage.rebuild import fold_records, manifest_chain, merged_pages
 from storage.session import NewBackup, Session
-from storage.tables import MemoryTables
+from storage.tables import BoundedTables, MemoryTables
 
 if TYPE_CHECKING:
     from storage.domain import Domain
@@ -49,7 +58,9 @@ def read_domain(fs: Fs, paths: DomainPaths, known: MemoryTables | None = None) -
 
     Raises Damaged, PointNewerFormat, PointUnreachable.
     """
-    state = known or MemoryTables()
+    for directory in (paths.root, paths.log, paths.packs, paths.manifests):
+        _require_directory(fs, directory)
+    state = known or BoundedTables()
     records = Log(fs, paths.log, paths.tmp)
     while fold_records(state, records):
         pass
@@ -68,16 +79,17 @@ def import_backups(
     return. NotOnPoint when one is in neither; Damaged; PointFull.
     """
     domain.refresh()
-    here = {row.backup for row in domain.backups()}
-    missing = [backup for backup in dict.fromkeys(wanted) if backup not in here]
     for attempt in range(ATTEMPTS):
+        here = {row.backup for row in domain.backups()}
+        missing = [backup for backup in dict.fromkeys(wanted) if backup not in here]
         if not missing:
             break
         try:
             _take(domain, read_domain(domain.fs, source), missing, relabel)
-            missing = []
-        except (PointUnreachable, ChunkMissing) as error:
-            # The owner deleted or repacked meanwhile: its log tells where things are now.
+            break
+        except (PointUnreachable, ChunkMissing, AlreadyOnPoint) as error:
+            # The owner deleted or repacked meanwhile: its log tells where things are now. Or
+            # another host of ours took the same ones over.
             if attempt + 1 == ATTEMPTS:
                 raise
             log.info("import_again domain=%s reason=%s", source.root, error)
@@ -117,8 +129,13 @@ def _write_manifest(
     builder = session.manifest(disk, row.capacity, None)
     lacking: set[bytes] = set()
     contents = FileContents(domain.fs, source.paths)
+    for manifest, _ in chain:
+        _require_directory(domain.fs, os.path.dirname(source.paths.manifest(manifest)))
+    page_limit = -(-row.capacity // (domain.chunk_size * PAGE_ENTRIES))
     for page_no, page in merged_pages(contents, chain, root=True):
         entries = decode_page(page)
+        if page_no >= page_limit or ZERO_MARK in entries.values():
+            raise Damaged(f"disk {disk}: page {page_no} is not one of a full disk of its size")
         builder.add_page(page_no, entries)
         ids = list(set(entries.values()))
         known = session.known(ids)
@@ -138,12 +155,41 @@ def _link_packs(
         if not left:
             return
         path = source.paths.pack(pack)
+        _require_directory(domain.fs, os.path.dirname(path))
         with translated(path):
             _, entries = read_footer(domain.fs, path)
             held = {entry.chunk_id for entry in entries}
             if left.isdisjoint(held):
                 continue
-            session.adopt_pack(path)
+            adopted = domain.paths.pack(session.adopt_pack(path))
+            _prove_known(domain, adopted, entries)
         left -= held
     if left:
         raise ChunkMissing(frozenset(left))
+
+
+def _require_directory(fs: Fs, path: str) -> None:
+    """PointUnreachable when it is not there, Damaged when it leads somewhere else."""
+    with translated(path):
+        if fs.stat(path).kind != "directory":
+            raise Damaged(f"{path} is no directory")
+
+
+def _prove_known(domain: Domain, path: str, entries: Sequence[PackEntry]) -> None:
+    """Checks an adopted pack's copies of chunks that we have: they take the place of ours."""
+    with domain.view.read() as state:
+        known = state.table("chunks").get_many([entry.chunk_id for entry in entries])
+    decoder = Decoder()
+    with translated(path):
+        fd = domain.fs.open_read(path)
+        try:
+            for entry in (entry for entry in entries if entry.chunk_id in known):
+                what = f"{path} at {entry.offset}"
+                raw = domain.fs.pread(fd, FRAME_HEADER_BYTES + entry.stored_len, entry.offset)
+                frame = parse_frame(memoryview(raw), domain.chunk_size, what)
+                content = decoder.decode(frame.codec, frame.payload, frame.raw_len)
+                found = {entry.chunk_id, frame.chunk_id, domain.hasher.full(content)}
+                if len(found) > 1:
+                    raise Damaged(f"{what}: content does not have its id")
+        finally:
+            domain.fs.close(fd)

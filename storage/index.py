@@ -5,6 +5,9 @@ Rules that make the sequential fold and a rebuild agree byte for byte:
 - of several live packs that hold it, the one with the highest number is its place;
 - a layer without a parent (a root) has no zero marks.
 
+A view that had to be made beside damaged files is the exception (docs/design.md §5.3): a chunk that
+no readable live pack holds is placed in LOST_PACK, until a pack comes that has it.
+
 Read first: storage.fold, which calls this, and docs/design.md §5.
 """
 
@@ -21,7 +24,9 @@ from storage.chunks import ZERO_MARK
 from storage.errors import ChunkMissing, Damaged
 from storage.manifests import decode_page, encode_page
 from storage.packs import FRAME_HEADER_BYTES, PackEntry
-from storage.tables import ChunkRow, Tables, pack_chunk_row, unpack_chunk_row
+from storage.tables import LOST_PACK, ChunkRow, Tables, pack_chunk_row, unpack_chunk_row
+
+_NOWHERE = ChunkRow(LOST_PACK, 0, 0, 0)
 
 
 class Contents(Protocol):
@@ -37,11 +42,19 @@ class Contents(Protocol):
 
 
 class Index:
-    """The index half of one fold step. Changes of live bytes are kept back until `flush`."""
+    """The index half of one fold step. Changes of live bytes are kept back until `flush`.
 
-    def __init__(self, state: Tables, contents: Contents) -> None:
+    `strict`: a new reference needs a chunk that can be read. `filling`: it may name a chunk that
+    is nowhere, which is lost then; and what has no reference stays until all layers are there.
+    """
+
+    def __init__(
+        self, state: Tables, contents: Contents, *, strict: bool = False, filling: bool = False
+    ) -> None:
         self._state = state
         self._contents = contents
+        self._strict = strict
+        self._filling = filling
         self._chunks = state.table("chunks")
         self._pages = state.table("pages")
         self._live_bytes: Counter[int] = Counter()
@@ -54,7 +67,9 @@ class Index:
             raise ChunkMissing(frozenset(self._missing))
         for number in sorted(self._live_chunks.keys() | self._live_bytes.keys()):
             size, count = self._live_bytes[number], self._live_chunks[number]
-            if size or count:
+            if number == LOST_PACK:
+                self._add_lost(count)
+            elif size or count:
                 self._add_live(number, size, count)
         self._live_bytes.clear()
         self._live_chunks.clear()
@@ -66,6 +81,11 @@ class Index:
             row, live_bytes=row.live_bytes + size, live_chunks=row.live_chunks + count
         )
         tables.packs.put(self._state, name, live)
+
+    def _add_lost(self, count: int) -> None:
+        before = tables.losses(self._state)
+        after = msgspec.structs.replace(before, chunks=before.chunks + count)
+        tables.set_losses(self._state, after)
 
     def _count(self, row: ChunkRow, sign: int) -> None:
         self._live_bytes[row.pack] += sign * (FRAME_HEADER_BYTES + row.stored_len)
@@ -120,12 +140,16 @@ class Index:
         rows = self._chunks.get_many(wanted)
         for chunk in wanted:
             value = rows.get(chunk)
-            if value is None:
-                if not new:
-                    raise Damaged(f"view: chunk {chunk.hex()} is referenced, but nowhere")
+            row = _NOWHERE if value is None else unpack_chunk_row(value)
+            if value is None and not new:
+                raise Damaged(f"view: chunk {chunk.hex()} is referenced, but nowhere")
+            if new and not self._filling and (value is None or self._refused(row)):
                 self._missing.add(chunk)
                 continue
-            self._refer_one(chunk, unpack_chunk_row(value), changes[chunk])
+            self._refer_one(chunk, row, changes[chunk])
+
+    def _refused(self, row: ChunkRow) -> bool:
+        return self._strict and row.pack == LOST_PACK
 
     def _refer_one(self, chunk: bytes, old: ChunkRow, change: int) -> None:
         references = old.references + change
@@ -135,6 +159,7 @@ class Index:
             self._count(old, +1)
         if not references:
             self._count(old, -1)
+        if not references and not self._filling:
             self._chunks.delete(chunk)
         else:
             self._chunks.put(chunk, pack_chunk_row(old._replace(references=references)))
@@ -174,15 +199,19 @@ class Index:
             self._copy_under(layer, child, root=root)
         self._lay_on_top(children[-1], layer, root=root)
 
+    def withdraw_layer(self, layer: int) -> None:
+        """Takes a layer out again, which turned out unreadable half-way."""
+        self._drop_layer(layer)
+
     def _drop_layer(self, layer: int) -> None:
-        for page_no, page in list(tables.layer_pages(self._state, layer)):
-            self._refer(_counts(decode_page(page).values(), -1))
+        for page_no in list(tables.layer_page_nos(self._state, layer, 0)):
+            self._refer(_counts(self._page(layer, page_no).values(), -1))
             self._pages.delete(tables.page_key(layer, page_no))
 
     def _copy_under(self, layer: int, child: int, *, root: bool) -> None:
-        page_nos = {no for no, _ in tables.layer_pages(self._state, layer)}
+        page_nos = set(tables.layer_page_nos(self._state, layer, 0))
         if root:
-            page_nos |= {no for no, _ in tables.layer_pages(self._state, child)}
+            page_nos.update(tables.layer_page_nos(self._state, child, 0))
         for page_no in sorted(page_nos):
             under, over = self._page(layer, page_no), self._page(child, page_no)
             merged = _merge(under, over, root=root)
@@ -192,8 +221,8 @@ class Index:
             self._put_page(child, page_no, merged)
 
     def _lay_on_top(self, child: int, layer: int, *, root: bool) -> None:
-        for page_no, page in list(tables.layer_pages(self._state, child)):
-            over, under = decode_page(page), self._page(layer, page_no)
+        for page_no in list(tables.layer_page_nos(self._state, child, 0)):
+            over, under = self._page(child, page_no), self._page(layer, page_no)
             lost = (under[at] for at in over if at in under)
             self._refer(_counts(lost, -1))
             self._put_page(layer, page_no, _merge(under, over, root=root))

@@ -6,6 +6,11 @@ says which tables there are). Rows are msgspec structs, stored as msgpack.
 Durability: when the block of `Store.write()` is left normally, everything put and deleted in it is
 on the disk; when it is left by an exception, nothing is. A reader sees one such state throughout.
 
+Damage: each row carries a check of itself, its key and its table, so a wrong one is never believed.
+When the environment is closed the whole file gets a seal (storage.seal), which the next opening
+checks, so what happens to a file that nobody uses is found before LMDB follows a pointer in it.
+After a kill there is no seal: then LMDB's own checks and the rows' are all there is.
+
 The map grows when it is full. LMDB allows that only while the process has no transaction open, so
 the full transaction is rolled back, the map enlarged once no reader is inside, and the journal of
 this transaction replayed: nobody else can have written in between, as the writers' lock is held.
@@ -22,12 +27,17 @@ from typing import Generic, TypeVar
 
 import lmdb
 import msgspec
+from xxhash import xxh3_64_digest
 
+from storage import seal
 from storage.errors import Damaged, PointUnreachable, translated
+from storage.lock_file import READERS, allocate_lock_file
 
 FIRST_MAP_BYTES = 64 << 20
 _MOST_KEY_BYTES = 511  # LMDB's own limit
-_MOST_READERS = 1024  # threads that may be inside read() at once
+
+_CHECK_BYTES = 8
+_DATA_FILE = "data.mdb"
 
 RowT = TypeVar("RowT", bound=msgspec.Struct)
 
@@ -41,12 +51,23 @@ class Table(Generic[RowT]):
         self.name = name
         self._decoder = msgspec.msgpack.Decoder(row_type)
 
-    def decode(self, body: bytes, key: str) -> RowT:
-        """The row; Damaged if these bytes are none."""
+    def encode(self, row: RowT, key: bytes) -> bytes:
+        """The row's bytes, and a check of them, the key and the table."""
+        body = _encoder.encode(row)
+        return body + self._check(body, key)
+
+    def decode(self, found: bytes, key: str) -> RowT:
+        """The row; Damaged if these bytes are none, or another's."""
+        body = found[:-_CHECK_BYTES]
+        if found[-_CHECK_BYTES:] != self._check(body, key.encode("utf-8", "surrogatepass")):
+            raise Damaged(f"state table {self.name}, row {key!r}: is not what was written")
         try:
             return self._decoder.decode(body)
         except msgspec.MsgspecError as error:
             raise Damaged(f"state table {self.name}, row {key!r}: {error}") from error
+
+    def _check(self, body: bytes, key: bytes) -> bytes:
+        return xxh3_64_digest(b"%s\0%s\0%s" % (self.name.encode(), key, body))
 
 
 class ReadTxn:
@@ -74,7 +95,7 @@ class ReadTxn:
                 return
             step = cursor.iterprev if reverse else cursor.iternext
             for raw, body in step(keys=True, values=True):
-                key = bytes(raw).decode()
+                key = _text(raw)
                 if reverse and key < start:
                     return
                 yield key, table.decode(bytes(body), key)
@@ -92,7 +113,8 @@ class WriteTxn(ReadTxn):
 
     def put(self, table: Table[RowT], key: str, row: RowT) -> None:
         """Adds the row, or replaces it."""
-        self._change(table.name, key, _encoder.encode(row))
+        raw = _raw_key(key)
+        self._change(table.name, key, None if raw is None else table.encode(row, raw))
 
     def delete(self, table: Table[RowT], key: str) -> None:
         """Removes the row if it is there."""
@@ -155,8 +177,10 @@ class Store:
         self._closed = False
         with translated(f"state {path}"):
             os.makedirs(path, mode=0o700, exist_ok=True)
+            allocate_lock_file(path)
+            seal.break_seal(os.path.join(path, _DATA_FILE))
             self._env = lmdb.open(
-                path, map_size=map_bytes, max_dbs=len(tables), max_readers=_MOST_READERS
+                path, map_size=map_bytes, max_dbs=len(tables), max_readers=READERS
             )
             self._handles: dict[str, lmdb._Database] = {
                 table.name: self._env.open_db(table.name.encode()) for table in tables
@@ -196,9 +220,16 @@ class Store:
     def close(self) -> None:
         """Ends it, once nobody is inside; from then on every call is PointUnreachable."""
         with self._writer, self._gate:
-            self._closed = True
+            if self._closed_already():
+                return
             self._gate.wait_for(lambda: self._readers == 0)
             self._env.close()
+            seal.put_seal(os.path.join(self._path, _DATA_FILE))
+
+    def _closed_already(self) -> bool:
+        """Notes that it is closed now."""
+        before, self._closed = self._closed, True
+        return before
 
     def _enter(self) -> None:
         with self._gate:
@@ -210,6 +241,13 @@ class Store:
         with self._gate:
             self._readers -= 1
             self._gate.notify_all()
+
+
+def _text(raw: bytes | memoryview) -> str:
+    try:
+        return bytes(raw).decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError as error:
+        raise Damaged(f"state: a key is not text: {error}") from error
 
 
 def _raw_key(key: str) -> bytes | None:

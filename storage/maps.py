@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 from storage import tables
 from storage.chunks import ZERO_MARK
-from storage.errors import NotOnPoint
+from storage.errors import Damaged, NotOnPoint
 from storage.manifests import decode_page
-from storage.tables import Tables
+from storage.tables import LOST_LAYER, Tables
 from storage.view import View
 
 PAGES_PER_READ = 64
@@ -33,12 +33,14 @@ class DiskMap:
 
     @classmethod
     def of(cls, view: View, disk: str, chunk_size: int) -> DiskMap:
-        """NotOnPoint when there is no such disk backup."""
+        """NotOnPoint when there is no such disk backup; Damaged when its map can't be read."""
         with view.read() as state:
             row = tables.disks.get(state, disk)
-        if row is None:
-            raise NotOnPoint(f"disk backup {disk} is not on the point")
-        return cls(view, disk, row.capacity, chunk_size)
+            if row is None:
+                raise NotOnPoint(f"disk backup {disk} is not on the point")
+            found = cls(view, disk, row.capacity, chunk_size)
+            found._layers(state)
+        return found
 
     def page(self, page_no: int) -> dict[int, bytes]:
         """Index in the page → chunk id. What is absent reads as zeros."""
@@ -66,6 +68,11 @@ class DiskMap:
             row = tables.disks.get(state, disk)
             if row is None:
                 raise NotOnPoint(f"disk backup {self._disk} is not on the point any more")
+            if row.layer == LOST_LAYER:
+                raise Damaged(
+                    f"disk backup {self._disk}: manifest {row.manifest} is damaged or gone, "
+                    "or one that it builds on"
+                )
             layers.append(row.layer)
             disk = row.parent
         return layers[::-1]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from storage.errors import PointUnsafeMount
 
@@ -26,11 +26,14 @@ _VOLATILE = frozenset({"tmpfs", "ramfs", "overlay"})
 _MINIMUM_VERSION = (4, 1)
 
 
+MountKind: TypeAlias = Literal["local", "nfs"]
+
+
 @dataclass(frozen=True, slots=True)
 class MountVerdict:
     """`problem` is empty when the mount is sound; `warnings` only cost time or need a look."""
 
-    kind: Literal["local", "nfs"]
+    kind: MountKind
     problem: str
     warnings: tuple[str, ...]
 

@@ -1,7 +1,8 @@
 """Unlinking files that no record names, in the only order that is safe.
 
-A directory is listed first; then the log is read to its end; only then is judged what is an orphan.
-So whatever owns a listed file had its OPEN in the log before the judgement.
+A directory is listed first; then the log is read to its end, as the server has it; only then is
+judged what is an orphan. So whatever owns a listed file had its OPEN in the log before the
+judgement.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import re
 from typing import TYPE_CHECKING
 
 from storage import tables
-from storage.errors import translated
+from storage.errors import PointFull, PointReadOnly, translated
 from storage.fold import Garbage
 from storage.fs import Fs
 from storage.tables import Tables
@@ -51,10 +52,16 @@ def sweep(domain: Domain) -> int:
     fs, paths = domain.fs, domain.paths
     with translated(paths.root):
         listed = {
-            root: {session: fs.listdir(os.path.join(root, session)) for session in _named(fs, root)}
+            root: {
+                session: names_in(fs, os.path.join(root, session)) for session in _named(fs, root)
+            }
             for root in (paths.packs, paths.manifests, paths.tmp)
         }
-    domain.refresh()
+    try:
+        domain.refresh_to_end()
+    except (PointFull, PointReadOnly) as error:
+        log.warning("orphans_left domain=%s error=%s", paths.root, error)
+        return 0
     gone = 0
     with domain.view.read() as state:
         for root, sessions in listed.items():
@@ -69,6 +76,14 @@ def sweep(domain: Domain) -> int:
 def _named(fs: Fs, root: str) -> list[str]:
     """The session directories in `root`; hosts' own ones in tmp/ are named otherwise."""
     return [name for name in fs.listdir(root) if _SESSION.fullmatch(name)]
+
+
+def names_in(fs: Fs, directory: str) -> list[str]:
+    """Names in a directory; none where somebody has planted something else."""
+    try:
+        return fs.listdir(directory) if fs.stat(directory).kind == "directory" else []
+    except FileNotFoundError:
+        return []
 
 
 def _sweep_session(
@@ -88,9 +103,9 @@ def _sweep_session(
 
 def _remove_files(fs: Fs, directory: str) -> int:
     try:
-        names = fs.listdir(directory)
+        names = names_in(fs, directory)
     except OSError:
-        return 0  # not there: nothing of the session to remove
+        return 0  # the next sweep tries it again
     gone = sum(_unlink(fs, os.path.join(directory, name)) for name in names)
     _remove_if_empty(fs, directory)
     return gone
@@ -109,7 +124,11 @@ def _unlink(fs: Fs, path: str) -> bool:
 
 def _remove_if_empty(fs: Fs, directory: str) -> None:
     try:
-        if not fs.listdir(directory):
+        if fs.stat(directory).kind != "directory":
+            fs.unlink(directory)  # a link, a fifo, a device: the name is all that goes
+        elif not fs.listdir(directory):
             fs.rmdir(directory)
+    except FileNotFoundError:
+        return
     except OSError as error:
         log.debug("rmdir_failed path=%s error=%s", directory, error)

@@ -47,6 +47,7 @@ __all__ = [
 PACK_MAGIC = b"VKPK"
 ROW_BYTES = 56
 MAX_PACK_BYTES = (1 << 32) - 1
+MAX_PACK_ROWS = 1 << 21  # a table's entries are held in memory
 
 _ROW = struct.Struct("<IIIBB2x32sQ")
 _NO_EXTRA = bytes(32)
@@ -123,6 +124,8 @@ class PackWriter:
     def _require_room(self, frames: Sequence[Frame]) -> None:
         frames_bytes = sum(FRAME_HEADER_BYTES + frame.stored_len for frame in frames)
         table_bytes = ROW_BYTES * (self._sealed.count + len(frames))
+        if self._sealed.count + len(frames) > MAX_PACK_ROWS:
+            raise Refused(f"a pack has at most {MAX_PACK_ROWS} frames")
         if self.size_bytes + frames_bytes + table_bytes + TAIL_BYTES > MAX_PACK_BYTES:
             raise Refused("a pack stays under 4 GiB")
 
@@ -144,7 +147,9 @@ def read_footer(fs: Fs, path: str) -> tuple[Seal, list[PackEntry]]:
         size_bytes = fs.stat(path).size_bytes
         if size_bytes > MAX_PACK_BYTES:
             raise Damaged(f"{path}: a pack of {size_bytes} bytes")
-        table = read_table(fs, fd, size_bytes, PACK_MAGIC, ROW_BYTES, path)
+        table = read_table(
+            fs, fd, size_bytes, PACK_MAGIC, ROW_BYTES, path, rows_limit=MAX_PACK_ROWS
+        )
     finally:
         fs.close(fd)
     if table.header.extra != _NO_EXTRA:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator, Sequence
 
-from storage.errors import Damaged, FileGone, translated
+from storage.errors import Damaged, FileDamaged, FileGone, translated
 from storage.fs import Fs
 from storage.manifests import ManifestReader
 from storage.packs import PackEntry, read_footer
@@ -26,6 +27,7 @@ class DomainPaths:
         self.hosts = os.path.join(self.root, "hosts")
         self.tmp = os.path.join(self.root, "tmp")
         self.views = os.path.join(self.root, "views")
+        self.ballast = os.path.join(self.root, "ballast")
 
     def sibling(self, cluster_uuid: str) -> DomainPaths:
         """Another cluster's domain on the same point."""
@@ -79,10 +81,14 @@ class FileContents:
 def _gone(path: str) -> Iterator[None]:
     try:
         yield
-    except FileNotFoundError as error:
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ESTALE):
+            raise
         raise FileGone(f"{path} is not there") from error
+    except Damaged as error:
+        raise FileDamaged(str(error)) from error
 
 
 def _require_digest(path: str, found: bytes, wanted: bytes) -> None:
     if found != wanted:
-        raise Damaged(f"{path}: is whole, but is not the file that the log names")
+        raise FileDamaged(f"{path}: is whole, but is not the file that the log names")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
+import re
 import secrets
 import threading
 import uuid
-from typing import Annotated, Literal
+from typing import Annotated
 
 import msgspec
 
@@ -18,16 +21,18 @@ from storage.errors import (
     PointNotEmpty,
     PointUnreachable,
     Refused,
+    StorageError,
     translated,
 )
-from storage.framing import decode_object, encode_object
+from storage.framing import decode_body, decode_object, encode_object
 from storage.fs import Fs, OsFs, Room
 from storage.listing import BackupRow
-from storage.mounts import require_sound_mount
+from storage.mounts import MountKind
 from storage.paths import DomainPaths
-from storage.publish import make_dirs, put_if_absent
+from storage.publish import discard, make_dirs, put_if_absent
 from storage.rebuild import open_view
 from storage.record import Digest32, Uuid
+from storage.seen import Seen
 from storage.tables import MemoryTables
 
 POINT_MAGIC = b"VKPO"
@@ -38,6 +43,7 @@ DEFAULT_PACK_BYTES = 64 << 20
 
 _FILE_LIMIT_BYTES = LABEL_LIMIT_BYTES + 64
 _NOT_CONTENT = frozenset({"lost+found"})
+_UNFINISHED = re.compile("POINT-[0-9a-f]{16}")
 _Name = Annotated[str, msgspec.Meta(max_length=4096)]
 
 
@@ -58,6 +64,8 @@ class ClusterLabel(msgspec.Struct, frozen=True, kw_only=True):
     cluster_mode: _Name = ""
 
 
+log = logging.getLogger(__name__)
+
 _point_decoder = msgspec.msgpack.Decoder(PointLabel)
 _cluster_decoder = msgspec.msgpack.Decoder(ClusterLabel)
 _encoder = msgspec.msgpack.Encoder()
@@ -66,7 +74,7 @@ _encoder = msgspec.msgpack.Encoder()
 class Point:
     """An opened point. Thread-safe; holds no file open."""
 
-    def __init__(self, fs: Fs, path: str, label: PointLabel, kind: Literal["local", "nfs"]) -> None:
+    def __init__(self, fs: Fs, path: str, label: PointLabel, kind: MountKind) -> None:
         self._fs = fs
         self._foreign: dict[str, MemoryTables] = {}
         self._lock = threading.Lock()
@@ -94,7 +102,7 @@ class Point:
         fs = fs or OsFs()
         if not is_chunk_size(chunk_size):
             raise Refused(f"chunk size {chunk_size}: a power of two from 64 KiB to 4 MiB")
-        _mount_kind(path)
+        _mount_kind(fs, path)
         label = PointLabel(
             uuid=str(uuid.uuid4()),
             name=name,
@@ -103,6 +111,8 @@ class Point:
         )
         with translated(path):
             content = set(fs.listdir(path)) - _NOT_CONTENT
+            unfinished = {name for name in content if _UNFINISHED.fullmatch(name)}
+            content -= unfinished
             if content:
                 raise PointNotEmpty(f"{path} holds {sorted(content)[0]!r}, but no POINT")
             body = encode_object(POINT_MAGIC, _encoder.encode(label))
@@ -111,6 +121,12 @@ class Point:
                 put_if_absent(fs, tmp, os.path.join(path, "POINT"), body)
             except FileExistsError as error:
                 raise PointNotEmpty(f"{path}: somebody else made it a point just now") from error
+            except OSError:
+                _take_back(fs, path, label.uuid)
+                raise
+            # Of attempts that a crash ended. Whoever is at it now has lost to our POINT.
+            for name in unfinished:
+                discard(fs, os.path.join(path, name))
             make_dirs(fs, os.path.join(path, "domains"), path)
         return cls.open(path, expect_uuid=label.uuid, fs=fs)
 
@@ -119,7 +135,7 @@ class Point:
         """PointUnreachable when there is no POINT, or another one than expected; PointUnsafeMount;
         PointNewerFormat; Damaged."""
         fs = fs or OsFs()
-        kind = _mount_kind(path)
+        kind = _mount_kind(fs, path)
         label = _point_label(_read_small(fs, os.path.join(path, "POINT"), POINT_MAGIC), path)
         if expect_uuid and label.uuid != expect_uuid:
             raise PointUnreachable(f"{path} holds point {label.uuid}, expected {expect_uuid}")
@@ -131,17 +147,27 @@ class Point:
             return self._fs.room(self.path)
 
     def clusters(self) -> list[ClusterLabel]:
-        """Every cluster that has a domain here, by uuid. Damaged when a label can't be read."""
+        """Every cluster that has a domain here, by uuid, but for those with an unreadable label."""
         root = os.path.join(self.path, "domains")
         with translated(root):
             names = self._fs.listdir(root)
-        return [label for name in names if (label := self.cluster(name)) is not None]
+        found = []
+        for name in names:
+            try:
+                found.append(self.cluster(name))
+            except StorageError as error:
+                # Anybody's domain: it must not hide the others.
+                log.warning("domain_unreadable path=%s error=%s", os.path.join(root, name), error)
+        return [label for label in found if label is not None]
 
     def cluster(self, name: str) -> ClusterLabel | None:
         """The label of the domain of that uuid; None for what is not (yet) one. Damaged."""
-        path = DomainPaths(self.path, name).label
+        paths = DomainPaths(self.path, name)
+        path = paths.label
         try:
             with translated(path):
+                if self._fs.stat(paths.root).kind != "directory":
+                    return None
                 self._fs.stat(path)
         except PointUnreachable:
             return None
@@ -154,19 +180,25 @@ class Point:
         view_dir: str,
         *,
         pack_size_bytes: int = DEFAULT_PACK_BYTES,
+        seen_path: str = "",
     ) -> Domain:
         """Opens one's own domain for writing; makes it when it is not there.
 
         `host` is this data directory's id; one process at a time may use it. `view_dir` takes the
-        view when the point is on NFS. Folds the log, aborts what this host left open, clears its
-        files. May take long after the view was lost. Raises StorageErrors; nothing is half open.
+        view when the point is on NFS. `seen_path` is a file of the host's, off the point, by which
+        an older copy of the point is told (storage.seen); "" for none. Folds the log, aborts what
+        this host left open, clears its files. May take long after the view was lost. Raises
+        StorageErrors; nothing is half open.
         """
         paths = DomainPaths(self.path, label.cluster_uuid)
         self._make_domain(paths, label)
         views = paths.views if self.kind == "local" else view_dir
-        os.makedirs(views, mode=0o700, exist_ok=True)
+        with translated(views):
+            os.makedirs(views, mode=0o700, exist_ok=True)
         identity = f"{self.uuid} {label.cluster_uuid}".encode()
-        view = open_view(self._fs, paths, os.path.join(views, host), identity)
+        seen = Seen(seen_path)
+        with translated(views):
+            view = open_view(self._fs, paths, os.path.join(views, host), identity)
         domain = Domain(
             self._fs,
             paths,
@@ -175,11 +207,14 @@ class Point:
             hasher=self.hasher,
             chunk_size=self.chunk_size,
             pack_size_bytes=pack_size_bytes,
+            seen=seen,
         )
         try:
             domain.require_own_past()
-            domain.refresh()
+            domain.require_no_gap()
             domain.clear_dead_sessions()
+            domain.ballast.keep()
+            seen.settle()
         except BaseException:
             domain.close()
             raise
@@ -197,7 +232,7 @@ class Point:
                 try:
                     put_if_absent(self._fs, tmp, paths.label, body)
                 except FileExistsError:
-                    return  # another host of the cluster made it just now
+                    self._fs.stat(paths.label)  # another host of the cluster made it just now
 
     def foreign_backups(self, cluster_uuid: str) -> list[BackupRow]:
         """The live backups of any domain, read from its log; nothing there is changed.
@@ -226,12 +261,17 @@ def is_point(path: str) -> bool:
     return os.path.lexists(os.path.join(path, "POINT"))
 
 
-def _mount_kind(path: str) -> Literal["local", "nfs"]:
+def _take_back(fs: Fs, path: str, point_uuid: str) -> None:
+    """A POINT that may not be durable must not be found by the next attempt."""
+    name = os.path.join(path, "POINT")
+    with contextlib.suppress(StorageError, OSError):
+        if _point_label(_read_small(fs, name, POINT_MAGIC), path).uuid == point_uuid:
+            fs.unlink(name)
+
+
+def _mount_kind(fs: Fs, path: str) -> MountKind:
     with translated(path):
-        if not os.path.isdir(path):
-            raise PointUnreachable(f"{path} is no directory")
-        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-            return require_sound_mount(os.path.realpath(path), file.read()).kind
+        return fs.mount_kind(path)
 
 
 def _read_small(fs: Fs, path: str, magic: bytes) -> bytes:
@@ -245,20 +285,14 @@ def _read_small(fs: Fs, path: str, magic: bytes) -> bytes:
 
 
 def _point_label(body: bytes, path: str) -> PointLabel:
-    try:
-        label = _point_decoder.decode(body)
-    except msgspec.MsgspecError as error:
-        raise Damaged(f"{path}: POINT: {error}") from error
+    label = decode_body(_point_decoder, body, f"{path}: POINT")
     if not is_chunk_size(label.chunk_size):
         raise Damaged(f"{path}: POINT: chunk size {label.chunk_size}")
     return label
 
 
 def _cluster_label(body: bytes, path: str, name: str) -> ClusterLabel:
-    try:
-        label = _cluster_decoder.decode(body)
-    except msgspec.MsgspecError as error:
-        raise Damaged(f"{path}: {error}") from error
+    label = decode_body(_cluster_decoder, body, path)
     if label.cluster_uuid != name:
         raise Damaged(f"{path}: names cluster {label.cluster_uuid}")
     return label

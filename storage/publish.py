@@ -49,6 +49,24 @@ def put_if_absent(fs: Fs, tmp_path: str, final_path: str, body: bytes) -> None:
     publish(fs, fd, tmp_path, final_path)
 
 
+def replace_same(fs: Fs, tmp_path: str, final_path: str, body: bytes) -> None:
+    """Puts a file with these bytes, which are those of the file there, in its place. Durable on
+    return. After an error the name is there, but not surely durable."""
+    fd = fs.open_new(tmp_path)
+    try:
+        try:
+            fs.pwrite(fd, [body], 0)
+        except BaseException:
+            close_discarded(fs, fd)
+            raise
+        _make_durable(fs, fd)
+        fs.rename(tmp_path, final_path)
+    except BaseException:
+        discard(fs, tmp_path)
+        raise
+    fs.fsync_dir(posixpath.dirname(final_path))
+
+
 def link_or_copy(fs: Fs, source: str, tmp_path: str, final_path: str) -> None:
     """Gives an immutable file a second name, or a copy where links don't work. Durable on return.
 
@@ -127,11 +145,19 @@ def _link_ours(fs: Fs, tmp_path: str, final_path: str) -> None:
 
 def _make_dir(fs: Fs, parent: str, name: str) -> str:
     path = posixpath.join(parent, name)
+    made = True
     try:
         fs.mkdir(path)
     except FileExistsError:
+        made = False
         if fs.stat(path).kind != "directory":
             raise NotADirectoryError(20, "not a directory", path) from None
     # Also for one that was there: who made it may have been killed before this step.
-    fs.fsync_dir(parent)
+    try:
+        fs.fsync_dir(parent)
+    except OSError:
+        if made:  # else a second attempt would find it, and believe the second fsync
+            with contextlib.suppress(OSError):
+                fs.rmdir(path)
+        raise
     return path

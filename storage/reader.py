@@ -7,6 +7,7 @@ window is read once. A pack that gc moved meanwhile is looked up again.
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
 from collections import OrderedDict
@@ -16,12 +17,17 @@ from typing import TYPE_CHECKING
 
 from storage import tables
 from storage.chunks import FRAME_HEADER_BYTES, ChunkHasher, Decoder
-from storage.errors import Damaged, PointUnreachable, translated
+from storage.errors import (
+    ChunkDamaged,
+    Damaged,
+    PointNewerFormat,
+    from_os_error,
+)
 from storage.fs import Buffer
 from storage.manifests import PAGE_ENTRIES
 from storage.maps import DiskMap
 from storage.packs import parse_frame
-from storage.tables import Tables, unpack_chunk_row
+from storage.tables import LOST_PACK, Tables, unpack_chunk_row
 
 if TYPE_CHECKING:
     from storage.domain import Domain
@@ -79,7 +85,7 @@ def _runs(domain: Domain, targets: dict[bytes, list[int]]) -> Iterator[ReadRun]:
         return
     with domain.view.read() as state:
         places = _places(state, list(targets))
-        names = {number: tables.pack_id(state, number) for number in {p[0] for p in places}}
+        names = {number: _pack_name(state, number) for number in {p[0] for p in places}}
     run: list[tuple[int, int, int, bytes]] = []
     for place in sorted(places):
         if run and not _joins(run, place):
@@ -88,6 +94,10 @@ def _runs(domain: Domain, targets: dict[bytes, list[int]]) -> Iterator[ReadRun]:
         run.append(place)
     if run:
         yield _run(names[run[0][0]], run, targets)
+
+
+def _pack_name(state: Tables, number: int) -> str:
+    return "" if number == LOST_PACK else tables.pack_id(state, number)
 
 
 def _places(state: Tables, ids: Sequence[bytes]) -> list[tuple[int, int, int, bytes]]:
@@ -138,13 +148,25 @@ class ChunkReader:
         """Yields each frame's place and its content, good until the next one is asked for.
 
         `buffer` holds at least run.size_bytes: at most MAX_RUN_BYTES, or one frame if it is larger.
-        Raises Damaged naming pack and offset, PointUnreachable.
+        Raises ChunkDamaged naming pack and offset, PointUnreachable.
         """
+        for place, found in self.read_each(run, buffer):
+            if isinstance(found, ChunkDamaged):
+                raise found
+            yield place, found
+
+    def read_each(
+        self, run: ReadRun, buffer: memoryview
+    ) -> Iterator[tuple[FramePlace, Buffer | ChunkDamaged]]:
+        """As `read`, but what is wrong with a chunk is yielded in place of its content."""
         yield from self._read(run, buffer, attempts=RELOCATE_ATTEMPTS)
 
     def _read(
         self, run: ReadRun, buffer: memoryview, attempts: int
-    ) -> Iterator[tuple[FramePlace, Buffer]]:
+    ) -> Iterator[tuple[FramePlace, Buffer | ChunkDamaged]]:
+        if not run.pack:
+            yield from _all_damaged(run, "the pack that held it is damaged or gone")
+            return
         part = buffer[: run.size_bytes]
         try:
             count = self._packs.read(run.pack, part, run.offset)
@@ -153,18 +175,25 @@ class ChunkReader:
             return
         for place in run.frames:
             what = f"{self._domain.paths.pack(run.pack)} at {run.offset + place.offset_in_run}"
-            yield place, self._content(part[:count], place, what)
+            found: Buffer | ChunkDamaged
+            try:
+                found = self._content(part[:count], place, what)
+            except (Damaged, PointNewerFormat) as error:
+                found = ChunkDamaged(str(error), run.pack, place.chunk_id)
+            yield place, found
 
     def _read_elsewhere(
         self, run: ReadRun, buffer: memoryview, attempts: int
-    ) -> Iterator[tuple[FramePlace, Buffer]]:
+    ) -> Iterator[tuple[FramePlace, Buffer | ChunkDamaged]]:
         """The pack's name is gone: gc has moved its live chunks. Looks them up anew."""
         log.info("pack_moved pack=%s", run.pack)
         self._domain.refresh()
         targets = {place.chunk_id: list(place.targets) for place in run.frames}
         for moved in _runs(self._domain, targets):
-            if moved.pack == run.pack or not attempts:
-                raise Damaged(f"{self._domain.paths.pack(run.pack)}: is live, but not there")
+            if not attempts:
+                path = self._domain.paths.pack(moved.pack)
+                yield from _all_damaged(moved, f"{path} is live, but not there")
+                continue
             yield from self._read(moved, buffer, attempts)
 
     def _content(self, part: memoryview, place: FramePlace, what: str) -> Buffer:
@@ -190,6 +219,12 @@ class ChunkReader:
         self._packs.close()
 
 
+def _all_damaged(run: ReadRun, reason: str) -> Iterator[tuple[FramePlace, ChunkDamaged]]:
+    for place in run.frames:
+        chunk = place.chunk_id
+        yield place, ChunkDamaged(f"chunk {chunk.hex()}: {reason}", run.pack, chunk)
+
+
 class _OpenPacks:
     """File descriptors of the packs read last; one is never closed while it is being read."""
 
@@ -198,27 +233,31 @@ class _OpenPacks:
         self._lock = threading.Lock()
         self._open: OrderedDict[str, int] = OrderedDict()
         self._reading: dict[str, int] = {}
+        self._stale: list[int] = []
 
     def read(self, pack: str, buffer: memoryview, offset: int) -> int:
         """FileNotFoundError when the pack has no name any more and is not open here."""
-        fd = self._take(pack)
+        path = self._domain.paths.pack(pack)
         try:
-            with translated(self._domain.paths.pack(pack)):
+            fd = self._take(pack, path)
+            try:
                 return self._domain.fs.preadv(fd, buffer, offset)
-        finally:
-            self._give_back(pack)
+            finally:
+                self._give_back(pack)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise from_os_error(error, path) from error
+            # Another NFS client deleted the file that is open here: its name tells what is there.
+            self._set_aside(pack)
+            raise FileNotFoundError(path) from error
 
-    def _take(self, pack: str) -> int:
+    def _take(self, pack: str, path: str) -> int:
         with self._lock:
             fd = self._open.get(pack)
             if fd is None:
-                try:
-                    fd = self._domain.fs.open_read(self._domain.paths.pack(pack))
-                except FileNotFoundError:
-                    raise
-                except OSError as error:
-                    raise PointUnreachable(f"{self._domain.paths.pack(pack)}: {error}") from error
-                self._open[pack] = fd
+                fd = self._open[pack] = self._domain.fs.open_read(path)
             self._open.move_to_end(pack)
             self._reading[pack] = self._reading.get(pack, 0) + 1
             return fd
@@ -232,7 +271,15 @@ class _OpenPacks:
             for name in idle[: max(0, len(self._open) - OPEN_PACKS)]:
                 self._domain.fs.close(self._open.pop(name))
 
+    def _set_aside(self, pack: str) -> None:
+        with self._lock:
+            fd = self._open.pop(pack, None)
+            if fd is not None:
+                self._stale.append(fd)  # others may be reading from it
+
     def close(self) -> None:
         with self._lock:
+            while self._stale:
+                self._domain.fs.close(self._stale.pop())
             while self._open:
                 self._domain.fs.close(self._open.popitem()[1])

@@ -11,22 +11,24 @@ from __future__ import annotations
 import heapq
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import groupby, islice
 from typing import Protocol, TypeVar
 
 from blake3 import blake3
+from msgspec.structs import replace
 
 from storage import tables
-from storage.errors import Damaged, StorageError, translated
+from storage.errors import Damaged, FileDamaged, FileGone, StorageError, translated
 from storage.fold import fold
 from storage.fs import Fs
 from storage.index import Contents, Index
 from storage.log import Log
 from storage.manifests import decode_page, encode_page
 from storage.paths import DomainPaths, FileContents
-from storage.tables import Tables, unpack_chunk_row
+from storage.tables import LOST_LAYER, Tables, unpack_chunk_row
 from storage.view import View, adopt_copy, destroy
 
 RECORDS_PER_STEP = 64
@@ -34,6 +36,8 @@ PACKS_PER_STEP = 64
 PAGES_PER_STEP = 64
 CHUNKS_PER_STEP = 100_000
 COPY_BYTES = 4 << 20
+
+_CHECKPOINT = re.compile(r"[0-9a-f]{16}-[0-9a-f]{64}\.mdb")
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
@@ -50,6 +54,7 @@ class Update(Protocol):
 def open_view(fs: Fs, paths: DomainPaths, path: str, identity: bytes) -> View:
     """The domain's view, made anew when it is absent or can't be used. Not yet at the log's end."""
     destroy(_unfinished(path))
+    destroy(path + ".old")  # of a View.replace that was killed
     if os.path.exists(path):
         try:
             return View(path, identity)
@@ -65,15 +70,22 @@ def open_view(fs: Fs, paths: DomainPaths, path: str, identity: bytes) -> View:
 
 def make_view(fs: Fs, paths: DomainPaths, path: str, identity: bytes) -> str:
     """Makes a view from log, footers and manifests alone; returns the directory beside `path`
-    that it lies in, closed. Raises Damaged when a live file is not what the log says."""
+    that it lies in, closed. Raises Damaged when the log is; see `fill` for damaged files."""
     unfinished = _unfinished(path)
-    destroy(unfinished)
-    view = View(unfinished, identity)
-    try:
-        fill(view.update, Log(fs, paths.log, paths.tmp), FileContents(fs, paths))
-    finally:
-        view.close()
-    return unfinished
+    records = Log(fs, paths.log, paths.tmp)
+    while True:
+        destroy(unfinished)
+        view = View(unfinished, identity)
+        try:
+            whole = fill(view.update, records, FileContents(fs, paths))
+            with view.read() as state:
+                last, _ = tables.applied(state)
+        finally:
+            view.close()
+        # What is gone was lost only if no later record has let it go.
+        if whole or records.read_surely(last + 1) is None:
+            records.make_names_durable(max(1, last - 1), last)
+            return unfinished
 
 
 def _unfinished(path: str) -> str:
@@ -91,7 +103,7 @@ def checkpoint_name(seq: int, digest: bytes) -> str:
 def _from_checkpoint(fs: Fs, paths: DomainPaths, path: str, identity: bytes) -> View | None:
     """The view in the newest checkpoint that proves whole and belongs to this log, if any."""
     with translated(paths.checkpoints):
-        names = [name for name in fs.listdir(paths.checkpoints) if name.endswith(".mdb")]
+        names = [name for name in fs.listdir(paths.checkpoints) if _CHECKPOINT.fullmatch(name)]
     for name in reversed(names):
         try:
             view = _adopted(fs, paths, name, path, identity)
@@ -145,20 +157,26 @@ def _copied(fs: Fs, source: str, target: str) -> bytes:
 # From log, footers and manifests.
 
 
-def fill(update: Update, records: Log, contents: Contents) -> None:
-    """Fills an empty state. `update` runs a step in a transaction of its own.
+def fill(update: Update, records: Log, contents: Contents) -> bool:
+    """Fills an empty state; whether from whole files. `update` runs a step in a transaction.
 
-    Raises Damaged when a live file is not what the log says, or a referenced chunk is nowhere.
+    Damaged when a record of the log is. A pack or manifest that is damaged or gone keeps nothing
+    else from being read: docs/design.md §5.3 says what stands in its place.
     """
     while update(partial(fold_records, records=records)):
         pass
+    whole = True
     for batch in _batches(update(_numbered_packs), PACKS_PER_STEP):
-        _run(update, contents, partial(_place, batch))
+        lost = update(partial(_placed, packs=batch, contents=contents))
+        if lost:
+            update(partial(_note_lost_packs, packs=lost))
+            whole = False
     for disk in update(_disk_names):
-        _fill_disk(update, contents, disk)
+        whole &= _fill_disk(update, contents, disk)
     start: bytes | None = b""
     while start is not None:
         start = update(partial(_drop_unreferenced, start=start))
+    return whole
 
 
 def fold_records(state: Tables, records: Log) -> bool:
@@ -179,8 +197,23 @@ def _disk_names(state: Tables) -> list[str]:
     return [disk for disk, _ in tables.disks.scan(state)]
 
 
-def _place(packs: list[tuple[int, str]], index: Index) -> None:
-    index.place({pack: number for number, pack in packs})
+def _placed(state: Tables, packs: list[tuple[int, str]], contents: Contents) -> tuple[str, ...]:
+    """Places the packs' chunks; returns the packs whose tables can't be read."""
+    index = Index(state, contents, filling=True)
+    lost = []
+    for number, pack in packs:
+        try:
+            index.place({pack: number})
+        except (FileDamaged, FileGone) as error:
+            log.warning("pack_lost pack=%s error=%s", pack, error)
+            lost.append(pack)
+    index.flush()
+    return tuple(lost)
+
+
+def _note_lost_packs(state: Tables, packs: tuple[str, ...]) -> None:
+    before = tables.losses(state)
+    tables.set_losses(state, replace(before, packs=before.packs + packs))
 
 
 def _batches(items: Iterable[ItemT], size: int) -> Iterator[list[ItemT]]:
@@ -191,18 +224,31 @@ def _batches(items: Iterable[ItemT], size: int) -> Iterator[list[ItemT]]:
 
 def _run(update: Update, contents: Contents, step: Callable[[Index], None]) -> None:
     def change(state: Tables) -> None:
-        index = Index(state, contents)
+        index = Index(state, contents, filling=True)
         step(index)
         index.flush()
 
     update(change)
 
 
-def _fill_disk(update: Update, contents: Contents, disk: str) -> None:
-    """Makes a disk's layer: its own part of the manifest chain, newest entries on top."""
+def _fill_disk(update: Update, contents: Contents, disk: str) -> bool:
+    """Makes a disk's layer: its own part of the manifest chain, newest entries on top. False when
+    the chain is not whole."""
     layer, root, chain = update(partial(own_part, disk=disk))
-    for batch in _batches(merged_pages(contents, chain, root=root), PAGES_PER_STEP):
-        _run(update, contents, partial(_add_pages, layer, batch))
+    try:
+        for batch in _batches(merged_pages(contents, chain, root=root), PAGES_PER_STEP):
+            _run(update, contents, partial(_add_pages, layer, batch))
+    except (FileDamaged, FileGone) as error:
+        log.warning("map_lost disk=%s error=%s", disk, error)
+        _run(update, contents, lambda index: index.withdraw_layer(layer))
+        update(partial(_note_lost_layer, disk=disk))
+        return False
+    return True
+
+
+def _note_lost_layer(state: Tables, disk: str) -> None:
+    row = tables.disks.require(state, disk)
+    tables.disks.put(state, disk, replace(row, layer=LOST_LAYER))
 
 
 def _add_pages(layer: int, pages: list[tuple[int, bytes]], index: Index) -> None:

@@ -11,17 +11,17 @@ from typing import Annotated, Literal, TypeAlias
 import msgspec
 from blake3 import blake3
 
-from storage.errors import Damaged
-from storage.framing import decode_object, encode_object
+from storage.errors import Damaged, Refused
+from storage.framing import decode_body, decode_object, encode_object
 
 MAGIC = b"VKRE"
 BODY_LIMIT_BYTES = 64 << 20
 LABEL_LIMIT_BYTES = 1 << 20
 DISKS_LIMIT = 256
 
-SessionId = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+SessionId = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$", max_length=32)]
 # A pack or manifest is named by its session and number, which is also its path in the domain.
-FileId = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}/[0-9a-f]{8}$")]
+FileId = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}/[0-9a-f]{8}$", max_length=41)]
 Uuid = Annotated[
     str, msgspec.Meta(pattern="^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$", max_length=36)
 ]
@@ -140,20 +140,21 @@ _decoder = msgspec.msgpack.Decoder(Record)
 
 
 def encode_record(record: Record) -> bytes:
-    """The record's whole file. ValueError when it is larger than a record may be."""
+    """The record's whole file. Refused for one that decode_record would not give back."""
     body = _encoder.encode(record)
     if len(body) > BODY_LIMIT_BYTES:
-        raise ValueError(f"record of {len(body)} bytes; the limit is {BODY_LIMIT_BYTES}")
+        raise Refused(f"record of {len(body)} bytes; the limit is {BODY_LIMIT_BYTES}")
+    try:
+        decode_body(_decoder, body, "record")
+    except Damaged as error:
+        raise Refused(str(error)) from error
     return encode_object(MAGIC, body)
 
 
 def decode_record(file_bytes: bytes, what: str) -> Record:
     """Raises Damaged or PointNewerFormat; `what` names the file."""
     body = decode_object(MAGIC, file_bytes, BODY_LIMIT_BYTES, what)
-    try:
-        return _decoder.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise Damaged(f"{what}: not a record: {error}") from error
+    return decode_body(_decoder, body, f"{what}: not a record")
 
 
 def record_digest(file_bytes: bytes) -> bytes:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from blake3 import blake3
 
 from storage.chunks import is_chunk_size
-from storage.errors import Damaged, Refused
+from storage.errors import Damaged, PointNewerFormat, Refused
 from storage.framing import DIGEST_BYTES, FORMAT, check_format
 from storage.fs import Buffer, Fs
 from storage.publish import close_discarded, discard, publish
@@ -154,7 +154,16 @@ class SealedWriter:
             discard(self._fs, self._tmp_path)
 
 
-def read_table(fs: Fs, fd: int, size_bytes: int, magic: bytes, row_size: int, what: str) -> Table:
+def read_table(
+    fs: Fs,
+    fd: int,
+    size_bytes: int,
+    magic: bytes,
+    row_size: int,
+    what: str,
+    *,
+    rows_limit: int = 1 << 32,
+) -> Table:
     """Header and table of a sealed file of `size_bytes`, checked against the tail's digest.
 
     The items are not read. Raises Damaged, or PointNewerFormat; `what` names the file in errors.
@@ -162,9 +171,16 @@ def read_table(fs: Fs, fd: int, size_bytes: int, magic: bytes, row_size: int, wh
     if size_bytes < HEADER_BYTES + TAIL_BYTES:
         raise Damaged(f"{what}: {size_bytes} bytes are too few")
     raw_header = read_exactly(fs, fd, HEADER_BYTES, 0, what)
-    header = _decoded_header(raw_header, magic, what)
+    try:
+        header = _decoded_header(raw_header, magic, what)
+    except PointNewerFormat as error:
+        if _sealed_otherwise(fs, fd, size_bytes, row_size, raw_header, what):
+            raise Damaged(f"{what}: its header is not the one that was sealed") from error
+        raise
     end = _read_end(fs, fd, size_bytes, what)
     count, digest = _checked_tail(end[-TAIL_BYTES:], size_bytes, row_size, what)
+    if count > rows_limit:
+        raise Damaged(f"{what}: table of {count} rows; at most {rows_limit} are allowed")
     need_bytes = count * row_size + TAIL_BYTES
     if need_bytes > len(end):
         end = read_exactly(fs, fd, need_bytes, size_bytes - need_bytes, what)
@@ -172,6 +188,22 @@ def read_table(fs: Fs, fd: int, size_bytes: int, magic: bytes, row_size: int, wh
     if _table_digest(raw_header, rows, end[-TAIL_BYTES:][: _SIGNED_TAIL.size]) != digest:
         raise Damaged(f"{what}: digest of header and table does not match")
     return Table(header, rows, count, size_bytes, digest)
+
+
+def _sealed_otherwise(
+    fs: Fs, fd: int, size_bytes: int, row_size: int, raw_header: bytes, what: str
+) -> bool:
+    """Whether table and tail are of our format, but sealed with another header than there is: then
+    the header does not say what a newer vmkeep wrote, but was damaged."""
+    end = _read_end(fs, fd, size_bytes, what)
+    try:
+        count, digest = _checked_tail(end[-TAIL_BYTES:], size_bytes, row_size, what)
+    except Damaged:
+        return False
+    need_bytes = count * row_size + TAIL_BYTES
+    end = read_exactly(fs, fd, need_bytes, size_bytes - need_bytes, what)
+    signed = end[-TAIL_BYTES:][: _SIGNED_TAIL.size]
+    return _table_digest(raw_header, end[:-TAIL_BYTES], signed) != digest
 
 
 def read_exactly(fs: Fs, fd: int, size_bytes: int, offset: int, what: str) -> bytes:

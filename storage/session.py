@@ -3,7 +3,8 @@
 Any number of threads may call known() and store(); packs are sealed (fsync, link) by one background
 thread while the next one fills. Nothing that a session wrote counts before its record; leaving the
 `with` block without one aborts it and deletes its files. A process that dies leaves the session
-open; the host's next start aborts it (Domain.clear_dead_sessions).
+open; the host's next start aborts it (Domain.clear_dead_sessions), and keeps a backup's sealed
+packs for the next one (storage.salvage).
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from storage import orphans, tables
 from storage.chunks import FRAME_HEADER_BYTES, Frame
 from storage.errors import PointFull, SessionEnded, StorageError, translated
 from storage.fold import Garbage
+from storage.fs import Room
 from storage.manifests import ManifestWriter, encode_page
 from storage.packs import PackWriter, read_footer
-from storage.publish import link_or_copy, make_dirs
+from storage.publish import discard, link_or_copy, make_dirs
 from storage.record import (
     BackupSeal,
     Commit,
@@ -48,6 +50,11 @@ RESERVE_BYTES = 64 << 20
 RESERVE_SHARE = 50
 
 log = logging.getLogger(__name__)
+
+
+def reserve_bytes(room: Room) -> int:
+    """What is kept free on a file system of that size."""
+    return min(RESERVE_BYTES, room.capacity_bytes // RESERVE_SHARE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +107,15 @@ class ManifestBuilder:
 class Session:
     """See the module. Made by Domain.begin."""
 
-    def __init__(self, domain: Domain, session: str) -> None:
+    def __init__(self, domain: Domain, session: str, *, may_use_reserve: bool = False) -> None:
         self.id = session
         self._domain = domain
+        self._may_use_reserve = may_use_reserve
         self._tmp = f"{domain.paths.tmp}/{session}"
         self._lock = threading.Lock()
         self._own: dict[bytes, None] = {}
+        self._adopting = threading.Lock()
+        self._adopted: set[str] = set()
         self._pack: PackWriter | None = None
         self._pack_numbers = itertools.count()
         self._pack_n = 0
@@ -125,6 +135,8 @@ class Session:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if isinstance(error, PointFull):
+            self._domain.salvage.drop()
         if not self._ended:
             self._abandon()
 
@@ -133,11 +145,37 @@ class Session:
     def known(self, ids: Sequence[bytes]) -> list[bool]:
         """For each id, whether it need not be stored: it is live, or this session's own already.
 
+        What is known to be damaged where it lies is not: it is stored anew, which heals it.
         The answer may become wrong by somebody's delete; the commit finds that out.
         """
         with self._domain.view.read() as state:
             live = state.table("chunks").get_many(ids)
-        return [chunk in live or chunk in self._own for chunk in ids]
+        trusted = self._domain.trusted
+        known = [
+            chunk in self._own or (chunk in live and trusted(chunk, live[chunk])) for chunk in ids
+        ]
+        salvaged = self._salvaged([chunk for chunk in ids if chunk not in live])
+        return [there or chunk in salvaged for chunk, there in zip(ids, known, strict=True)]
+
+    def _salvaged(self, ids: Sequence[bytes]) -> set[bytes]:
+        """Those of the chunks that a salvaged pack holds; the session has the pack on return."""
+        found = self._domain.salvage.find(ids)
+        usable = {path for path in sorted(set(found.values())) if self._adopt_salvaged(path)}
+        return {chunk for chunk, path in found.items() if path in usable}
+
+    def _adopt_salvaged(self, path: str) -> bool:
+        with self._adopting:
+            if path in self._adopted:
+                return True
+            try:
+                self.adopt_pack(path)
+            except StorageError as error:
+                # Its chunks are stored again, which tells what is wrong if the point itself is.
+                log.info("pack_not_salvaged path=%s error=%s", path, error)
+                self._domain.salvage.gone(path)
+                return False
+            self._adopted.add(path)
+            return True
 
     def store(self, frames: Sequence[Frame]) -> int:
         """Adds frames that the session does not have yet to its packs; returns bytes added.
@@ -168,25 +206,33 @@ class Session:
     def _next_pack(self) -> PackWriter:
         self._require_room()
         self._slots.acquire()
-        self._make_tmp()
-        self._pack_n = next(self._pack_numbers)
-        self._pack = PackWriter(
-            self._domain.fs,
-            f"{self._tmp}/pack-{self._pack_n:08x}",
-            bytes.fromhex(self.id),
-            self._pack_n,
-            self._domain.chunk_size,
-        )
+        try:
+            self._make_tmp()
+            self._pack_n = next(self._pack_numbers)
+            self._pack = PackWriter(
+                self._domain.fs,
+                f"{self._tmp}/pack-{self._pack_n:08x}",
+                bytes.fromhex(self.id),
+                self._pack_n,
+                self._domain.chunk_size,
+            )
+        except BaseException:
+            self._slots.release()
+            raise
         return self._pack
 
     def _require_room(self) -> None:
-        """Backups stop while there is still room for the small writes of a delete."""
-        room = self._domain.fs.room(self._domain.paths.root)
-        reserve = min(RESERVE_BYTES, room.capacity_bytes // RESERVE_SHARE)
+        """Backups stop while there is still room for the writes of a delete and a gc."""
+        if self._may_use_reserve:
+            return
+        root = self._domain.paths.root
+        room = self._domain.fs.room(root)
+        reserve = reserve_bytes(room)
+        if room.free_bytes <= reserve and self._domain.salvage.drop():
+            room = self._domain.fs.room(root)
         if room.free_bytes <= reserve:
             raise PointFull(
-                f"{self._domain.paths.root}: {room.free_bytes} bytes free; "
-                f"{reserve} are kept for deleting"
+                f"{root}: {room.free_bytes} bytes free; {reserve} are kept for deleting"
             )
 
     def _make_tmp(self) -> None:
@@ -271,7 +317,7 @@ class Session:
         own = self._seal_all()
 
         def build(state: Tables) -> Sequence[Op]:
-            live = tuple(pack for pack in packs if tables.packs.get(state, pack) is not None)
+            live = tuple(pack for pack in packs if _may_go(state, pack))
             rebased = [chain for chain in folded if chain.still_true(state)]
             seals = {chain.disk: self._manifests[chain.disk].seal for chain in rebased}
             rebases = tuple(
@@ -295,9 +341,10 @@ class Session:
 
         return self._append(build)
 
-    def adopt_pack(self, path: str) -> None:
+    def adopt_pack(self, path: str) -> str:
         """Takes a sealed pack of another domain of the point over, by hard link or, failing that,
-        by copy. FileNotFoundError when it has gone; Damaged when its footer is not whole."""
+        by copy; returns its FileId here. FileNotFoundError when it has gone; Damaged when its
+        footer is not whole."""
         domain = self._domain
         with self._lock:
             n = next(self._pack_numbers)
@@ -306,10 +353,15 @@ class Session:
             make_dirs(domain.fs, os.path.dirname(final), domain.paths.root)
             self._make_tmp()
             link_or_copy(domain.fs, path, f"{self._tmp}/pack-{n:08x}", final)
-            seal, _ = read_footer(domain.fs, final)
+            try:
+                seal, _ = read_footer(domain.fs, final)
+            except BaseException:
+                discard(domain.fs, final)
+                raise
         done: Future[FileSeal] = Future()
         done.set_result(_file_seal(n, seal))
         self._sealing.append(done)
+        return file_id(self.id, n)
 
     def end(self) -> None:
         """A reader's normal end: what it held may go."""
@@ -321,7 +373,31 @@ class Session:
         self._sealer.shutdown()
         orphans.unlink_garbage(self._domain, garbage)
         orphans.remove_directory(self._domain, self._tmp)
+        self._domain.salvage.used(self._adopted)
         return garbage
+
+    def set_aside(self) -> None:
+        """Ends our part without an outcome: this process ends, and the host's next start keeps what
+        is sealed by then (storage.salvage). Raises nothing; what is not sealed is lost."""
+        if self._ended:
+            return
+        self._ended = True
+        with self._lock:
+            self._start_seal()
+        self._sealer.shutdown()
+        self._abandon_builders()
+
+    def require_open(self) -> None:
+        """SessionEnded when the log says that somebody has ended the session; StorageErrors."""
+        self._domain.refresh()
+        with self._domain.view.read() as state:
+            ended = tables.sessions.get(state, self.id) is None
+            ours = any(tables.disks.get(state, disk) is not None for disk in self._builders)
+            if ended and not ours:
+                raise SessionEnded(
+                    f"session {self.id} was ended by another host, which took this one for dead; "
+                    "nothing of it was committed"
+                )
 
     def _seal_all(self) -> tuple[FileSeal, ...]:
         with self._lock:
@@ -344,21 +420,30 @@ class Session:
         parent = backup.parent if any(disk.parent for disk in disks) else ""
         return BackupSeal(backup=backup.backup, label=backup.label, disks=disks, parent=parent)
 
+    def _abandon_builders(self) -> None:
+        for disk, builder in self._builders.items():
+            if disk not in self._manifests:
+                builder.writer.abandon()
+
     def _abandon(self) -> None:
         """ABORT, then delete the files. When the point does not answer, the next start does it."""
         self._ended = True
         self._sealer.shutdown()
         if self._pack is not None:
             self._pack.abandon()
-        for disk, builder in self._builders.items():
-            if disk not in self._manifests:
-                builder.writer.abandon()
+        self._abandon_builders()
         try:
             self._domain.abort(self.id)
         except SessionEnded:
             log.info("session_ended_already session=%s", self.id)
         except StorageError as error:
             log.warning("session_left_open session=%s error=%s", self.id, error)
+
+
+def _may_go(state: Tables, pack: str) -> bool:
+    """False for one that went already, and for one that a lost chunk may be in."""
+    row = tables.packs.get(state, pack)
+    return row is not None and (row.live_chunks > 0 or tables.may_retire(state, pack, row))
 
 
 def _file_seal(n: int, seal: Seal) -> FileSeal:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import msgspec
@@ -26,6 +27,12 @@ TABLE_NAMES = (
     "chunks",
     "pages",
 )
+
+
+# Of another cluster's domain, which is read into memory: a million packs, or backups, fit.
+FOREIGN_BYTES_LIMIT = 1 << 29
+FOREIGN_SESSIONS_LIMIT = 4096
+ROW_OVERHEAD_BYTES = 200  # of a dictionary's entry and two objects
 
 
 class Table(Protocol):
@@ -88,6 +95,45 @@ class MemoryTables:
         for name, table in self.tables.items():
             twin.tables[name].rows = dict(table.rows)
         return twin
+
+
+class BoundedTables(MemoryTables):
+    """MemoryTables for what somebody else wrote: Damaged instead of without end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        budget = _Budget(FOREIGN_BYTES_LIMIT)
+        self.tables = {name: _BoundedTable(name, budget) for name in TABLE_NAMES}
+
+
+@dataclass(slots=True)
+class _Budget:
+    left_bytes: int
+
+
+class _BoundedTable(MemoryTable):
+    def __init__(self, name: str, budget: _Budget) -> None:
+        super().__init__()
+        self._name = name
+        self._budget = budget
+
+    def put(self, key: bytes, value: bytes) -> None:
+        self._spend(len(value) - len(self.rows.get(key, b"")))
+        if key not in self.rows:
+            self._spend(len(key) + ROW_OVERHEAD_BYTES)
+            if self._name == "sessions" and len(self.rows) >= FOREIGN_SESSIONS_LIMIT:
+                raise Damaged(f"more than {FOREIGN_SESSIONS_LIMIT} sessions are open")
+        super().put(key, value)
+
+    def delete(self, key: bytes) -> None:
+        if key in self.rows:
+            self._spend(-len(self.rows[key]) - len(key) - ROW_OVERHEAD_BYTES)
+        super().delete(key)
+
+    def _spend(self, size_bytes: int) -> None:
+        self._budget.left_bytes -= size_bytes
+        if self._budget.left_bytes < 0:
+            raise Damaged(f"its state is over {FOREIGN_BYTES_LIMIT} bytes")
 
 
 class _Row(msgspec.Struct, frozen=True, array_like=True):
@@ -181,6 +227,11 @@ disks = Rows("disks", DiskState)
 manifests = Rows("manifests", ManifestState)
 packs = Rows("packs", PackState)
 
+# In place of a pack's number: no readable live pack is known to hold the chunk.
+LOST_PACK = 0xFFFF_FFFF
+# In place of a layer's: the disk's own part of its map can't be read.
+LOST_LAYER = 0xFFFF_FFFF_FFFF_FFFF
+
 _U64 = struct.Struct(">Q")
 _PAGE_KEY = struct.Struct(">QI")
 _CHUNK = struct.Struct("<IIII")
@@ -235,12 +286,58 @@ def take_number(tables: Tables, counter: bytes) -> int:
     return number
 
 
+class Losses(_Row, frozen=True, array_like=True):
+    """What a view could not take in from the point. `chunks` counts those without a place."""
+
+    packs: tuple[str, ...] = ()
+    chunks: int = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.packs or self.chunks)
+
+
+_losses = Rows("meta", Losses)
+_LOSSES = "losses"
+
+
+def losses(tables: Tables) -> Losses:
+    """Nothing, for a view that was made from whole files."""
+    return _losses.get(tables, _LOSSES) or Losses()
+
+
+def set_losses(tables: Tables, found: Losses) -> None:
+    """A view without losses has no row for them: it is, byte for byte, as if there were none."""
+    if found:
+        _losses.put(tables, _LOSSES, found)
+    else:
+        _losses.delete(tables, _LOSSES)
+
+
+def may_retire(tables: Tables, pack: str, row: PackState) -> bool:
+    """Whether nothing can need the pack, as far as this view can tell.
+
+    What a view that lacks something does not count may still be counted by another host's. So
+    nothing goes while a disk's map is lost, and no lost pack while a chunk is that may be in it.
+    """
+    found = losses(tables)
+    return not (row.live_chunks or lost_disks(tables) or (found.chunks and pack in found.packs))
+
+
+def lost_disks(tables: Tables) -> list[str]:
+    """The disk backups whose layers could not be read."""
+    return [disk for disk, row in disks.scan(tables) if row.layer == LOST_LAYER]
+
+
 def add_pack(tables: Tables, pack: str, state: PackState) -> None:
     packs.put(tables, pack, state)
     tables.table("pack_ids").put(_NUMBER.pack(state.number), pack.encode())
 
 
 def drop_pack(tables: Tables, pack: str, state: PackState) -> None:
+    found = losses(tables)
+    if pack in found.packs:
+        left = tuple(lost for lost in found.packs if lost != pack)
+        set_losses(tables, msgspec.structs.replace(found, packs=left))
     packs.delete(tables, pack)
     tables.table("pack_ids").delete(_NUMBER.pack(state.number))
 

@@ -13,11 +13,13 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar
 
 import lmdb
 
 from storage.errors import Damaged, translated
+from storage.lock_file import READERS, allocate_lock_file
 from storage.tables import TABLE_NAMES
 
 FIRST_MAP_BYTES = 1 << 30
@@ -79,9 +81,11 @@ class _LmdbTables:
         return self._tables[name]
 
 
-class _Opened(NamedTuple):
+@dataclass(slots=True, eq=False)
+class _Opened:
     env: lmdb.Environment
     databases: dict[str, _Db]
+    readers: int = 0
 
 
 def _open(path: str) -> _Opened:
@@ -89,7 +93,8 @@ def _open(path: str) -> _Opened:
     data_file = os.path.join(path, _DATA_FILE)
     if os.path.exists(data_file):
         size = max(size, 2 * os.path.getsize(data_file))
-    env = lmdb.open(path, map_size=size, max_dbs=len(TABLE_NAMES), max_readers=512, mode=0o600)
+    allocate_lock_file(path)
+    env = lmdb.open(path, map_size=size, max_dbs=len(TABLE_NAMES), max_readers=READERS, mode=0o600)
     return _Opened(env, {name: env.open_db(name.encode()) for name in TABLE_NAMES})
 
 
@@ -101,13 +106,14 @@ class View:
         self.path = path
         self.identity = identity
         self._stamp = _LAYOUT + b" " + identity
-        self._replaced: list[lmdb.Environment] = []
+        self._replaced: list[_Opened] = []
         self._gate = threading.Condition()
         self._reading = threading.local()
         self._readers = 0
         self._growing = False
-        os.makedirs(path, mode=0o700, exist_ok=True)
+        self._panicked = False
         with translated(f"view {path}"):
+            os.makedirs(path, mode=0o700, exist_ok=True)
             self._current = _open(path)
         try:
             self._check_stamp()
@@ -127,66 +133,100 @@ class View:
         """Goes on with the view directory `other`, which takes this one's place.
 
         No update may be under way. Reads that are go on with the old state, which is closed, and
-        gives its room back, with this view.
+        gives its room back, with the last of them.
         """
         old = self.path + ".old"
         destroy(old)
         os.rename(self.path, old)
         os.rename(other, self.path)
         with translated(f"view {self.path}"):
-            self._replaced.append(self._current.env)
-            self._current = _open(self.path)
+            opened = _open(self.path)
+        with self._gate:
+            self._replaced.append(self._current)
+            self._current = opened
+            self._close_unread()
         destroy(old)
 
     @contextlib.contextmanager
     def read(self) -> Iterator[_LmdbTables]:
         """The state after the last commit. Keep it short; never across a wait."""
-        with self._entered():
-            current = self._current
-            with translated(f"view {self.path}"), current.env.begin() as txn:
-                yield _LmdbTables(txn, current.databases)
+        what = f"view {self.path}"
+        with self._entered() as current, translated(what), current.env.begin() as txn:
+            yield _LmdbTables(txn, current.databases)
 
     @contextlib.contextmanager
-    def _entered(self) -> Iterator[None]:
+    def _entered(self) -> Iterator[_Opened]:
         """Growing the map would end the transactions that are under way: so it waits for them,
         and new ones wait for it, but for a thread that is in one already."""
         depth: int = getattr(self._reading, "depth", 0)
         with self._gate:
             self._gate.wait_for(lambda: depth or not self._growing)
             self._readers += 1
+            current = self._current
+            current.readers += 1
         self._reading.depth = depth + 1
         try:
-            yield
+            yield current
         finally:
             self._reading.depth = depth
             with self._gate:
                 self._readers -= 1
+                current.readers -= 1
+                self._close_unread()
                 self._gate.notify_all()
+
+    def _close_unread(self) -> None:
+        """`_gate` is held."""
+        for opened in [one for one in self._replaced if not one.readers]:
+            self._replaced.remove(opened)
+            opened.env.close()
 
     def update(self, change: Callable[[_LmdbTables], ResultT]) -> ResultT:
         """Runs `change` in a write transaction, durable on return; none of it when it raises.
 
         `change` is run again, on the old state, when the map was too small for it.
         """
-        while True:
-            try:
-                with self._current.env.begin(write=True) as txn:
-                    return change(_LmdbTables(txn, self._current.databases))
-            except lmdb.MapFullError:
-                self.grow()
+        with translated(f"view {self.path}"):
+            while True:
+                if self._panicked:
+                    self._reopen()
+                try:
+                    with self._current.env.begin(write=True) as txn:
+                        return change(_LmdbTables(txn, self._current.databases))
+                except lmdb.MapFullError:
+                    self.grow()
+                except lmdb.PanicError:
+                    self._panicked = True
 
     def grow(self) -> None:
         """Doubles the map, when nobody is reading. Not from within a transaction."""
+        with self._unread(), translated(f"view {self.path}"):
+            env = self._current.env
+            env.set_mapsize(2 * env.info()["map_size"])
+
+    def _reopen(self) -> None:
+        """After a head page that could not be written LMDB refuses all else, though the file is
+        as it was: until it is opened anew."""
+        with self._unread():
+            self._current.env.close()
+            self._current = _open(self.path)
+            self._panicked = False
+
+    @contextlib.contextmanager
+    def _unread(self) -> Iterator[None]:
+        """Nobody is reading inside the block."""
         with self._gate:
             self._growing = True
             try:
                 self._gate.wait_for(lambda: not self._readers)
-                env = self._current.env
-                with translated(f"view {self.path}"):
-                    env.set_mapsize(2 * env.info()["map_size"])
+                yield
             finally:
                 self._growing = False
                 self._gate.notify_all()
+
+    def size_bytes(self) -> int:
+        """Of its data file."""
+        return os.path.getsize(os.path.join(self.path, _DATA_FILE))
 
     def copy_to(self, path: str) -> str:
         """A compact copy of the last committed state in directory `path`; returns the file.
@@ -198,8 +238,8 @@ class View:
         return os.path.join(path, _DATA_FILE)
 
     def close(self) -> None:
-        for env in (*self._replaced, self._current.env):
-            env.close()
+        for opened in (*self._replaced, self._current):
+            opened.env.close()
 
 
 def adopt_copy(source: str, path: str) -> None:

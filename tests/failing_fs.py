@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from storage.fs import Buffer, OsFs
 
@@ -64,6 +64,19 @@ class FailingFs(OsFs):
         self.calls.append(step)
         if step in self.fail:
             raise OSError(self.fail[step], os.strerror(self.fail[step]))
+
+
+class HookFs(OsFs):
+    """Calls `hook`, once, when a file below `root` is opened."""
+
+    root = "/nowhere"
+    hook: Callable[[], None] | None = None
+
+    def open_read(self, path: str) -> int:
+        if self.hook and path.startswith(self.root):
+            hook, self.hook = self.hook, None
+            hook()
+        return super().open_read(path)
 
 
 def open_count() -> int:

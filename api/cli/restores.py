@@ -31,6 +31,11 @@ from api.schemas_companion import PoolRow
 )
 @click.option("--group", default="", help="Object group; not needed when there is one only.")
 @click.option("--zone", default="", help="Not needed when there is one only.")
+@click.option(
+    "--allow-damaged",
+    is_flag=True,
+    help="Restore what is left of a damaged backup; the job lists what reads as zeros.",
+)
 @click.option("--wait", is_flag=True, help="Until it is done, showing progress.")
 @remote
 def restore(
@@ -41,6 +46,7 @@ def restore(
     disks: Sequence[DiskSpec],
     group: str,
     zone: str,
+    allow_damaged: bool,
     wait: bool,
 ) -> None:
     """Make a brand-new VM from BACKUP. The VM that was backed up is never touched.
@@ -59,6 +65,7 @@ def restore(
         restore_disks=[_restore_disk(client, disk, vm_name) for disk in chosen],
         object_group=names.pick_or_only(client, "object group", group, names.groups),
         zone_uuid=names.pick_or_only(client, "zone", zone, names.zones),
+        allow_damaged=allow_damaged,
     )
     reply = client.post("compute/backup/restore", Empty, body)
     vm, job = reply.headers["X-Compute-Uuid"], reply.headers["X-Job-Uuid"]

@@ -15,7 +15,7 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text.replace(" ", ""))
     if match is None:
         raise ValueError(f"{text!r} is not a size such as 20G")
-    return round(float(match[1]) * 1024 ** _POWERS[match[2].upper()])
+    return round(float(match[1]) * (1 << 10 * _POWERS[match[2].upper()]))
 
 
 def size(size_bytes: float) -> str:

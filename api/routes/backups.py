@@ -105,6 +105,7 @@ def _restore(engine: Engine, body: BackupRestore) -> Reply[Empty]:
         targets,
         body.object_group,
         body.zone_uuid,
+        allow_damaged=body.allow_damaged,
     )
     return Reply(Empty(), {"X-Compute-Uuid": vm_uuid, "X-Job-Uuid": job_uuid})
 

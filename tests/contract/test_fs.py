@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from storage.fs import Fs, OsFs
+from tests.simfs import SimFs
+from tests.simnfs import NfsClient, machines
 
 
 class FsContract:
@@ -42,6 +44,13 @@ class FsContract:
         assert fs.pread(fd, 6, 0) == b"abcdef"
         fs.close(fd)
         assert self.content(fs, f"{root}/a") == b"abcdef"
+
+    def test_room_that_is_set_aside_reads_as_zeros(self, fs: Fs, root: str) -> None:
+        fd = fs.open_new(f"{root}/a")
+        fs.allocate(fd, 3 << 20)
+        fs.close(fd)
+        assert fs.stat(f"{root}/a").size_bytes == 3 << 20
+        assert not any(self.content(fs, f"{root}/a"))
 
     def test_a_new_file_never_replaces(self, fs: Fs, root: str) -> None:
         self.make(fs, f"{root}/a", b"old")
@@ -208,3 +217,25 @@ class TestOsFs(FsContract):
         fd = fs.open_new(f"{root}/a")
         assert not os.get_inheritable(fd)
         fs.close(fd)
+
+
+class TestSimFs(FsContract):
+    @pytest.fixture
+    def fs(self) -> Fs:
+        fs = SimFs()
+        fs.mkdir("/root")
+        return fs
+
+    @pytest.fixture
+    def root(self) -> str:
+        return "/root"
+
+
+class TestNfsClient(FsContract):
+    @pytest.fixture
+    def fs(self) -> NfsClient:
+        return machines(1)[0]
+
+    @pytest.fixture
+    def root(self) -> str:
+        return "/point"

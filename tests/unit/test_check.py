@@ -8,11 +8,25 @@ from pathlib import Path
 import pytest
 
 from storage.check import Finding, check_point
+from storage.chunks import FRAME_HEADER_BYTES
 from storage.domain import Domain
 from storage.errors import Damaged
 from storage.log import record_path
 from storage.point import Point
-from tests.store import CHUNK, Saved, cluster, image_of, load, new_point, open_domain, save
+from storage.session import NewBackup
+from tests.failing_fs import HookFs
+from tests.store import (
+    CHUNK,
+    Saved,
+    cluster,
+    image_of,
+    load,
+    new_point,
+    new_uuid,
+    open_domain,
+    save,
+    write_disk,
+)
 
 
 @pytest.fixture
@@ -130,3 +144,47 @@ def test_a_file_of_nobody_is_an_orphan(point: Point, domain: Domain) -> None:
     assert report.clean
     domain.reclaim()
     assert findings(point) == []
+
+
+def test_a_check_beside_a_gc_finds_no_damage(point: Point, domain: Domain) -> None:
+    chunks = [os.urandom(CHUNK) for _ in range(10)]
+    big, small = save(domain, b"".join(chunks)), save(domain, chunks[0])
+    save(domain, image_of(1), None)
+    domain.forget([big.backup])
+    fs = HookFs()
+    fs.root = domain.paths.packs
+
+    def collect() -> None:
+        assert domain.reclaim(sparse_below=0.9).packs_repacked == 1
+
+    fs.hook = collect
+    report = check_point(point.path, deep=True, fs=fs)
+    assert report.clean, report.findings
+    assert load(domain, small) == chunks[0]
+
+
+@pytest.mark.parametrize("damaged", [0, 1])
+def test_the_copy_that_readers_use_is_the_one_that_counts(
+    point: Point, domain: Domain, damaged: int
+) -> None:
+    chunk = os.urandom(CHUNK)
+    sessions = [domain.begin("backup") for _ in range(2)]
+    disks = [new_uuid() for _ in sessions]
+    for session, disk in zip(sessions, disks, strict=True):
+        write_disk(session, domain, chunk, disk, "")
+    saved = []
+    for session, disk in zip(sessions, disks, strict=True):
+        saved.append(Saved(new_uuid(), disk))
+        session.commit([NewBackup(saved[-1].backup, b"", [disk])])
+    path = Path(domain.paths.pack(f"{sessions[damaged].id}/00000000"))
+    content = bytearray(path.read_bytes())
+    content[64 + FRAME_HEADER_BYTES + 5] ^= 1
+    path.write_bytes(content)
+    kinds = [found.kind for found in check_point(point.path, deep=True).findings]
+    if damaged == 1:
+        assert set(kinds) == {"chunk"}
+        with pytest.raises(Damaged):
+            load(domain, saved[0])
+    else:
+        assert kinds == []
+        assert load(domain, saved[0]) == chunk

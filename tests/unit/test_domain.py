@@ -122,6 +122,13 @@ def test_a_dead_process_session_is_cleared_at_the_next_start(
     session._sealer.shutdown()  # what a killed process leaves: its files, and no thread
     domain.close()
     again = open_domain(point, label)
+    with again.view.read() as state:
+        rows = list(tables.sessions.scan(state))
+    assert session.id not in dict(rows)
+    # What it had sealed waits for the next backup, under a session of ours that holds nothing.
+    assert [(row.incarnation, row.holds) for _, row in rows] == [(again.incarnation, ())]
+    assert not [name for name in files(again, "packs", "manifests", "tmp") if session.id in name]
+    again.reclaim()
     assert dump(again)["sessions"] == {}
     assert files(again, "packs", "manifests", "tmp") == live_files(again)
     assert load(again, kept) == image_of(9)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 
+import msgspec
 import pytest
 
 from storage import tables
 from storage.errors import AlreadyOnPoint, Damaged, NotOnPoint, Refused, SessionEnded
 from storage.fold import Garbage, fold
+from storage.framing import encode_object
 from storage.record import (
+    MAGIC,
     Abort,
     BackupSeal,
     Checkpoint,
@@ -300,5 +303,8 @@ def test_a_session_id_that_could_be_a_path_is_no_record(session: str) -> None:
     record = Record(
         seq=1, previous=bytes(32), nonce=bytes(16), host="h", ops=(Abort(session=session),)
     )
+    body = msgspec.msgpack.encode(record)
     with pytest.raises(Damaged):
-        decode_record(encode_record(record), "r")
+        decode_record(encode_object(MAGIC, body), "r")
+    with pytest.raises(Refused):
+        encode_record(record)

@@ -134,6 +134,7 @@ def test_keys_that_cannot_be_are_not_there(tmp_path: Path) -> None:
 def test_bytes_that_are_no_row_are_damage(tmp_path: Path) -> None:
     store = opened(tmp_path)
     store.close()
+    (tmp_path / "state" / "data.mdb.seal").unlink()
     env = lmdb.open(str(tmp_path / "state"), max_dbs=2)
     with env.begin(write=True, db=env.open_db(b"sheep")) as txn:
         txn.put(b"a", b"\xc1 not msgpack")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import threading
 from pathlib import Path
 
@@ -114,3 +115,16 @@ def test_a_destroyed_view_is_gone(view: View, tmp_path: Path) -> None:
     destroy(str(tmp_path / "view"))
     destroy(str(tmp_path / "view"))
     assert not (tmp_path / "view").exists()
+
+
+def test_a_disk_that_is_full_is_a_storage_error(tmp_path: Path) -> None:
+    view = View(str(tmp_path / "view"), b"mine")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 10, limits[1]))
+    try:
+        with pytest.raises(StorageError):
+            view.update(lambda state: state.table("chunks").put(b"k", bytes(1 << 20)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    view.update(lambda state: state.table("chunks").put(b"k", b"v"))
+    view.close()

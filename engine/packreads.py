@@ -1,0 +1,55 @@
+"""When a deep verify last read each pack of a point, and where an interrupted one goes on.
+
+One row a pack, and one without a pack that says when the verify under way began: while it is there,
+what was read since then is not read again. Written in batches: what a crash forgets is read again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from engine.model import PackRead
+from engine.state import State
+
+BATCH_PACKS = 64
+
+
+class PackReads:
+    """storage.check.Reads, kept in the state. One thread."""
+
+    def __init__(self, state: State, point_uuid: str, clock: Callable[[], float]) -> None:
+        self._rows = state.pack_reads
+        self._point = point_uuid
+        self._clock = clock
+        self._at = {row.pack: row.at for row in self._rows.values() if row.point_uuid == point_uuid}
+        self._fresh: list[PackRead] = []
+        began = self._at.pop("", None)
+        self._goes_on = began is not None
+        self._began = clock() if began is None else began
+        if began is None:
+            self._rows.put(self._row("", self._began))
+
+    def last(self, pack: str) -> float | None:
+        return self._at.get(pack)
+
+    def skip(self, pack: str) -> bool:
+        return self._goes_on and self._at.get(pack, float("-inf")) >= self._began
+
+    def done(self, pack: str) -> None:
+        self._fresh.append(self._row(pack, self._clock()))
+        if len(self._fresh) >= BATCH_PACKS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Durable on return."""
+        if self._fresh:
+            self._rows.put_all(self._fresh)
+            self._fresh = []
+
+    def _row(self, pack: str, at: float) -> PackRead:
+        return PackRead(point_uuid=self._point, pack=pack, at=at)
+
+    @staticmethod
+    def end(state: State, point_uuid: str) -> None:
+        """The verify came to its end: the next one reads everything."""
+        state.pack_reads.delete(f"{point_uuid}/")

@@ -1,0 +1,95 @@
+"""Damage as a user meets it: jobs that name it, restores of what is left, backups that heal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engine.model import Backup, Vm
+from engine.views import RestoreTarget
+from storage.fs import OsFs
+from storage.packs import read_footer
+from tests.engine_rig import ANYWHERE, EngineRig
+from tests.rig import random_bytes
+
+MIB = 1 << 20
+
+
+def damage_chunks(rig: EngineRig, count: int) -> Path:
+    """Flips a bit in the first chunks of the one pack."""
+    (pack,) = (rig.data / "point").rglob("packs/*/*")
+    _, entries = read_footer(OsFs(), str(pack))
+    content = bytearray(pack.read_bytes())
+    for entry in entries[:count]:
+        content[entry.offset + 100] ^= 4
+    pack.chmod(0o600)
+    pack.write_bytes(content)
+    return pack
+
+
+@pytest.fixture
+def hit(tmp_path: Path) -> tuple[EngineRig, Vm, Backup, Path]:
+    rig = EngineRig(tmp_path / "data")
+    vm = rig.make_vm("vm", random_bytes(6 * MIB, 1), random_bytes(MIB, 2))
+    backup = rig.back_up(vm)
+    return rig, vm, backup, damage_chunks(rig, 2)
+
+
+Hit = tuple[EngineRig, Vm, Backup, Path]
+
+
+def restore(rig: EngineRig, backup: Backup, name: str, *, allow_damaged: bool) -> tuple[str, str]:
+    targets = [
+        RestoreTarget(disk.target_device, rig.pool_uuid, f"{name}-{disk.target_device}", "SSD")
+        for disk in backup.label.disks
+    ]
+    group, zone = rig.engine.object_groups()[0].uuid, rig.engine.zones()[0].uuid
+    return rig.engine.restore_backup(
+        ANYWHERE, backup.uuid, name, targets, group, zone, allow_damaged=allow_damaged
+    )
+
+
+def test_a_damaged_backup_is_restored_as_far_as_it_goes_when_asked_to(hit: Hit) -> None:
+    rig, vm, backup, pack = hit
+    with rig:
+        _, job = restore(rig, backup, "not", allow_damaged=False)
+        failed = rig.ended(job)
+        assert failed.state == "failed"
+        assert str(pack) in failed.error
+        made, job = restore(rig, backup, "left", allow_damaged=True)
+        lines = rig.succeed(job).result
+        assert lines[0] == f"sda: {2 * MIB} bytes in 1 ranges are damaged and read as zeros"
+        assert lines[1] == f"sda: missing offset=0 length={2 * MIB}"
+        disks = rig.engine.vm(made).disks
+        whole = rig.volume(vm.disks[0]).read_bytes()
+        assert rig.volume(disks[0]).read_bytes() == bytes(2 * MIB) + whole[2 * MIB :]
+        assert rig.volume(disks[1]).read_bytes() == rig.volume(vm.disks[1]).read_bytes()
+
+
+@pytest.mark.parametrize("how", ["verify", "restore"])
+def test_what_was_found_is_remembered_over_a_restart_and_healed(hit: Hit, how: str) -> None:
+    rig, vm, backup, _ = hit
+    with rig:
+        if how == "verify":
+            job = rig.engine.start_maintenance("verify", rig.point_uuid, True)
+        else:
+            _, job = restore(rig, backup, "left", allow_damaged=True)
+        ended = rig.ended(job)
+        if how == "verify":
+            assert ended.state == "failed"
+            assert any(backup.uuid in line and "0+2097152" in line for line in ended.result)
+        rig.restart()
+        rig.back_up(vm, full=True)
+        assert rig.restore(backup, "again") == [rig.volume(d).read_bytes() for d in vm.disks]
+        rig.succeed(rig.engine.start_maintenance("verify", rig.point_uuid, True))
+
+
+def test_an_interrupted_deep_verify_goes_on_where_it_stopped(hit: Hit) -> None:
+    rig, vm, _, _ = hit
+    with rig:
+        rig.back_up(vm, full=True)
+        reads = rig.core.state.pack_reads
+        first = rig.ended(rig.engine.start_maintenance("verify", rig.point_uuid, True))
+        assert first.state == "failed"
+        assert all(row.pack for row in reads.values()), "a whole one leaves no mark to go on from"

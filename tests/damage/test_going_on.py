@@ -1,0 +1,94 @@
+"""Deep checks that are interrupted, held back, and gone on with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from engine.packreads import PackReads
+from engine.state import State
+from storage.check import Cancelled, check_point
+from tests.damage.site import Site
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Iterator[State]:
+    state = State(str(tmp_path / "state"))
+    yield state
+    state.close()
+
+
+class Ticks:
+    """A clock that moves by one each time it is looked at."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1
+        return self.now
+
+
+def interrupted(site: Site, reads: PackReads, after: int) -> None:
+    """A check that is stopped when it has read `after` packs."""
+    begun = {"done": 0}
+
+    def on_progress(_done: int, _total: int) -> None:
+        begun["done"] += 1
+
+    with pytest.raises(Cancelled):
+        check_point(
+            str(site.path),
+            deep=True,
+            reads=reads,
+            on_progress=on_progress,
+            cancelled=lambda: begun["done"] >= after,
+        )
+    reads.flush()
+
+
+def test_it_goes_on_where_it_stopped_and_then_begins_anew(site: Site, state: State) -> None:
+    clock = Ticks()
+    interrupted(site, PackReads(state, "p", clock), 2)
+    read = {row.pack for row in state.pack_reads.values() if row.pack}
+    assert len(read) == 2
+    again = PackReads(state, "p", clock)
+    report = check_point(str(site.path), deep=True, reads=again)
+    again.flush()
+    assert report.packs == 5
+    assert report.packs_skipped == 2
+    PackReads.end(state, "p")
+    fresh = PackReads(state, "p", clock)
+    assert check_point(str(site.path), deep=True, reads=fresh).packs_skipped == 0
+
+
+def test_what_was_not_read_for_longest_comes_first(
+    site: Site, state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Ticks()
+    first = PackReads(state, "p", clock)
+    check_point(str(site.path), deep=True, reads=first)
+    first.flush()
+    PackReads.end(state, "p")
+    order = sorted((row for row in state.pack_reads.values()), key=lambda row: row.at)
+    mine = [row.pack for row in order if row.pack.startswith(site.label.cluster_uuid)]
+    newest_first = PackReads(state, "p", clock)
+    state.pack_reads.put(newest_first._row(mine[0], 1e9))
+    state.pack_reads.delete("p/")
+    second = PackReads(state, "p", clock)
+    noted: list[str] = []
+    done = second.done
+    monkeypatch.setattr(second, "done", lambda pack: (noted.__iadd__([pack]), done(pack)))
+    check_point(str(site.path), deep=True, reads=second)
+    assert [pack for pack in noted if pack in mine] == [*mine[1:], mine[0]]
+
+
+def test_it_is_held_back(site: Site) -> None:
+    """Four times the bytes in four times the time: the lower bound is what counts."""
+    whole = check_point(str(site.path), deep=True).bytes_read
+    began_s = time.monotonic()
+    check_point(str(site.path), deep=True, rate_bytes_per_s=whole * 4)
+    assert time.monotonic() - began_s >= 0.2
