@@ -1,0 +1,1 @@
+"""The log protocol, explored state by state. Start with tests/model/search.py."""
