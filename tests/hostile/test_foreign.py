@@ -1,0 +1,330 @@
+"""Another cluster's domain is untrusted input: its log is well formed, its digests are right, and
+what it says is a lie. Nothing of it may end, fill or hang a listing or an import of others."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from engine.labels import UNREADABLE_NAME
+from storage import tables
+from storage.domain import Domain
+from storage.errors import Damaged, NotOnPoint, StorageError
+from storage.listing import BackupRow
+from storage.log import record_path
+from storage.manifests import encode_page
+from storage.point import ClusterLabel, Point
+from storage.record import (
+    FIRST_PREVIOUS,
+    LABEL_LIMIT_BYTES,
+    BackupSeal,
+    Commit,
+    DiskSeal,
+    FileSeal,
+    Forget,
+    Op,
+    Open,
+    Record,
+    record_digest,
+)
+from tests import forging
+from tests.engine_rig import EngineRig, disk_bytes
+from tests.hostile.mutating import ROUNDS, mutants, peak_bytes
+from tests.store import cluster, files, image_of, load, new_point, new_uuid, open_domain, save
+
+MIB = 1 << 20
+S = "ab" * 16
+HUGE = 1 << 61
+
+
+class Forger:
+    """A domain that is written file by file."""
+
+    def __init__(self, point: Path, name: str = "evil") -> None:
+        self.label = ClusterLabel(cluster_uuid=new_uuid(), cluster_name=name)
+        self.root = point / "domains" / self.label.cluster_uuid
+        for directory in ("log/00000000", "packs", "manifests", "checkpoints", "hosts", "tmp"):
+            (self.root / directory).mkdir(parents=True)
+        body = msgspec.msgpack.encode(self.label)
+        (self.root / "DOMAIN").write_bytes(forging.small_object(b"VKDO", body))
+        self._seq = 0
+        self._previous = FIRST_PREVIOUS
+
+    @property
+    def uuid(self) -> str:
+        return self.label.cluster_uuid
+
+    def append(self, *ops: Op) -> None:
+        record = Record(
+            seq=self._seq + 1, previous=self._previous, nonce=bytes(16), host="h", ops=tuple(ops)
+        )
+        self.append_body(msgspec.msgpack.encode(record))
+
+    def append_body(self, body: bytes) -> None:
+        self._seq += 1
+        content = forging.small_object(b"VKRE", body)
+        (self.root / "log" / record_path(self._seq)).write_bytes(content)
+        self._previous = record_digest(content)
+
+    def manifest(
+        self, pages: Sequence[tuple[int, bytes]], capacity: int, kind: int = 0
+    ) -> FileSeal:
+        items, rows = b"", []
+        for page_no, page in pages:
+            rows.append(forging.page_row(page_no, len(page) // 34, 64 + len(items), page))
+            items += page
+        content = forging.manifest(items, rows, capacity, kind).encoded()
+        return self._put("manifests", 0, content, len(rows))
+
+    def pack(self, items: bytes, rows: Sequence[bytes]) -> FileSeal:
+        return self._put("packs", 0, forging.pack(items, rows).encoded(), len(rows))
+
+    def _put(self, root: str, n: int, content: bytes, count: int) -> FileSeal:
+        path = self.root / root / S / f"{n:08x}"
+        path.parent.mkdir()
+        path.write_bytes(content)
+        return FileSeal(n=n, size_bytes=len(content), count=count, digest=content[-32:-16])
+
+    def commit(
+        self,
+        manifest: FileSeal,
+        packs: tuple[FileSeal, ...] = (),
+        capacity: int = HUGE,
+        label: bytes = b"",
+    ) -> str:
+        """OPEN and COMMIT of one backup of one disk; its uuid."""
+        backup = new_uuid()
+        disk = DiskSeal(disk=new_uuid(), capacity=capacity, manifest=manifest.n)
+        seal = BackupSeal(backup=backup, label=label, disks=(disk,))
+        self.append(opened(S))
+        self.append(Commit(session=S, packs=packs, manifests=(manifest,), backups=(seal,)))
+        return backup
+
+
+def opened(session: str, *holds: str) -> Open:
+    return Open(session=session, kind="backup", host="h", incarnation="i", holds=holds)
+
+
+@pytest.fixture
+def point(tmp_path: Path) -> Point:
+    return new_point(tmp_path)
+
+
+@pytest.fixture
+def evil(point: Point) -> Forger:
+    return Forger(Path(point.path))
+
+
+@pytest.fixture
+def mine(point: Point) -> Domain:
+    return open_domain(point, cluster("mine"), "host-9")
+
+
+def assert_not_imported(mine: Domain, evil: Forger, backup: str) -> None:
+    with pytest.raises(StorageError):
+        mine.import_backups(evil.uuid, [backup], lambda row: row.label)
+    assert (mine.backups(), files(mine, "packs", "manifests", "tmp")) == ([], set())
+    kept = save(mine, image_of(1, 2))
+    assert load(mine, kept) == image_of(1, 2)
+
+
+def test_the_forger_can_also_tell_the_truth(point: Point, mine: Domain, evil: Forger) -> None:
+    chunk = image_of(7)
+    chunk_id = mine.hasher.full(chunk)
+    frame, row = (
+        forging.frame(chunk_id, 0, len(chunk), chunk),
+        forging.pack_row(64, chunk_id, 0, len(chunk), chunk),
+    )
+    manifest = evil.manifest([(0, encode_page({0: chunk_id}))], len(chunk))
+    backup = evil.commit(manifest, (evil.pack(frame, [row]),), capacity=len(chunk))
+    assert [found.backup for found in point.foreign_backups(evil.uuid)] == [backup]
+    (found,) = mine.import_backups(evil.uuid, [backup], lambda row: row.label)
+    assert mine.disk_map(found.disks[0].disk).page(0) == {0: chunk_id}
+
+
+def test_a_manifest_that_is_its_own_base(point: Point, mine: Domain, evil: Forger) -> None:
+    """A session that commits twice, its second manifest under the name of the first."""
+    manifest = evil.manifest([], 100)
+    first, disk = new_uuid(), new_uuid()
+    base = DiskSeal(disk=disk, capacity=100, manifest=0)
+    child = DiskSeal(disk=new_uuid(), capacity=100, manifest=0, parent=disk)
+    backup = new_uuid()
+    evil.append(opened(S))
+    evil.append(
+        Commit(
+            session=S,
+            manifests=(manifest,),
+            backups=(BackupSeal(backup=first, label=b"", disks=(base,)),),
+        )
+    )
+    evil.append(opened(S))
+    evil.append(
+        Commit(
+            session=S,
+            manifests=(manifest,),
+            backups=(BackupSeal(backup=backup, label=b"", disks=(child,), parent=first),),
+        )
+    )
+    assert_not_imported(mine, evil, backup)
+    with pytest.raises(StorageError):
+        point.foreign_backups(evil.uuid)
+
+
+@pytest.mark.parametrize("capacity", [1, HUGE, (1 << 62) - 1])
+def test_capacities_that_are_not_the_manifests(mine: Domain, evil: Forger, capacity: int) -> None:
+    page = encode_page({0: random.Random(3).randbytes(32)})
+    manifest = evil.manifest([(0, page), (1 << 20, page)], (1 << 64) - 1)
+    backup = evil.commit(manifest, capacity=capacity)
+    assert peak_bytes(lambda: assert_not_imported(mine, evil, backup)) < 16 * MIB
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_zero_marks_in_a_full_disk(mine: Domain, evil: Forger, kind: int) -> None:
+    manifest = evil.manifest([(0, encode_page({0: bytes(32)}))], 100, kind)
+    assert_not_imported(mine, evil, evil.commit(manifest, capacity=100))
+
+
+def test_a_pack_that_lies_about_a_chunk_of_ours(mine: Domain, evil: Forger) -> None:
+    """It says that it has our chunk, and holds another: it must not take ours's place."""
+    chunk = image_of(1)
+    kept = save(mine, chunk)
+    ours, other = mine.hasher.full(chunk), mine.hasher.full(image_of(2))
+    items, rows = b"", []
+    for chunk_id in (ours, other):
+        rows.append(forging.pack_row(64 + len(items), chunk_id, 0, len(chunk), image_of(3)))
+        items += forging.frame(chunk_id, 0, len(chunk), image_of(3))
+    manifest = evil.manifest([(0, encode_page({0: ours, 1: other}))], 2 * len(chunk))
+    backup = evil.commit(manifest, (evil.pack(items, rows),), capacity=2 * len(chunk))
+    with pytest.raises(StorageError):
+        mine.import_backups(evil.uuid, [backup], lambda row: row.label)
+    assert load(mine, kept) == chunk
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_record_may_follow(point: Point, mine: Domain, seed: int) -> None:
+    """Mutated records with right digests: a listing fails by name, or goes on."""
+    kept = save(mine, image_of(1))
+    commit = Commit(
+        session=S,
+        manifests=(FileSeal(n=0, size_bytes=9, count=0, digest=bytes(16)),),
+        backups=(
+            BackupSeal(
+                backup=new_uuid(),
+                label=b"x",
+                disks=(DiskSeal(disk=new_uuid(), capacity=5, manifest=0),),
+            ),
+        ),
+    )
+    evil = Forger(Path(point.path))
+    evil.append(opened(S))
+    body = msgspec.msgpack.encode(
+        Record(seq=2, previous=evil._previous, nonce=bytes(16), host="h", ops=(commit,))
+    )
+    path = evil.root / "log" / record_path(2)
+    refused = 0
+    for mutant in mutants(body, seed, ROUNDS // 2):
+        path.write_bytes(forging.small_object(b"VKRE", mutant))
+        point.close()
+        try:
+            point.foreign_backups(evil.uuid)
+        except StorageError:
+            refused += 1
+    assert refused > ROUNDS // 4
+    assert load(mine, kept) == image_of(1)
+
+
+def test_sessions_without_end(point: Point, evil: Forger) -> None:
+    for start in range(0, 10_000, 2_000):
+        evil.append(*(opened(f"{number:032x}") for number in range(start, start + 2_000)))
+    with pytest.raises(Damaged, match="sessions"):
+        point.foreign_backups(evil.uuid)
+
+
+def test_a_state_without_end(
+    point: Point, mine: Domain, evil: Forger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "FOREIGN_BYTES_LIMIT", 8 * MIB)
+    for number in range(12):
+        session = f"{number:032x}"
+        seal = BackupSeal(backup=new_uuid(), label=bytes(LABEL_LIMIT_BYTES), disks=())
+        evil.append(opened(session))
+        evil.append(Commit(session=session, backups=(seal,)))
+
+    def listing() -> None:
+        with pytest.raises(Damaged, match="bytes"):
+            point.foreign_backups(evil.uuid)
+
+    assert peak_bytes(listing) < 90 * MIB  # one record larger than 64 KiB, as a whole
+    with pytest.raises(Damaged):
+        mine.import_backups(evil.uuid, [new_uuid()], lambda row: row.label)
+
+
+def test_what_goes_is_not_counted(
+    point: Point, mine: Domain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "FOREIGN_BYTES_LIMIT", 40_000)
+    for number in range(30):
+        saved = save(mine, image_of(number + 1), label=bytes(4_000))
+        if number % 5:
+            mine.forget([saved.backup])
+            mine.reclaim(copy_budget_bytes=0)
+    assert len(point.foreign_backups(os.path.basename(mine.paths.root))) == 6
+
+
+def test_a_label_that_just_fits_does_not_brick_the_domain_that_takes_it(
+    point: Point, mine: Domain, evil: Forger
+) -> None:
+    backup = evil.commit(evil.manifest([], 100), capacity=100, label=bytes(LABEL_LIMIT_BYTES))
+
+    def longer(row: BackupRow) -> bytes:
+        return row.label + b"!"
+
+    with pytest.raises(StorageError):
+        mine.import_backups(evil.uuid, [backup], longer)
+    label = ClusterLabel(cluster_uuid=os.path.basename(mine.paths.root), cluster_name="mine")
+    mine.close()
+    again = open_domain(point, label, "another")
+    assert again.backups() == []
+    assert load(again, save(again, image_of(1))) == image_of(1)
+
+
+def test_a_backup_that_is_not_there(mine: Domain, evil: Forger) -> None:
+    evil.append(Forget(backups=()))
+    with pytest.raises(NotOnPoint):
+        mine.import_backups(evil.uuid, [new_uuid()], lambda row: row.label)
+
+
+@pytest.mark.parametrize("source", ["..", "../..", "", "/etc", "no such", "a\nb"])
+def test_a_source_is_no_path(point: Point, mine: Domain, source: str) -> None:
+    with pytest.raises(StorageError):
+        point.foreign_backups(source)
+    with pytest.raises(StorageError):
+        mine.import_backups(source, [new_uuid()], lambda row: row.label)
+
+
+def test_one_evil_domain_hides_no_other(tmp_path: Path) -> None:
+    """Through the engine: a listing shows what can be read, and others can be imported."""
+    content = disk_bytes(MIB, 1)
+    with EngineRig(tmp_path / "data") as rig:
+        kept = rig.back_up(rig.make_vm("web", content))
+        root = rig.data / "point"
+        Forger(root, "wordless").append_body(b"\xc1")
+        Forger(root, "newer").append_body(b"\x80")
+        Forger(root, "refused").append(Forget(backups=(new_uuid(),)))
+        strange = Forger(root, "strange")
+        strange.commit(strange.manifest([], 100), capacity=100, label=b"\x91" * 100_000)
+        bare = Forger(root, "bare")
+        os.rename(bare.root / "log", bare.root / "gol")
+        (root / "domains" / "junk").write_text("x")
+        (root / "domains" / new_uuid()).symlink_to("/")
+        found = rig.engine.remote_backups(rig.cluster_uuid, rig.point_uuid)
+        names = {one.backup.label.name for one in found}
+        assert names == {kept.label.name, UNREADABLE_NAME}
+        there = next(one for one in found if one.backup.label.name == UNREADABLE_NAME)
+        rig.engine.import_backups(rig.cluster_uuid, [(there.backup.uuid, rig.point_uuid)])
+        assert rig.restore(kept, "copy") == [content]
