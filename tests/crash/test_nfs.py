@@ -1,0 +1,136 @@
+"""Services on several machines that share a point over NFS, with memories that never expire."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from storage import tables
+from storage.check import CheckReport
+from storage.domain import Domain
+from storage.errors import StorageError
+from storage.point import Point
+from tests.crash_scripts import noise, random_script
+from tests.crash_sweep import crash
+from tests.crash_world import PACK_BYTES, PATH, Chance, World, repeatable
+from tests.simnfs import NfsClient, machines
+from tests.store import Saved, dump
+
+SCRIPTS = 30
+CRASHES_EVERY = 40
+
+
+class NfsWorld(World):
+    """Each host is a machine of its own."""
+
+    def __init__(self, scratch: str) -> None:
+        super().__init__(scratch)
+        self.fs = NfsClient(self.fs.disk)
+        self.machines: list[NfsClient] = []
+
+    def domain(self, at: int = 0, host: str = "h1") -> Domain:
+        key = (at, host)
+        if key not in self.domains:
+            self.point()
+            machine = NfsClient(self.fs.disk)
+            self.machines.append(machine)
+            machine.watch = self.fs.watch
+            point = Point.open(PATH, fs=machine)
+            self.hosts += [key] if key not in self.hosts else []
+            label, views = self.sides[at].label, self.view_dir(at)
+            self.domains[key] = point.domain(label, host, views, pack_size_bytes=PACK_BYTES)
+        return self.domains[key]
+
+    def forget(self, *gone: Saved, at: int = 0, host: str = "h1") -> None:
+        self.domain(at, host).refresh_to_end()
+        super().forget(*gone, at=at, host=host)
+
+    def expect_clean(self) -> CheckReport:
+        self.fs = NfsClient(self.fs.disk)  # the checker changes nothing, so it can only look once
+        return super().expect_clean()
+
+    def later(self) -> None:
+        for machine in self.machines:
+            machine.expire()
+        for domain in self.domains.values():
+            domain.refresh()
+
+
+@pytest.mark.parametrize("part", range(3))
+def test_stale_memories_lose_nothing(part: int) -> None:
+    stale = points = 0
+    with repeatable() as scratch:
+        for number in range(part, SCRIPTS, 3):
+            name = f"nfs {number}"
+            with Chance.seeded(name):
+                world = NfsWorld(scratch)
+                source = random.Random(name)
+
+                def watch(_call: str, _path: str) -> None:
+                    nonlocal points
+                    if not source.randrange(CRASHES_EVERY):  # noqa: B023
+                        with Chance.seeded(f"{name} {points}"):  # noqa: B023
+                            points += crash(world, "random", f"{name} {points}")  # noqa: B023
+
+                world.fs.watch = watch
+                for step in random_script(number, 12):
+                    try:
+                        step(world)
+                    except StorageError:
+                        world.later()
+                        step(world)
+                stale += sum(machine.stale_answers for machine in world.machines)
+                world.later()
+                world.fs.watch = lambda _call, _path: None
+                for machine in world.machines:
+                    machine.watch = world.fs.watch
+                world.prove(thorough=True)
+                world.discard()
+    assert stale
+    assert points > 50
+
+
+def test_what_is_promised_to_a_client_and_what_is_not() -> None:
+    one, other = machines(2)
+    assert other.listdir("/point") == []
+    with pytest.raises(FileNotFoundError):
+        other.open_read("/point/a")
+    fd = one.open_new("/point/a")
+    one.pwrite(fd, [b"x"], 0)
+    with pytest.raises(FileNotFoundError):
+        other.open_read("/point/a")  # a stale absence
+    assert other.listdir("/point") == []
+    with pytest.raises(FileExistsError):
+        other.open_new("/point/a")  # the server decides
+    other.close(other.open_new("/point/b"))
+    assert other.listdir("/point") == ["a", "b"]
+    read = other.open_read("/point/a")
+    assert other.pread(read, 9, 0) == b""  # not flushed yet
+    one.close(fd)
+    assert other.pread(read, 9, 0) == b"x"
+    one.unlink("/point/a")
+    assert other.stat("/point/a").size_bytes == 1  # a stale presence
+    with pytest.raises(FileNotFoundError):
+        other.open_read("/point/a")
+    with pytest.raises(OSError, match="Stale"):
+        other.pread(read, 9, 0)
+
+
+def test_a_view_made_anew_from_a_stale_log_takes_nothing_for_lost() -> None:
+    with repeatable() as scratch, Chance.seeded("stale rebuild"):
+        world = NfsWorld(scratch)
+        one, other = world.domain(0, "h1"), world.domain(0, "h2")
+        gone, kept = world.save(noise(1, 3)), world.save(noise(2, 3))
+        other.refresh_to_end()
+        other.refresh()  # and believes from here on that there is no next record
+        world.forget(gone)
+        one.reclaim(sparse_below=0.9)
+        other.rebuild()
+        with other.view.read() as state:
+            assert not tables.losses(state)
+        one.refresh_to_end()
+        other.refresh_to_end()
+        assert dump(other) == dump(one)
+        world.restore(kept, 0, "h2")
+        world.discard()

@@ -1,0 +1,202 @@
+"""What services do on a point, as scripts for the crash sweep: small, and each call of each counts.
+
+A script is a list of steps; a step either does all that it says or raises a StorageError, and may
+then be done again. Steps find what the ones before them made in `World.sides`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+from storage.heartbeats import Observer, beat
+from tests.crash_world import World
+from tests.store import CHUNK, Saved, image_of
+
+Step = Callable[[World], object]
+
+FULL = image_of(1, 2, 0, 3, 1) + b"tail"
+CHANGED = image_of(1, 9, 4, 0, 1) + b"tail"
+AGAIN = image_of(0, 9, 5, 6, 1) + b"liat"
+
+
+def noise(seed: int, chunks: int) -> bytes:
+    """Chunks that do not compress: packs fill up and are repacked."""
+    source = random.Random(seed)
+    return b"".join(source.randbytes(1500) + bytes(CHUNK - 1500) for _ in range(chunks))
+
+
+def saved(world: World, number: int, at: int = 0) -> Saved:
+    """The number-th of the backups that live, in the order in which they were acknowledged."""
+    return list(world.sides[at].live)[number]
+
+
+def abandoned(world: World) -> None:
+    """A backup that fails by itself in the middle."""
+    domain = world.domain()
+    with domain.begin("backup") as session:
+        session.manifest("11111111-1111-4111-8111-111111111111", CHUNK, None)
+
+
+def held_restore(world: World) -> None:
+    """A backup that is forgotten while it is read, and goes when the reader ends."""
+    domain = world.domain()
+    one = saved(world, 0)
+    with domain.begin("read", [one.backup]) as reader:
+        world.forget(one)
+        domain.reclaim(sparse_below=0.9)
+        reader.end()
+
+
+def observed(world: World) -> None:
+    """The other host's open session is ended because the host is silent."""
+    other = world.domain(0, "h2")
+    beat(other, 1)
+    session = other.begin("backup")
+    observer = Observer(patience_s=10)
+    observer.end_dead_sessions(world.domain(), 0.0)
+    observer.end_dead_sessions(world.domain(), 11.0)
+    session._abandon()
+
+
+def beats(world: World) -> None:
+    for counter in range(2):
+        beat(world.domain(), counter)
+
+
+def save(image: bytes, parent: int | None = None, at: int = 0, host: str = "h1") -> Step:
+    return lambda world: world.save(
+        image, None if parent is None else saved(world, parent, at), at, host
+    )
+
+
+def forget(*numbers: int, at: int = 0, host: str = "h1") -> Step:
+    return lambda world: world.forget(
+        *[saved(world, number, at) for number in numbers], at=at, host=host
+    )
+
+
+def reclaim(share: float = 0.9, at: int = 0, host: str = "h1") -> Step:
+    return lambda world: world.domain(at, host).reclaim(sparse_below=share)
+
+
+def restore(number: int, at: int = 0, host: str = "h1") -> Step:
+    return lambda world: world.restore(saved(world, number, at), at, host)
+
+
+def take_over(*numbers: int) -> Step:
+    return lambda world: world.take_over(*[saved(world, number) for number in numbers])
+
+
+def rebuild(world: World) -> None:
+    world.domain().rebuild()
+
+
+def checkpoint(world: World) -> None:
+    world.domain().checkpoint()
+
+
+def reopen(world: World) -> None:
+    world.close()
+    world.domain()
+
+
+def reopen_without_view(world: World) -> None:
+    world.close(lose=[(0, "h1")])
+    world.domain()
+
+
+SCRIPTS: dict[str, list[Step]] = {
+    "first": [lambda world: world.point(), lambda world: world.domain(), save(FULL)],
+    "incremental": [save(FULL), save(CHANGED, 0), save(AGAIN, 1), restore(2), restore(0)],
+    "forget": [save(FULL), save(CHANGED, 0), save(AGAIN, 1), forget(1), reclaim(), forget(0, 1)],
+    "repack": [save(noise(1, 6)), save(noise(1, 1), None), forget(0), reclaim(), reopen],
+    "chain": [
+        save(FULL),
+        save(CHANGED, 0),
+        save(AGAIN, 1),
+        save(FULL, 2),
+        forget(0, 1, 2),
+        reclaim(),
+    ],
+    "rebuild": [
+        save(FULL),
+        save(CHANGED, 0),
+        forget(0),
+        rebuild,
+        reopen_without_view,
+        save(AGAIN, 0),
+    ],
+    "checkpoint": [
+        save(FULL),
+        checkpoint,
+        save(CHANGED, 0),
+        reopen_without_view,
+        checkpoint,
+        reopen,
+    ],
+    "import": [save(FULL), save(CHANGED, 0), take_over(0, 1), forget(0), reclaim(), restore(1, 1)],
+    "restore": [save(FULL), save(noise(2, 2)), held_restore, reopen],
+    "hosts": [
+        save(FULL),
+        save(CHANGED, None, 0, "h2"),
+        save(AGAIN, 1, 0, "h1"),
+        forget(0, host="h2"),
+        reclaim(host="h1"),
+        restore(1, 0, "h2"),
+        observed,
+    ],
+    "failing": [save(FULL), abandoned, beats, reopen],
+}
+
+
+def random_script(seed: int, steps: int = 8) -> list[Step]:
+    """Any steps in any order, on one point with two clusters and two hosts in the first."""
+    source = random.Random(seed)
+    return [save(FULL)] + [_any_step(source.randrange(1 << 30)) for _ in range(steps)]
+
+
+def _any_step(seed: int) -> Step:
+    def step(world: World) -> object:
+        source = random.Random(seed)
+        at = source.choice((0, 0, 0, 1))
+        host = source.choice(("h1", "h1", "h2")) if at == 0 else "h1"
+        live = list(world.sides[at].live)
+        word = source.choice(("save", "save", "save", "forget", "reclaim", "restore", "other"))
+        if word == "forget" and len(live) > 1:
+            chosen = source.sample(live, source.randint(1, 2))
+            world.forget(*chosen, at=at, host=host)
+            return None
+        if word == "reclaim":
+            return world.domain(at, host).reclaim(sparse_below=source.choice((0.3, 0.6, 0.95)))
+        if word == "restore" and live:
+            world.domain(at, host).refresh()
+            world.restore(source.choice(live), at, host)
+            return None
+        if word == "other":
+            return _any_other(source, world, at, host)
+        parents = [one for one, image in world.sides[at].live.items() if len(image) == len(FULL)]
+        parent = source.choice([None, *parents])
+        image = source.choice((FULL, CHANGED, AGAIN)) if parent else noise(source.randrange(3), 4)
+        world.domain(at, host).refresh()
+        return world.save(image, parent, at, host)
+
+    return step
+
+
+def _any_other(source: random.Random, world: World, at: int, host: str) -> object:
+    theirs = [one for one in world.sides[0].live if one not in world.sides[1].live]
+    theirs = [one for one in theirs if one.backup not in world.sides[1].gone]
+    word = source.choice(("import", "import", "rebuild", "checkpoint", "reopen", "lose"))
+    if word == "import" and theirs:
+        world.take_over(*source.sample(theirs, min(len(theirs), 2)))
+        return None
+    if word == "rebuild":
+        world.domain(at, host).rebuild()
+        return None
+    if word == "checkpoint":
+        world.domain(at, host).checkpoint()
+        return None
+    keys = list(world.domains)
+    world.close(lose=[source.choice(keys)] if word == "lose" and keys else [])
+    return None
