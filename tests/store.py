@@ -135,3 +135,8 @@ def image_of(*chunks: int | bytes) -> bytes:
         chunk if isinstance(chunk, bytes) else bytes([chunk]) * CHUNK for chunk in chunks
     ]
     return b"".join(parts)
+
+
+def mixed(*counts: int) -> list[bytes]:
+    """As many random chunks as the counts say together."""
+    return [os.urandom(CHUNK) for _ in range(sum(counts))]

@@ -34,28 +34,12 @@ from tests.store import (
     image_of,
     live_files,
     load,
-    new_point,
     new_uuid,
     open_domain,
     save,
     write_disk,
 )
 from tests.vectors import colliding_chunks
-
-
-@pytest.fixture
-def point(tmp_path: Path) -> Point:
-    return new_point(tmp_path)
-
-
-@pytest.fixture
-def label() -> ClusterLabel:
-    return cluster()
-
-
-@pytest.fixture
-def domain(point: Point, label: ClusterLabel) -> Domain:
-    return open_domain(point, label)
 
 
 def test_what_was_saved_is_there_after_a_restart(

@@ -20,29 +20,11 @@ from tests.store import (
     files,
     image_of,
     load,
+    mixed,
     new_point,
     open_domain,
     save,
 )
-
-
-@pytest.fixture
-def point(tmp_path: Path) -> Point:
-    return new_point(tmp_path)
-
-
-@pytest.fixture
-def label() -> ClusterLabel:
-    return cluster()
-
-
-@pytest.fixture
-def domain(point: Point, label: ClusterLabel) -> Domain:
-    return open_domain(point, label)
-
-
-def mixed(*counts: int) -> list[bytes]:
-    return [os.urandom(CHUNK) for count in counts for _ in range(count)]
 
 
 class RoomFs(OsFs):

@@ -27,31 +27,13 @@ from tests.store import (
     image_of,
     live_files,
     load,
+    mixed,
     new_point,
     new_uuid,
     open_domain,
     save,
     write_disk,
 )
-
-
-@pytest.fixture
-def point(tmp_path: Path) -> Point:
-    return new_point(tmp_path)
-
-
-@pytest.fixture
-def label() -> ClusterLabel:
-    return cluster()
-
-
-@pytest.fixture
-def domain(point: Point, label: ClusterLabel) -> Domain:
-    return open_domain(point, label)
-
-
-def mixed(*counts: int) -> list[bytes]:
-    return [os.urandom(CHUNK) for count in counts for _ in range(count)]
 
 
 def through(point: Point, label: ClusterLabel, host: str, fs: OsFs) -> Domain:
