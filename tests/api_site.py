@@ -8,18 +8,24 @@ import io
 import json
 import os
 import random
-from collections.abc import AsyncIterator, Mapping
+import threading
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
+from unittest import mock
 
 import aiohttp
 from aiohttp import web
 
 from api.app import make_runner
-from engine.config import Config, Freeze, Limits
+from engine.config import Config, Limits
+from engine.freeze import FreezeHook
 from engine.model import Job
 from engine.service import Engine
+from engine.snapshot import Snapshot, take_snapshot
+from engine.sources import DiskFile
 
 MIB = 1 << 20
 JOB_TIMEOUT_S = 60.0
@@ -181,20 +187,35 @@ class Site:
 
 
 class Gate:
-    """A freeze hook that keeps backups under way until `open`, which lets one go on."""
+    """Inside the block each backup of this process waits, its session open, before its snapshot;
+    each `open` lets one go on, and the block's end all of them."""
 
-    def __init__(self, root: Path) -> None:
-        fifo = root / "gate"
-        os.mkfifo(fifo)
-        self._fd = os.open(fifo, os.O_RDWR | os.O_CLOEXEC)
-        script = f'[ "$0" = thaw ] || read word < "{fifo}"'
-        self.command = ("/bin/sh", "-c", script)
+    def __init__(self) -> None:
+        self._places = threading.Semaphore(0)
+        self._patch = mock.patch("engine.backup.take_snapshot", self._take_snapshot)
 
     def open(self) -> None:
-        os.write(self._fd, b"go\n")
+        self._places.release()
 
-    def close(self) -> None:
-        os.close(self._fd)
+    def open_for_all(self) -> None:
+        self._places.release(1000)
+
+    def _take_snapshot(self, disks: Sequence[DiskFile], freeze: FreezeHook) -> Snapshot:
+        assert self._places.acquire(timeout=JOB_TIMEOUT_S)
+        return take_snapshot(disks, freeze)
+
+    def __enter__(self) -> Gate:
+        self._patch.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._patch.stop()
+        self.open_for_all()
 
 
 @contextlib.asynccontextmanager
@@ -218,14 +239,9 @@ async def serving(root: Path, config: Config | None = None) -> AsyncIterator[Sit
 @contextlib.asynccontextmanager
 async def serving_gated(root: Path) -> AsyncIterator[tuple[Site, Gate]]:
     """One job at a time, and each backup waits at the gate. What waits in the end is let go."""
-    gate = Gate(root)
-    freeze = Freeze(command=gate.command, timeout_s=60, hold_s=60)
-    try:
-        async with serving(root, Config(limits=Limits(max_jobs=1), freeze=freeze)) as site:
+    with Gate() as gate:
+        async with serving(root, Config(limits=Limits(max_jobs=1))) as site:
             try:
                 yield site, gate
             finally:
-                for _ in range(10):
-                    gate.open()
-    finally:
-        gate.close()
+                gate.open_for_all()

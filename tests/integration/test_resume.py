@@ -14,13 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import Config, Freeze, Limits
 from engine.model import BACKUP_FAILED
 from storage import tables
 from storage.check import check_point
 from storage.point import ClusterLabel, Point
 from tests.api_site import Gate
-from tests.engine_rig import ANYWHERE, PATIENCE_S, EngineRig
+from tests.engine_rig import ANYWHERE, ONE_JOB, PATIENCE_S, EngineRig
 from tests.rig import random_bytes
 
 MIB = 1 << 20
@@ -119,11 +118,7 @@ def test_a_cancelled_backup_leaves_nothing(fast_path: Path) -> None:
 
 
 def test_a_host_that_was_taken_for_dead_is_told_so(tmp_path: Path) -> None:
-    gate = Gate(tmp_path)
-    config = Config(
-        limits=Limits(max_jobs=1), freeze=Freeze(command=gate.command, timeout_s=60, hold_s=60)
-    )
-    with EngineRig(tmp_path / "data", config) as rig:
+    with EngineRig(tmp_path / "data", ONE_JOB) as rig, Gate() as gate:
         vm = rig.make_vm("web", random_bytes(4 * MIB, 4))
         _, job = rig.ask_backup(vm)
         domain = rig.core.points.domain(rig.point_uuid, rig.cluster_uuid)
@@ -140,7 +135,6 @@ def test_a_host_that_was_taken_for_dead_is_told_so(tmp_path: Path) -> None:
         assert domain.backups() == []
         gate.open()
         rig.back_up(vm)
-    gate.close()
 
 
 def _opened_session(rig: EngineRig) -> str:
