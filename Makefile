@@ -10,14 +10,15 @@ TEST_TOOLS := qemu-img:qemu-utils mkfs.xfs:xfsprogs mkfs.btrfs:btrfs-progs mke2f
 	strace:strace systemd-analyze:systemd qemu-system-x86_64:qemu-system-x86 \
 	busybox:busybox-static depmod:kmod faketime:faketime
 
-.PHONY: help demo test test-deps check bench soak lock clean
+.PHONY: help demo test test-deps check bench bench-quick soak lock clean
 
 help:
 	@echo "make demo       a real VM disk: backed up, changed, backed up, restored, imported, compared"
 	@echo "make test       the tests; ARGS='-k name' passes on to pytest"
 	@echo "make check      lint, types, layers and tests, as CI does"
 	@echo "make test-deps  Debian packages that the tests use (as root)"
-	@echo "make bench      how fast;  make soak  hours of crashes, faults, damage and hostile input"
+	@echo "make bench      how fast, beside others and the machine's limits;  make bench-quick: in minutes"
+	@echo "make soak       hours of crashes, faults, damage and hostile input"
 	@echo "make lock       renews requirements/*.txt from pyproject.toml"
 
 .venv/bin/python:
@@ -42,7 +43,10 @@ check: .venv/.check
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: .venv/.runtime
-	$(BIN)/python -m bench.datapath $(ARGS)
+	$(BIN)/python -m bench $(ARGS)
+
+bench-quick: .venv/.runtime
+	$(BIN)/python -m bench --quick $(ARGS)
 
 # Hours: each line alone is a sweep that `make check` runs a small part of. As root for all of it.
 soak: .venv/.test
