@@ -1,6 +1,7 @@
 """One backup of one VM, from the opened session to the acknowledged commit.
 
-In durable order: OPEN (holds the parent) · snapshot · per disk scan, packs and manifest · nobody
+In durable order: OPEN (holds the parent) · snapshot · per disk what is known of its changes, and
+whether a sample bears that out; scan, packs and manifest · nobody
 changed a volume that was read directly · COMMIT. Whatever fails before the commit, leaving the
 session's block aborts it, and the snapshot's block lets go of the volumes. See docs/design.md §6.
 """
@@ -9,15 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from engine.errors import Cancelled
 from engine.freeze import NO_HOOK, FreezeHook
 from engine.jobs import JobContext
+from engine.pages import Ranges
 from engine.pipeline import scan_disk, store_again
+from engine.sampling import try_unchanged
 from engine.snapshot import Snapshot, SnapshotFacts, take_snapshot
-from engine.sources import DiskFile
+from engine.sources import DiskFile, DiskSource, FoundBy
 from storage.domain import Domain
 from storage.errors import (
     ChunkMissing,
@@ -28,6 +31,7 @@ from storage.errors import (
     PointUnreachable,
     StorageError,
 )
+from storage.maps import DiskMap
 from storage.session import NewBackup, Session
 
 log = logging.getLogger(__name__)
@@ -52,6 +56,7 @@ class BackupFacts:
     snapshot: SnapshotFacts
     incremental: frozenset[str]  # target devices of the disks that build on the parent's
     notes: tuple[str, ...] = ()
+    found_by: Mapping[str, FoundBy] = field(default_factory=dict)  # by target device
 
     @property
     def full(self) -> bool:
@@ -63,7 +68,7 @@ class BackupFacts:
 class BackupWork:
     """What run_backup needs. `parent`: the backup that disks may build on, or "".
 
-    `make_label` is called once, when all that it could ask for is known.
+    `make_label` is called once, when all that it could ask for is known: after the scans.
     """
 
     domain: Domain
@@ -111,7 +116,7 @@ def _make(work: BackupWork, session: Session, parent: str, ctx: JobContext) -> B
         ctx.set_total(sum(snapshot.facts.capacities.values()))
         facts = _facts(work, parent, snapshot.facts)
         for disk in work.disks:
-            _scan(work, disk, facts, snapshot, session, ctx)
+            facts = _scanned(work, disk, facts, snapshot, session, ctx)
         label = work.make_label(facts)
         new = NewBackup(
             backup=work.backup_uuid,
@@ -161,26 +166,63 @@ def _can_be_read(domain: Domain, disk: str) -> bool:
     return True
 
 
-def _scan(
+def _scanned(
     work: BackupWork,
     disk: DiskWork,
     facts: BackupFacts,
     snapshot: Snapshot,
     session: Session,
     ctx: JobContext,
-) -> None:
+) -> BackupFacts:
+    """Scans a disk, as little of it as is safe; the facts with how that was."""
     target = disk.file.target_device
     source = snapshot.sources[target]
     base = disk.parent_disk if target in facts.incremental else None
+    parent = work.domain.disk_map(base) if base else None
+    changed, note = None, ""
+    if parent is not None:
+        changed, note = _trusted_changes(work, source, parent, ctx)
     scan_disk(
         source,
         session,
         work.domain.hasher,
         session.manifest(disk.disk_uuid, source.capacity, base),
-        work.domain.disk_map(base) if base else None,
+        parent,
         ctx,
         work.workers,
         chunk_size=work.domain.chunk_size,
+        changed=changed,
+    )
+    found_by: FoundBy = "scan" if changed is None else source.found_by
+    return replace(
+        facts,
+        found_by={**facts.found_by, target: found_by},
+        notes=(*facts.notes, f"{target} {note}") if note else facts.notes,
+    )
+
+
+def _trusted_changes(
+    work: BackupWork, source: DiskSource, parent: DiskMap, ctx: JobContext
+) -> tuple[Ranges | None, str]:
+    """(what changed since the parent, a note on it); None when that is not known for sure."""
+    changed = source.changed_ranges()
+    if changed is None:
+        return None, ""
+    sample = try_unchanged(
+        source,
+        work.domain.hasher,
+        parent,
+        changed,
+        ctx,
+        work.workers,
+        chunk_size=work.domain.chunk_size,
+    )
+    if sample.sound:
+        return source.changed_ranges(), ""
+    log.error("tracking_wrong", extra={"backup": work.backup_uuid, "chunk": sample.wrong_chunk})
+    return None, (
+        f"scanned: {source.found_by} missed a change in chunk {sample.wrong_chunk}, "
+        "as a sample of the rest showed"
     )
 
 

@@ -162,7 +162,7 @@ class _BackupRun:
     def _label_bytes(self, facts: BackupFacts) -> bytes:
         """The label as the backup turned out."""
         label = self._row.label
-        notes = [f"snapshot: {facts.snapshot.method}", *facts.notes]
+        notes = [f"snapshot: {facts.snapshot.method}", *_changes_notes(facts), *facts.notes]
         told = any(note.startswith("full: ") for note in notes)
         if facts.full and not self._full_wanted and not told:
             notes.insert(0, NOTHING_TO_BUILD_ON)
@@ -182,6 +182,12 @@ class _BackupRun:
             timeout_s=freeze.timeout_s,
             hold_s=freeze.hold_s,
         )
+
+
+def _changes_notes(facts: BackupFacts) -> list[str]:
+    """How the changes of the disks that build on the parent were found."""
+    found = [f"{target} {facts.found_by[target]}" for target in sorted(facts.incremental)]
+    return [f"changes found by: {', '.join(found)}"] if found else []
 
 
 def _require_texts(name: str, description: str) -> None:

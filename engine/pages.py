@@ -3,6 +3,7 @@
 `plan_pages` merges a source's allocated ranges with the parent's pages into one ascending stream of
 `PagePlan`: the chunks that have to be read, and the parent's chunks that lie in holes now, which
 need no reading to become zero marks. Holes in both cost nothing, however large.
+`plan_changed` does so for the changed part of a disk only: what it leaves out stays the parent's.
 
 A page is cut into items of a few chunks. Many threads pull items and finish them in any order; a
 page is emitted when it is complete and all before it are. So that one slow item does not let the
@@ -25,17 +26,26 @@ from engine.crew import Stop
 PAGE_CHUNKS = 1024
 OPEN_PAGES = 16
 
+_NO_MORE = 1 << 62  # above every page number
+
+Ranges: TypeAlias = Iterable[tuple[int, int]]
+ParentPage: TypeAlias = Callable[[int], Mapping[int, bytes]]
 ParentPages: TypeAlias = Iterable[tuple[int, Mapping[int, bytes]]]
 Emit: TypeAlias = Callable[[int, Mapping[int, bytes]], None]
 
 
 @dataclass(frozen=True, slots=True)
 class PagePlan:
-    """A page that something is to be done about. `chunks`: indexes in the page, ascending."""
+    """A page that something is to be done about.
+
+    `chunks`: indexes in the page of what is to be read, ascending. `gone`: those of the parent's
+    chunks that lie in holes now.
+    """
 
     page_no: int
     chunks: tuple[int, ...]
     parent: Mapping[int, bytes]
+    gone: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,7 +77,7 @@ class OpenPage:
         return not self.waiting and not self.out
 
 
-def chunk_runs(ranges: Iterable[tuple[int, int]], chunk_size: int) -> Iterator[tuple[int, int]]:
+def chunk_runs(ranges: Ranges, chunk_size: int) -> Iterator[tuple[int, int]]:
     """(first, past the last) chunk that each of the ranges touches, ascending, never overlapping.
 
     `ranges` are (offset, length), ascending. A chunk that is data in part counts as a whole.
@@ -81,7 +91,7 @@ def chunk_runs(ranges: Iterable[tuple[int, int]], chunk_size: int) -> Iterator[t
             done = end
 
 
-def _data_pages(runs: Iterable[tuple[int, int]]) -> Iterator[tuple[int, tuple[int, ...]]]:
+def chunk_pages(runs: Ranges) -> Iterator[tuple[int, tuple[int, ...]]]:
     """(page number, indexes in the page) of the runs' chunks, ascending."""
     page_no, chunks = -1, list[int]()
     for first, end in runs:
@@ -98,11 +108,9 @@ def _data_pages(runs: Iterable[tuple[int, int]]) -> Iterator[tuple[int, tuple[in
         yield page_no, tuple(chunks)
 
 
-def plan_pages(
-    ranges: Iterable[tuple[int, int]], chunk_size: int, parent: ParentPages
-) -> Iterator[PagePlan]:
+def plan_pages(ranges: Ranges, chunk_size: int, parent: ParentPages) -> Iterator[PagePlan]:
     """All pages with data in `ranges` or entries in `parent`, both ascending; lazily."""
-    data = _data_pages(chunk_runs(ranges, chunk_size))
+    data = chunk_pages(chunk_runs(ranges, chunk_size))
     old = iter(parent)
     data_page, old_page = next(data, None), next(old, None)
     while data_page is not None or old_page is not None:
@@ -111,11 +119,55 @@ def plan_pages(
             yield PagePlan(data_page[0], data_page[1], {})
             data_page = next(data, None)
         elif data_page is None or old_page[0] < data_page[0]:
-            yield PagePlan(old_page[0], (), old_page[1])
+            yield PagePlan(old_page[0], (), old_page[1], tuple(old_page[1]))
             old_page = next(old, None)
         else:
-            yield PagePlan(data_page[0], data_page[1], old_page[1])
+            present = frozenset(data_page[1])
+            gone = tuple(index for index in old_page[1] if index not in present)
+            yield PagePlan(data_page[0], data_page[1], old_page[1], gone)
             data_page, old_page = next(data, None), next(old, None)
+
+
+def plan_changed(
+    changed: Ranges, ranges: Ranges, chunk_size: int, parent_page: ParentPage
+) -> Iterator[PagePlan]:
+    """As plan_pages, for the chunks that `changed` touches; lazily.
+
+    `changed` is (offset, length) with ascending offsets, ValueError otherwise; overlaps are fine.
+    """
+    present = by_page(ranges, chunk_size)
+    for page_no, touched in chunk_pages(chunk_runs(ascending(changed), chunk_size)):
+        here, parent = present(page_no), parent_page(page_no)
+        yield PagePlan(
+            page_no,
+            tuple(index for index in touched if index in here),
+            parent,
+            tuple(index for index in touched if index in parent and index not in here),
+        )
+
+
+def by_page(ranges: Ranges, chunk_size: int) -> Callable[[int], frozenset[int]]:
+    """Which indexes the ranges touch, by page number; to be asked for in ascending order."""
+    pages = chunk_pages(chunk_runs(ascending(ranges), chunk_size))
+    page_no, chunks = -1, tuple[int, ...]()
+
+    def touched(wanted_no: int) -> frozenset[int]:
+        nonlocal page_no, chunks
+        while page_no < wanted_no:
+            page_no, chunks = next(pages, (_NO_MORE, ()))
+        return frozenset(chunks) if page_no == wanted_no else frozenset()
+
+    return touched
+
+
+def ascending(ranges: Ranges) -> Iterator[tuple[int, int]]:
+    """The same (offset, length); ValueError where an offset goes back or a length is negative."""
+    last = 0
+    for offset, length in ranges:
+        if offset < last or length < 0:
+            raise ValueError(f"range {offset}+{length} after one at {last}")
+        last = offset
+        yield offset, length
 
 
 @dataclass(slots=True, eq=False)
@@ -189,8 +241,7 @@ class PageLine:
             self._planned = True
             self._emit_complete()
             return
-        present = frozenset(plan.chunks)
-        gone = {index: self.absent for index in plan.parent if index not in present}
+        gone = dict.fromkeys(plan.gone, self.absent)
         size = self.item_chunks
         parts = (plan.chunks[at : at + size] for at in range(0, len(plan.chunks), size))
         self._open.append(OpenPage(plan.page_no, plan.parent, gone, deque(parts)))

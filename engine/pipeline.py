@@ -8,7 +8,8 @@ disk's size.
 
 Per chunk: all zeros? nothing, or a zero mark. Same XXH3 half as the parent's chunk at this place?
 unchanged. Else its whole id; and its frame goes to the session if the domain does not know that id.
-Without a parent no XXH3 shortcut is taken (docs/design.md §9). Read engine/pages.py first.
+Without a parent no XXH3 shortcut is taken (docs/design.md §9). Where a source knows what changed
+since the parent, only that is read; engine/sampling.py tries it first. Read engine/pages.py first.
 """
 
 from __future__ import annotations
@@ -19,7 +20,16 @@ from dataclasses import dataclass, field
 
 from engine.crew import run_crew
 from engine.jobs import JobContext
-from engine.pages import PAGE_CHUNKS, Emit, Item, PageLine, PagePlan, plan_pages
+from engine.pages import (
+    PAGE_CHUNKS,
+    Emit,
+    Item,
+    PageLine,
+    PagePlan,
+    Ranges,
+    plan_changed,
+    plan_pages,
+)
 from engine.sources import DiskSource
 from storage.chunks import ZERO_MARK, ChunkHasher, Encoder, is_zero
 from storage.maps import DiskMap
@@ -39,15 +49,21 @@ def scan_disk(
     workers: int,
     *,
     chunk_size: int,
+    changed: Ranges | None = None,
 ) -> None:
     """Stores what `session`'s domain lacks of a disk, and gives all its pages to `builder`.
 
-    With a `parent` (same capacity and chunk size, held by the session) only what differs from it.
+    With a `parent` (same capacity and chunk size, held by the session) only what differs from it;
+    with `changed` too (see DiskSource.changed_ranges) only what that touches is looked at.
     Counts the whole capacity as scanned. Raises Cancelled, StorageError, PoolUnreachable,
     Conflict("volume_changed"); then `builder` is incomplete and of no use.
     """
-    plans = plan_pages(source.data_ranges(), chunk_size, parent.pages() if parent else ())
-    line = _page_line(plans, source, chunk_size, builder.add_page, workers)
+    ranges = source.data_ranges()
+    if parent is not None and changed is not None:
+        plans = plan_changed(changed, ranges, chunk_size, parent.page)
+    else:
+        plans = plan_pages(ranges, chunk_size, parent.pages() if parent else ())
+    line = page_line(plans, source, chunk_size, builder.add_page, workers)
 
     def work() -> None:
         bench, encoder = Bench(source, chunk_size), Encoder()
@@ -84,7 +100,7 @@ def store_again(
     """
     fast_halves = frozenset(chunk_id[:FAST_BYTES] for chunk_id in wanted)
     plans = plan_pages(source.data_ranges(), chunk_size, ())
-    line = _page_line(plans, source, chunk_size, _ignore_page, workers)
+    line = page_line(plans, source, chunk_size, ignore_page, workers)
 
     def work() -> None:
         bench, encoder = Bench(source, chunk_size), Encoder()
@@ -103,17 +119,19 @@ def store_again(
     run_crew(workers, "store-again", work, line.stop)
 
 
-def _page_line(
+def page_line(
     plans: Iterator[PagePlan], source: DiskSource, chunk_size: int, emit: Emit, workers: int
 ) -> PageLine:
+    """The line for a crew of `workers` over a source."""
     item_chunks = max(1, ITEM_BYTES // chunk_size)
     return PageLine(
         plans, source.capacity, chunk_size, item_chunks, ZERO_MARK, emit, lookahead=max(1, workers)
     )
 
 
-def _ignore_page(_page_no: int, _entries: Mapping[int, bytes]) -> None:
-    return None
+def ignore_page(_page_no: int, _entries: Mapping[int, bytes]) -> None:
+    """The `emit` of a line whose entries nobody wants."""
+    return
 
 
 @dataclass(slots=True)

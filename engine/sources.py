@@ -18,11 +18,14 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias
 
 from engine.errors import Conflict, EngineError, PoolFull, PoolUnreachable
+
+FoundBy: TypeAlias = Literal["scan", "reflink", "bitmap"]
+"""How it was found out where a disk differs from its parent backup."""
 
 # The kernel stamps files with a clock that ticks every 1 to 10 ms. A volume that changed less than
 # this ago could change again without its times showing it.
@@ -47,6 +50,19 @@ class DiskSource(Protocol):
 
     def data_ranges(self) -> Iterator[tuple[int, int]]:
         """(offset, length) of all ranges that may hold other bytes than zeros, ascending."""
+        ...
+
+    @property
+    def found_by(self) -> FoundBy:
+        """What `changed_ranges` comes from; `scan` when it is None."""
+        ...
+
+    def changed_ranges(self) -> Iterator[tuple[int, int]] | None:
+        """(offset, length), offsets ascending: an upper bound of what differs from the parent.
+
+        Byte-granular, below `capacity`, anew at each call. None: not known, all may differ. Whoever
+        made the source sees to it that it is about the very backup that is to be built on.
+        """
         ...
 
     def read_into(self, buffer: memoryview, offset: int) -> int:
@@ -131,6 +147,7 @@ class VolumeSource:
         self._path = path
         self._mark = mark
         self._capacity = mark.size_bytes if mark else os.fstat(fd).st_size
+        self._changed: Sequence[tuple[int, int]] | None = None
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
     @property
@@ -146,6 +163,17 @@ class VolumeSource:
         with pool_errors(self._path):
             yield from allocated_ranges(self._fd, self._capacity)
 
+    @property
+    def found_by(self) -> FoundBy:
+        return "scan" if self._changed is None else "reflink"
+
+    def changed_ranges(self) -> Iterator[tuple[int, int]] | None:
+        return None if self._changed is None else iter(self._changed)
+
+    def track(self, changed: Sequence[tuple[int, int]]) -> None:
+        """From now on `changed_ranges` is this: what two held clones differ in."""
+        self._changed = changed
+
     def read_into(self, buffer: memoryview, offset: int) -> int:
         """Raises Conflict("volume_changed"), PoolUnreachable."""
         have = 0
@@ -153,7 +181,7 @@ class VolumeSource:
             while have < len(buffer):
                 count = os.preadv(self._fd, [buffer[have:]], offset + have)
                 if count == 0:
-                    raise self._changed("it became shorter")
+                    raise self._was_changed("it became shorter")
                 have += count
         self._check_open_file()
         return have
@@ -170,11 +198,11 @@ class VolumeSource:
         try:
             named = os.stat(self._path, follow_symlinks=False)
         except FileNotFoundError:
-            raise self._changed("it was deleted or renamed") from None
+            raise self._was_changed("it was deleted or renamed") from None
         except OSError as error:
             raise from_pool_error(error, self._path) from error
         if (named.st_dev, named.st_ino) != (self._mark.device, self._mark.inode):
-            raise self._changed("it was replaced")
+            raise self._was_changed("it was replaced")
 
     def close(self) -> None:
         fd, self._fd = self._fd, -1
@@ -187,9 +215,9 @@ class VolumeSource:
         with pool_errors(self._path):
             now = mark_of(os.fstat(self._fd))
         if now != self._mark:
-            raise self._changed("somebody wrote to it")
+            raise self._was_changed("somebody wrote to it")
 
-    def _changed(self, how: str) -> Conflict:
+    def _was_changed(self, how: str) -> Conflict:
         return Conflict(
             "volume_changed",
             f"{self._path} changed while it was read: {how}. "

@@ -16,7 +16,9 @@ from engine.pages import (
     Item,
     PageLine,
     PagePlan,
+    ascending,
     chunk_runs,
+    plan_changed,
     plan_pages,
 )
 
@@ -103,6 +105,36 @@ def pull(line: PageLine) -> Item:
     item = line.pull()
     assert item is not None
     return item
+
+
+@given(disk_ranges(), disk_ranges(), parents)
+def test_changed_plans_are_the_changed_part_of_all(
+    changed: list[tuple[int, int]],
+    ranges: list[tuple[int, int]],
+    parent: list[tuple[int, dict[int, bytes]]],
+) -> None:
+    pages, wanted = dict(parent), touched(changed)
+    plans = list(plan_changed(changed, ranges, CHUNK, lambda page_no: pages.get(page_no, {})))
+    numbers = [plan.page_no for plan in plans]
+    assert numbers == sorted(set(numbers))
+    whole = list(plan_pages(ranges, CHUNK, parent))
+    for kind in ("chunks", "gone"):
+        found = [plan.page_no * PAGE_CHUNKS + at for plan in plans for at in getattr(plan, kind)]
+        every = {plan.page_no * PAGE_CHUNKS + at for plan in whole for at in getattr(plan, kind)}
+        assert found == sorted(every & wanted)
+    assert all(plan.parent == pages.get(plan.page_no, {}) for plan in plans)
+
+
+@pytest.mark.parametrize("ranges", [[(CHUNK, 1), (0, 1)], [(5, -1)], [(-1, 3)]])
+def test_changed_ranges_out_of_order_are_refused(ranges: list[tuple[int, int]]) -> None:
+    with pytest.raises(ValueError, match="range"):
+        list(plan_changed(ranges, [], CHUNK, lambda _: {}))
+
+
+def test_changed_ranges_may_overlap() -> None:
+    assert list(ascending([(0, 9), (0, 3), (5, 1)])) == [(0, 9), (0, 3), (5, 1)]
+    plans = list(plan_changed([(0, 2 * CHUNK), (CHUNK, 1)], [(0, 9 * CHUNK)], CHUNK, lambda _: {}))
+    assert plans == [PagePlan(0, (0, 1), {})]
 
 
 def full_pages(count: int) -> list[PagePlan]:

@@ -163,7 +163,9 @@ class Failing:
         self._left = at_read
         self._lock = threading.Lock()
         self.capacity = inner.capacity
+        self.found_by = inner.found_by
         self.data_ranges = inner.data_ranges
+        self.changed_ranges = inner.changed_ranges
         self.prefetch = inner.prefetch
         self.close = inner.close
 

@@ -1,0 +1,108 @@
+"""Trying a claim that the rest of a disk is unchanged, before a backup relies on it.
+
+A tracker (clones compared, a hypervisor's bitmap) says which ranges may differ from the parent
+backup. Of the chunks that it leaves out a random share is read and compared with the parent. One
+that differs proves the tracker wrong; then nothing it says counts. A parent's chunk that lies in a
+hole now, outside the ranges, proves it as well, and costs no reading.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from engine.crew import run_crew
+from engine.jobs import JobContext
+from engine.pages import PAGE_CHUNKS, PagePlan, Ranges, by_page, plan_pages
+from engine.pipeline import Bench, ignore_page, page_line
+from engine.sources import DiskSource
+from storage.chunks import ChunkHasher, is_zero
+from storage.maps import DiskMap
+
+SHARE = 0.01
+FEWEST_CHUNKS = 4
+
+
+@dataclass(slots=True)
+class Sample:
+    """What came of it. `wrong_chunk`: the number of one that differs, -1 when none does."""
+
+    chunks: int = 0
+    wrong_chunk: int = -1
+
+    @property
+    def sound(self) -> bool:
+        return self.wrong_chunk < 0
+
+
+def try_unchanged(
+    source: DiskSource,
+    hasher: ChunkHasher,
+    parent: DiskMap,
+    changed: Ranges,
+    ctx: JobContext,
+    workers: int,
+    *,
+    chunk_size: int,
+    share: float = SHARE,
+) -> Sample:
+    """Compares `share` of the chunks outside of `changed`, and at least FEWEST_CHUNKS if there are.
+
+    Counts what it reads as read. Raises Cancelled, PoolUnreachable, Conflict("volume_changed").
+    """
+    sample = Sample()
+    plans = plan_pages(source.data_ranges(), chunk_size, parent.pages())
+    unchanged = _unchanged(plans, by_page(changed, chunk_size))
+    line = page_line(_drawn(unchanged, share, sample), source, chunk_size, ignore_page, workers)
+
+    def work() -> None:
+        bench = Bench(source, chunk_size)
+        while sample.sound and (item := line.pull()) is not None:
+            ctx.check()
+            read_bytes = 0
+            for index, view in bench.read(item):
+                read_bytes += len(view)
+                if not _same(view, item.page.parent.get(index), hasher):
+                    sample.wrong_chunk = item.page.page_no * PAGE_CHUNKS + index
+            line.finish(item, {})
+            ctx.add(read=read_bytes)
+
+    run_crew(workers, "sample", work, line.stop)
+    return sample
+
+
+def _same(view: memoryview, before: bytes | None, hasher: ChunkHasher) -> bool:
+    if before is None:
+        return is_zero(view)
+    return before.startswith(hasher.fast(view))
+
+
+def _unchanged(
+    plans: Iterable[PagePlan], touched: Callable[[int], frozenset[int]]
+) -> Iterator[PagePlan]:
+    """The plans without what was touched."""
+    for plan in plans:
+        out = touched(plan.page_no)
+        yield PagePlan(
+            plan.page_no,
+            tuple(index for index in plan.chunks if index not in out),
+            plan.parent,
+            tuple(index for index in plan.gone if index not in out),
+        )
+
+
+def _drawn(plans: Iterable[PagePlan], share: float, sample: Sample) -> Iterator[PagePlan]:
+    """Some chunks of the plans at random; ends at one whose parent's chunk is gone."""
+    owed = float(FEWEST_CHUNKS)
+    for plan in plans:
+        if plan.gone:
+            sample.wrong_chunk = plan.page_no * PAGE_CHUNKS + plan.gone[0]
+            return
+        owed += share * len(plan.chunks)
+        count = min(int(owed), len(plan.chunks))
+        if count:
+            owed -= count
+            sample.chunks += count
+            drawn = tuple(sorted(random.sample(plan.chunks, count)))
+            yield PagePlan(plan.page_no, drawn, plan.parent)
