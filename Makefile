@@ -6,7 +6,7 @@ BIN := .venv/bin
 ARGS ?=
 
 # command:Debian package
-TEST_TOOLS := qemu-img:qemu-utils mkfs.xfs:xfsprogs mkfs.btrfs:btrfs-progs mke2fs:e2fsprogs \
+TEST_TOOLS := qemu-img:qemu-utils nbdkit:nbdkit mkfs.xfs:xfsprogs mkfs.btrfs:btrfs-progs mke2fs:e2fsprogs \
 	strace:strace systemd-analyze:systemd qemu-system-x86_64:qemu-system-x86 \
 	busybox:busybox-static depmod:kmod faketime:faketime
 

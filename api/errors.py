@@ -102,12 +102,17 @@ ERRORS: tuple[ErrorRow, ...] = (
     ErrorRow("data_damaged", 50003, "stored data is damaged", "存储数据已损坏"),
     ErrorRow("chunk_missing", 50004, "stored chunks are missing", "存储数据块缺失"),
     ErrorRow("config_invalid", 50005, "invalid configuration", "配置无效"),
+    ErrorRow("disk_server_refused", 50006, "the disk's server refused", "磁盘服务返回错误"),
+    ErrorRow(
+        "disk_server_broken", 50007, "the disk's server broke the protocol", "磁盘服务违反协议"
+    ),
     # 503: may work later
     ErrorRow("point_unreachable", 50300, "the backup point is unreachable", "备份点不可达"),
     ErrorRow("point_not_ready", 50301, "the backup point is not ready", "备份点未就绪"),
     ErrorRow("pool_unreachable", 50302, "the pool is unreachable", "存储池不可达"),
     ErrorRow("shutting_down", 50303, "the service is shutting down", "服务正在停止"),
     ErrorRow("overloaded", 50304, "too many requests are waiting", "请求过多"),
+    ErrorRow("disk_server_lost", 50305, "the disk's server is unreachable", "磁盘服务不可达"),
     # 507: no room
     ErrorRow("point_full", 50700, "the backup point is full", "备份点空间不足"),
     ErrorRow("pool_full", 50701, "the pool is full", "存储池空间不足"),

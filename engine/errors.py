@@ -101,6 +101,25 @@ class PoolUnreachable(EngineError):
     retryable = True
 
 
+class DiskServerLost(EngineError):
+    """The process or host that serves a disk (NBD) is not there, has died, or does not answer."""
+
+    code = "disk_server_lost"
+    retryable = True
+
+
+class DiskServerRefused(EngineError):
+    """The disk's server answered, with an error: no such export, an I/O error, read-only, …"""
+
+    code = "disk_server_refused"
+
+
+class DiskServerBroken(EngineError):
+    """The disk's server said what no server may say; nothing that it said is believed."""
+
+    code = "disk_server_broken"
+
+
 class PointStateError(EngineError):
     """The backup point is attached, but still being opened, or being detached."""
 
