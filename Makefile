@@ -5,10 +5,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-# command:Debian package
+# command or file:Debian package
 TEST_TOOLS := qemu-img:qemu-utils nbdkit:nbdkit mkfs.xfs:xfsprogs mkfs.btrfs:btrfs-progs mke2fs:e2fsprogs \
 	strace:strace systemd-analyze:systemd qemu-system-x86_64:qemu-system-x86 \
-	busybox:busybox-static depmod:kmod faketime:faketime
+	busybox:busybox-static depmod:kmod faketime:faketime \
+	libvirtd:libvirt-daemon virt-qemu-run:libvirt-daemon-driver-qemu qemu-ga:qemu-guest-agent \
+	/usr/include/libvirt/libvirt.h:libvirt-dev pkg-config:pkg-config gcc:gcc
 
 .PHONY: help demo test test-deps check bench bench-quick soak lock clean
 
@@ -29,13 +31,19 @@ help:
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
+# libvirt-python is built here, out of its source: without libvirt's headers its tests are skipped.
+.venv/.libvirt: requirements/libvirt.txt
+	@if [ -f /usr/include/libvirt/libvirt.h ]; then \
+		$(BIN)/python -m pip install --quiet --require-hashes --no-build-isolation -r $< && touch $@; \
+	else echo "no libvirt-python: needs libvirt-dev, gcc and pkg-config (make test-deps)"; fi
+
 demo: .venv/.runtime
 	$(BIN)/python -m bench.demo $(ARGS)
 
-test: .venv/.test
+test: .venv/.test .venv/.libvirt
 	$(BIN)/python -m pytest $(ARGS)
 
-check: .venv/.check
+check: .venv/.check .venv/.libvirt
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -61,7 +69,8 @@ soak: .venv/.test
 
 test-deps:
 	@packages=""; for pair in $(TEST_TOOLS); do \
-		PATH="$$PATH:/usr/sbin:/sbin" command -v "$${pair%%:*}" >/dev/null || packages="$$packages $${pair##*:}"; done; \
+		PATH="$$PATH:/usr/sbin:/sbin" command -v "$${pair%%:*}" >/dev/null || \
+		[ -f "$${pair%%:*}" ] || packages="$$packages $${pair##*:}"; done; \
 	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || packages="$$packages python3-venv"; \
 	if [ -z "$$packages" ]; then echo "test-deps: nothing is missing"; \
 	elif [ "$$(id -u)" = 0 ]; then apt-get update -qq && \
@@ -76,6 +85,7 @@ lock:
 	$(PYTHON) -m venv .cache/lock && .cache/lock/bin/pip install --quiet pip-tools
 	$(PIP_COMPILE) -o requirements/runtime.txt $(LOCK_FROM)
 	$(PIP_COMPILE) --extra test -c requirements/runtime.txt -o requirements/test.txt $(LOCK_FROM)
+	$(PIP_COMPILE) --extra libvirt -c requirements/runtime.txt -o requirements/libvirt.txt $(LOCK_FROM)
 	$(PIP_COMPILE) --extra test --extra check -c requirements/test.txt -o requirements/check.txt $(LOCK_FROM)
 
 clean:

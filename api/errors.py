@@ -95,6 +95,10 @@ ERRORS: tuple[ErrorRow, ...] = (
         "备份点上已存在该备份",
     ),
     ErrorRow("already_running", 40918, "the data directory is in use", "数据目录已被占用"),
+    ErrorRow("managed_by_libvirt", 40919, "libvirt manages this VM", "该虚拟机由libvirt管理"),
+    ErrorRow(
+        "domain_busy", 40920, "libvirt runs another job on the VM", "虚拟机上有其他libvirt任务"
+    ),
     # 500: ours
     INTERNAL,
     ErrorRow("engine_failed", 50001, "the engine failed", "备份引擎错误"),
@@ -106,6 +110,7 @@ ERRORS: tuple[ErrorRow, ...] = (
     ErrorRow(
         "disk_server_broken", 50007, "the disk's server broke the protocol", "磁盘服务违反协议"
     ),
+    ErrorRow("hypervisor_refused", 50008, "libvirt refused", "libvirt返回错误"),
     # 503: may work later
     ErrorRow("point_unreachable", 50300, "the backup point is unreachable", "备份点不可达"),
     ErrorRow("point_not_ready", 50301, "the backup point is not ready", "备份点未就绪"),
@@ -113,6 +118,7 @@ ERRORS: tuple[ErrorRow, ...] = (
     ErrorRow("shutting_down", 50303, "the service is shutting down", "服务正在停止"),
     ErrorRow("overloaded", 50304, "too many requests are waiting", "请求过多"),
     ErrorRow("disk_server_lost", 50305, "the disk's server is unreachable", "磁盘服务不可达"),
+    ErrorRow("hypervisor_unreachable", 50306, "libvirt is unreachable", "libvirt不可达"),
     # 507: no room
     ErrorRow("point_full", 50700, "the backup point is full", "备份点空间不足"),
     ErrorRow("pool_full", 50701, "the pool is full", "存储池空间不足"),

@@ -98,6 +98,7 @@ class ComputeDiskRow(Answer, frozen=True, kw_only=True):
     usd_type: str
     replica: int
     share: bool
+    format: str
 
 
 class ComputeRow(Answer, frozen=True, kw_only=True):
@@ -113,6 +114,7 @@ class ComputeRow(Answer, frozen=True, kw_only=True):
     action: VmAction
     disks: list[ComputeDiskRow]
     last_error: str
+    host: Annotated[str, Meta(description="The libvirt that has it.")]
 
 
 class PointInspectQuery(Request, frozen=True, kw_only=True):

@@ -133,9 +133,39 @@ class VmConfig(Section, frozen=True):
     state: Literal["stopped", "running"] = "stopped"
 
 
+class LibvirtHost(Section, frozen=True):
+    """A libvirt that this service is on the same machine with. `cluster` is its VMs'."""
+
+    uri: Name
+    cluster: str = ""
+
+
+class LibvirtRule(Section, frozen=True):
+    """Where domains belong whose name matches (`*`, `?`, `[…]`). The first that matches counts."""
+
+    match: Name
+    namespace: str = ""
+    zone: str = ""
+    object_group: str = ""
+    vm_type: str = ""
+    leave_out: bool = False
+
+
+class Libvirt(Section, frozen=True):
+    """`scratch`: a directory that QEMU may write to while a backup runs. Live backups need it."""
+
+    hosts: tuple[LibvirtHost, ...] = ()
+    rules: tuple[LibvirtRule, ...] = ()
+    scratch: Annotated[str, Meta(pattern="^(/|$)", max_length=80)] = ""  # sockets lie there
+    scratch_reserve_bytes: Annotated[int, Meta(ge=0)] = 1 << 30  # less free than this ends a backup
+    scratch_limit_bytes: Annotated[int, Meta(ge=0)] = 0  # of one backup; 0 = no limit of its own
+
+
 class Config(Section, frozen=True):
     """All of it. An empty list means: the embedded default's one."""
 
+    inventory: Literal["embedded", "libvirt"] = "embedded"
+    libvirt: Libvirt = Libvirt()
     limits: Limits = Limits()
     gc: Gc = Gc()
     freeze: Freeze = Freeze()

@@ -34,13 +34,17 @@ ConflictCode: TypeAlias = Literal[
     "disk_not_in_backup",
     "usd_type_not_offered",
     "volume_changed",
+    "managed_by_libvirt",
+    "domain_busy",
     "cancelled",
     "interrupted",
     "shutting_down",
 ]
 
 # A conflict that ends by itself, when whatever is under way has ended.
-_PASSING = frozenset({"vm_busy", "backup_running", "volume_changed", "shutting_down"})
+_PASSING = frozenset(
+    {"vm_busy", "domain_busy", "backup_running", "volume_changed", "shutting_down"}
+)
 
 
 class EngineError(Exception):
@@ -118,6 +122,19 @@ class DiskServerBroken(EngineError):
     """The disk's server said what no server may say; nothing that it said is believed."""
 
     code = "disk_server_broken"
+
+
+class HypervisorAway(EngineError):
+    """The libvirt that has the VM does not answer, or does not let us in."""
+
+    code = "hypervisor_unreachable"
+    retryable = True
+
+
+class HypervisorRefused(EngineError):
+    """libvirt answered, with an error that we know no way around."""
+
+    code = "hypervisor_refused"
 
 
 class PointStateError(EngineError):

@@ -1,7 +1,7 @@
 """What there is to back up: clusters, tenants, namespaces, zones, groups, pools and their VMs.
 
-`Inventory` is the seam: another source of VMs (libvirt) is a second implementation.
-`EmbeddedInventory` keeps them in the state. Everything but the VMs is fixed while the engine runs
+`Inventory` is the seam. `EmbeddedInventory` keeps VMs in the state; engine/libvirt/inventory.py
+mirrors libvirt's there. Everything but the VMs, and libvirt's pools, is fixed while the engine runs
 (engine/seed.py settles it at the start), so it is plain tuples here; the VMs are rows of the state.
 
 A VM has one action at a time. `begin_action` is a compare-and-set inside one write transaction, and
@@ -35,7 +35,7 @@ DEFAULT_NAME = "default"
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Everything that VMs stand in. Never empty in any member; the first is the default."""
+    """Everything that VMs stand in. Only `pools` may be empty; the first is the default."""
 
     clusters: tuple[Cluster, ...]
     tenants: tuple[Tenant, ...]
@@ -46,8 +46,12 @@ class Places:
 
 
 class Inventory(Protocol):
-    """Thread-safe. Rows are as of the call."""
+    """Thread-safe. Rows are as of the call. `makes_vms`: whether VMs are made and deleted here."""
 
+    makes_vms: bool
+
+    def start(self) -> None: ...
+    def stop(self) -> None: ...
     @property
     def places(self) -> Places: ...
     def vms(self) -> list[Vm]: ...
@@ -55,16 +59,20 @@ class Inventory(Protocol):
         """NotFound."""
         ...
 
+    def look_at(self, uuid: str) -> Vm:
+        """The VM as it is now where it runs. NotFound, HypervisorAway."""
+        ...
+
     def add_vm(self, vm: Vm) -> None:
         """Durable. Conflict(name_taken) in its namespace, Conflict(volume_in_use)."""
         ...
 
     def remove_vm(self, uuid: str) -> Vm:
-        """Durable; the row as it was. NotFound, Conflict(vm_busy)."""
+        """Durable; the row as it was. NotFound, Conflict (vm_busy, managed_by_libvirt)."""
         ...
 
     def begin_action(self, uuid: str, action: VmAction) -> Vm:
-        """The VM, now in `action`. NotFound, Conflict(vm_busy) if it was in one."""
+        """The VM, now in `action`. NotFound, HypervisorAway, Conflict(vm_busy) if it was in one."""
         ...
 
     def end_action(self, uuid: str, change: Callable[[Vm], Vm] = ...) -> None:
@@ -83,9 +91,17 @@ def _unchanged(vm: Vm) -> Vm:
 class EmbeddedInventory:
     """VMs in the state environment. The VMs of `places`' clusters only are kept there."""
 
+    makes_vms = True
+
     def __init__(self, state: State, places: Places) -> None:
         self._state = state
         self._places = places
+
+    def start(self) -> None:
+        """Nothing is needed."""
+
+    def stop(self) -> None:
+        """Nothing is left."""
 
     @property
     def places(self) -> Places:
@@ -99,6 +115,9 @@ class EmbeddedInventory:
         if found is None:
             raise NotFound("vm", uuid)
         return found
+
+    def look_at(self, uuid: str) -> Vm:
+        return self.vm(uuid)
 
     def add_vm(self, vm: Vm) -> None:
         with self._state.store.write() as txn:

@@ -62,7 +62,10 @@ class Pool(Row, frozen=True):
 
 
 class Disk(Row, frozen=True):
-    """A VM's disk: a raw volume file `volume_name` in a pool."""
+    """A VM's disk: the volume file `volume_name` in a pool.
+
+    A disk that is no file in a directory has no pool; `volume_name` is then its source.
+    """
 
     target_device: str
     pool_uuid: str
@@ -71,6 +74,7 @@ class Disk(Row, frozen=True):
     usd_type: str
     replica: int = 1
     share: bool = False
+    format: str = "raw"
 
 
 class Vm(Row, frozen=True):
@@ -83,9 +87,10 @@ class Vm(Row, frozen=True):
     object_group: str
     disks: tuple[Disk, ...]
     vm_type: str = ""
-    state: str = "stopped"  # stopped, running, restoring, restore_failed
+    state: str = "stopped"  # stopped, running, paused, restoring, restore_failed, unreachable
     action: VmAction = ""
     last_error: str = ""
+    host: str = ""  # the libvirt that has it; "" = the embedded inventory
 
 
 class BackupPoint(Row, frozen=True):

@@ -67,7 +67,7 @@ def settle_places(state: State, config: Config, default_pool_path: str) -> Place
             state.namespaces,
             config.namespaces or (NamespaceConfig(DEFAULT_NAME),),
             lambda want, uuid: Namespace(
-                uuid=uuid, name=want.name, tenant=_refer(tenants, want.tenant, "tenant").uuid
+                uuid=uuid, name=want.name, tenant=refer(tenants, want.tenant, "tenant").uuid
             ),
         ),
         zones=_settle(
@@ -130,7 +130,7 @@ def _uuid_for(kind: str, want: _Wanted, known: Sequence[KnownT]) -> str:
     return next((row.uuid for row in known if row.name == want.name), "") or new_id()
 
 
-def _refer(rows: Sequence[PlaceT], name: str, what: str) -> PlaceT:
+def refer(rows: Sequence[PlaceT], name: str, what: str) -> PlaceT:
     """The row of that uuid or name; "" is the default one."""
     if not name:
         return default_of(rows)
@@ -141,6 +141,8 @@ def _refer(rows: Sequence[PlaceT], name: str, what: str) -> PlaceT:
 
 
 def _wanted_pools(config: Config, default_path: str) -> tuple[PoolConfig, ...]:
+    if config.inventory == "libvirt":
+        return config.pools  # libvirt has more
     return config.pools or (PoolConfig(DEFAULT_NAME, default_path),)
 
 
@@ -155,8 +157,8 @@ def _pool(want: PoolConfig, uuid: str) -> Pool:
 
 
 def _configured_vm(want: VmConfig, places: Places, known: dict[str, Vm], size_of: SizeOf) -> Vm:
-    cluster = _refer(places.clusters, want.cluster, "cluster")
-    namespace = _refer(places.namespaces, want.namespace, "namespace")
+    cluster = refer(places.clusters, want.cluster, "cluster")
+    namespace = refer(places.namespaces, want.namespace, "namespace")
     before = _known_vm(want, cluster, namespace, known)
     vm = Vm(
         uuid=before.uuid if before else (_given_uuid(want) or new_id()),
@@ -164,8 +166,8 @@ def _configured_vm(want: VmConfig, places: Places, known: dict[str, Vm], size_of
         cluster_uuid=cluster.uuid,
         tenant=namespace.tenant,
         namespace=namespace.uuid,
-        zone_uuid=_refer(places.zones, want.zone, "zone").uuid,
-        object_group=_refer(places.object_groups, want.object_group, "object_group").uuid,
+        zone_uuid=refer(places.zones, want.zone, "zone").uuid,
+        object_group=refer(places.object_groups, want.object_group, "object_group").uuid,
         disks=tuple(_configured_disk(disk, want, places, size_of) for disk in want.disks),
         vm_type=want.vm_type,
         state=want.state,
@@ -198,7 +200,7 @@ def _known_vm(
 
 
 def _configured_disk(want: DiskConfig, vm: VmConfig, places: Places, size_of: SizeOf) -> Disk:
-    pool = _refer(places.pools, want.pool, "pool")
+    pool = refer(places.pools, want.pool, "pool")
     usd_type = want.usd_type or pool.usd_types[0]
     if usd_type not in pool.usd_types:
         raise ConfigInvalid(f"vms, {vm.name}: pool {pool.name} offers no {usd_type!r}")

@@ -17,10 +17,10 @@ from engine import backups, remote, restores, upkeep, vms
 from engine.catalogue import Catalogue
 from engine.config import Config
 from engine.core import Core
-from engine.errors import Conflict, EngineError, NotFound
+from engine.errors import Conflict, EngineError, Invalid, NotFound
 from engine.host import Host
 from engine.ids import normal
-from engine.inventory import EmbeddedInventory, pool_of
+from engine.inventory import EmbeddedInventory, Inventory, Places, pool_of
 from engine.jobs import Jobs
 from engine.keeper import Surroundings
 from engine.model import (
@@ -94,16 +94,17 @@ class Engine:
     @classmethod
     def _start(cls, host: Host, state: State, config: Config) -> Engine:
         core = _assemble(host, state, config)
-        places = core.inventory.places
-        recover(core)
-        settle_vms(state, config, places, partial(_size_of, core.probes))
         try:
+            core.inventory.start()
+            recover(core)
+            settle_vms(state, config, core.inventory.places, partial(_size_of, core.probes))
             core.points.start(config.points)
             if not config.points:
                 core.points.make_default(host.default_point_path)
             core.jobs.start()
         except BaseException:
             core.points.stop(1.0)
+            core.inventory.stop()
             raise
         return cls(host, core, OperationLog(state, core.clock))
 
@@ -118,6 +119,7 @@ class Engine:
         deadline_s = time.monotonic() + timeout_s
         self._core.jobs.stop(timeout_s * STOP_SHARE_OF_JOBS)
         self._core.points.stop(max(deadline_s - time.monotonic(), 0.1))
+        self._core.inventory.stop()
         self._core.state.close()
         self._host.close()
 
@@ -156,10 +158,10 @@ class Engine:
         return self._core.inventory.vm(normal(uuid))
 
     def volume_path(self, disk: Disk) -> str:
-        """The disk's volume, absolute; "" when its pool is not there any more."""
+        """The disk's volume, absolute; "" when it is in no pool (any more)."""
         try:
             return volume_path(pool_of(self._core.inventory.places, disk), disk.volume_name)
-        except NotFound:
+        except (NotFound, Invalid):
             return ""
 
     def create_vm(
@@ -324,7 +326,7 @@ class Engine:
 
 def _assemble(host: Host, state: State, config: Config) -> Core:
     places = settle_places(state, config, host.default_pool_path)
-    if not config.pools:
+    if not config.pools and config.inventory == "embedded":
         host.make_default_pool()
     catalogue = Catalogue(state)
     points = [row.uuid for row in state.points.values()]
@@ -334,12 +336,20 @@ def _assemble(host: Host, state: State, config: Config) -> Core:
     return Core(
         config=config,
         state=state,
-        inventory=EmbeddedInventory(state, places),
+        inventory=_inventory(state, places, config),
         catalogue=catalogue,
         jobs=Jobs(state, max_running=config.limits.max_jobs),
         points=Points(state, around, probes),
         probes=probes,
     )
+
+
+def _inventory(state: State, places: Places, config: Config) -> Inventory:
+    if config.inventory == "embedded":
+        return EmbeddedInventory(state, places)
+    from engine.libvirt.inventory import LibvirtInventory  # an optional extra
+
+    return LibvirtInventory(state, places, config)
 
 
 def _size_of(probes: Probes, pool: Pool, volume_name: str) -> int | None:

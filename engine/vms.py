@@ -50,6 +50,8 @@ def create_vm(
     disks: Sequence[NewDisk],
 ) -> str:
     """The new VM's uuid. Invalid, NotFound, Conflict, PoolFull, PoolUnreachable: nothing made."""
+    if not core.inventory.makes_vms:
+        raise Conflict("managed_by_libvirt", "VMs are made with libvirt, and show up here then")
     if not 0 < len(name) <= MOST_NAME_CHARS:
         raise Invalid("compute_name", f"has to have 1 to {MOST_NAME_CHARS} characters")
     places = core.inventory.places

@@ -78,10 +78,12 @@ def _row(engine: Engine, vm: Vm) -> ComputeRow:
                 usd_type=disk.usd_type,
                 replica=disk.replica,
                 share=disk.share,
+                format=disk.format,
             )
             for disk in vm.disks
         ],
         last_error=vm.last_error,
+        host=vm.host,
     )
 
 

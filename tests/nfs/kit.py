@@ -25,6 +25,9 @@ HOST_TOOLS = {
     "depmod": "kmod",
     "mke2fs": "e2fsprogs",
     "apt-get": "apt",
+    "qemu-img": "qemu-utils",
+    "qemu-ga": "qemu-guest-agent",
+    "libvirtd": "libvirt-daemon",
 }
 NFS_PACKAGES = (
     *("nfs-common", "nfs-kernel-server", "keyutils", "libnfsidmap1", "libwrap0"),

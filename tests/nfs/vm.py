@@ -9,12 +9,12 @@ work directory, is shared for writing, at the same path inside and outside. What
 
 from __future__ import annotations
 
-import stat
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.initrd import Initrd, with_needs
 from tests.nfs.kit import Kit, find_tool
 
 MEMORY_MIB = 1536
@@ -106,45 +106,13 @@ def _qemu(kit: Kit, work: Path, disks: Sequence[Path]) -> list[str]:
     return command
 
 
-# The initrd: a cpio archive ("newc"), which the kernel unpacks.
-
-
 def _initrd(kit: Kit, init: str) -> bytes:
-    archive = bytearray()
+    initrd = Initrd()
     for name in _DIRECTORIES:
-        _add(archive, name, stat.S_IFDIR | 0o755)
-    _add(archive, "dev/console", stat.S_IFCHR | 0o600, device=(5, 1))
-    _add(archive, "bin/busybox", stat.S_IFREG | 0o755, Path(find_tool("busybox")).read_bytes())
-    for number, module in enumerate(_boot_modules(kit.modules)):
-        _add(archive, f"modules/{number:02}.ko", stat.S_IFREG | 0o644, module.read_bytes())
-    _add(archive, "init", stat.S_IFREG | 0o755, init.encode())
-    _add(archive, "TRAILER!!!", 0)
-    return bytes(archive)
-
-
-def _add(
-    archive: bytearray, name: str, mode: int, content: bytes = b"", device: tuple[int, int] = (0, 0)
-) -> None:
-    named = name.encode() + b"\0"
-    number = len(archive)  # any that does not recur
-    fields = (number, mode, 0, 0, 1, 0, len(content), 0, 0, *device, len(named), 0)
-    archive += b"070701" + b"".join(b"%08X" % field for field in fields) + named
-    archive += bytes(-len(archive) % 4) + content
-    archive += bytes(-len(archive) % 4)
-
-
-def _boot_modules(modules: Path) -> list[Path]:
-    """What the initrd needs to find the root, each after those that it depends on."""
-    needs: dict[str, list[str]] = {}
-    for line in (modules / "modules.dep").read_text().splitlines():
-        path, _, others = line.partition(":")
-        needs[path] = others.split()
-    by_name = {Path(path).name.partition(".")[0]: path for path in needs}
-
-    def with_needs() -> Iterator[str]:
-        for name in _BOOT_MODULES:
-            path = by_name[name]
-            yield from reversed(needs[path])
-            yield path
-
-    return [modules / path for path in dict.fromkeys(with_needs())]
+        initrd.directory(name)
+    initrd.console()
+    initrd.file("bin/busybox", Path(find_tool("busybox")).read_bytes(), 0o755)
+    for number, module in enumerate(with_needs(kit.modules, _BOOT_MODULES)):
+        initrd.file(f"modules/{number:02}.ko", module.read_bytes())
+    initrd.file("init", init.encode(), 0o755)
+    return initrd.sealed()

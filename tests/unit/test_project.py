@@ -42,7 +42,12 @@ def needed_by(name: str, python: str) -> set[str]:
 
 
 def test_there_is_a_lock_for_each_purpose() -> None:
-    assert [lock.name for lock in LOCKS] == ["check.txt", "runtime.txt", "test.txt"]
+    assert [lock.name for lock in LOCKS] == [
+        "check.txt",
+        "libvirt.txt",
+        "runtime.txt",
+        "test.txt",
+    ]
 
 
 @pytest.mark.parametrize("lock", LOCKS, ids=lambda lock: lock.name)
@@ -65,6 +70,7 @@ def test_the_locks_agree_with_one_another() -> None:
         pinned(ROOT / "requirements" / f"{purpose}.txt") for purpose in ("runtime", "test", "check")
     )
     assert runtime.items() <= test.items() <= check.items()
+    assert runtime.items() <= pinned(ROOT / "requirements" / "libvirt.txt").items()
 
 
 def test_the_runtime_lock_holds_what_pyproject_asks_for() -> None:

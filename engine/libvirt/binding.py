@@ -1,0 +1,175 @@
+"""libvirt-python, which is an optional extra: the only module that imports it.
+
+Nobody imports this module before the configuration has asked for libvirt; `require_libvirt` says so
+when the extra is missing. libvirt-python has no usable types, so what we use of it is written down
+here as protocols.
+
+libvirt's events need an event loop that runs before the first connection is opened: a thread of
+its own, one in a process, for ever. Without it keepalive would not notice a hung libvirtd either.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from engine.errors import ConfigInvalid
+
+try:
+    import libvirt
+except ImportError:
+    libvirt = None
+
+log = logging.getLogger(__name__)
+
+
+class _NeverRaised(Exception):
+    """Stands for libvirt's exception where there is no libvirt."""
+
+
+LibvirtFault: type[Exception] = libvirt.libvirtError if libvirt else _NeverRaised
+
+# A host that does not answer for this long is away.
+KEEPALIVE_S = 5
+KEEPALIVE_COUNT = 4
+
+# libvirt's numbers for what a caller may have to tell apart.
+NO_SUCH_DOMAIN = 42
+NO_SUCH_CHECKPOINT = 103
+CHECKPOINT_INCONSISTENT = 109
+OPERATION_INVALID = 55
+UNSUPPORTED = 84
+CONFIG_UNSUPPORTED = 67
+INTERNAL = 1
+
+ACTIVE_STATES = {1: "running", 2: "running", 3: "paused", 7: "paused"}
+METADATA_ONLY = 2
+CHILDREN_TOO = 1
+XML_SECURE = 1
+XML_INACTIVE = 2
+XML_MIGRATABLE = 8
+
+
+class Checkpoint(Protocol):
+    def getName(self) -> str: ...
+    def getXMLDesc(self, flags: int = 0) -> str: ...
+    def delete(self, flags: int = 0) -> int: ...
+
+
+class Domain(Protocol):
+    """libvirt's virDomain, as far as we use it."""
+
+    def name(self) -> str: ...
+    def UUIDString(self) -> str: ...
+    def XMLDesc(self, flags: int = 0) -> str: ...
+    def isActive(self) -> int: ...
+    def state(self, flags: int = 0) -> Sequence[int]: ...
+    def blockInfo(self, path: str, flags: int = 0) -> Sequence[int]: ...
+    def create(self) -> int: ...
+    def destroy(self) -> int: ...
+    def undefineFlags(self, flags: int = 0) -> int: ...
+    def backupBegin(self, xml: str, checkpoint_xml: str | None, flags: int = 0) -> int: ...
+    def backupGetXMLDesc(self, flags: int = 0) -> str: ...
+    def jobInfo(self) -> Sequence[int]: ...
+    def abortJob(self) -> int: ...
+    def listAllCheckpoints(self, flags: int = 0) -> list[Checkpoint]: ...
+    def checkpointLookupByName(self, name: str, flags: int = 0) -> Checkpoint: ...
+    def agentSetResponseTimeout(self, timeout_s: int, flags: int = 0) -> int: ...
+    def fsInfo(self, flags: int = 0) -> object: ...
+    def fsFreeze(self) -> int: ...
+    def fsThaw(self) -> int: ...
+
+
+class StoragePool(Protocol):
+    def name(self) -> str: ...
+    def UUIDString(self) -> str: ...
+    def XMLDesc(self, flags: int = 0) -> str: ...
+    def isActive(self) -> int: ...
+    def create(self, flags: int = 0) -> int: ...
+    def refresh(self, flags: int = 0) -> int: ...
+
+
+class Connection(Protocol):
+    """libvirt's virConnect, as far as we use it."""
+
+    def close(self) -> int: ...
+    def getVersion(self) -> int: ...
+    def isAlive(self) -> int: ...
+    def setKeepAlive(self, interval_s: int, count: int) -> int: ...
+    def listAllDomains(self, flags: int = 0) -> list[Domain]: ...
+    def lookupByUUIDString(self, uuid: str) -> Domain: ...
+    def defineXML(self, xml: str) -> Domain: ...
+    def listAllStoragePools(self, flags: int = 0) -> list[StoragePool]: ...
+    def storagePoolLookupByUUIDString(self, uuid: str) -> StoragePool: ...
+    def storagePoolDefineXML(self, xml: str, flags: int = 0) -> StoragePool: ...
+
+
+_starting = threading.Lock()
+_loop: threading.Thread | None = None
+
+
+def require_libvirt() -> None:
+    """ConfigInvalid when libvirt-python is not installed."""
+    if libvirt is None:
+        raise ConfigInvalid('inventory = "libvirt" needs the extra: pip install vmkeep[libvirt]')
+
+
+def connect(uri: str) -> Connection:
+    """A connection that notices when the host is gone. LibvirtFault. May take long."""
+    require_libvirt()
+    _run_events()
+    connection: Connection = libvirt.open(uri)
+    connection.setKeepAlive(KEEPALIVE_S, KEEPALIVE_COUNT)
+    return connection
+
+
+def listen(connection: Connection, changed: Callable[[], None]) -> None:
+    """Calls `changed` from the event thread after whatever may change what a host's lists say."""
+
+    def on_event(*_: object) -> None:
+        changed()
+
+    known = libvirt.virConnect
+    events = (
+        *("LIFECYCLE", "BLOCK_JOB_2", "DEVICE_ADDED", "DEVICE_REMOVED", "METADATA_CHANGE"),
+        *("REBOOT", "BLOCK_THRESHOLD", "JOB_COMPLETED"),
+    )
+    for name in events:
+        number = getattr(libvirt, f"VIR_DOMAIN_EVENT_ID_{name}")
+        known.domainEventRegisterAny(connection, None, number, on_event, None)
+    for name in ("LIFECYCLE", "REFRESH"):
+        number = getattr(libvirt, f"VIR_STORAGE_POOL_EVENT_ID_{name}")
+        known.storagePoolEventRegisterAny(connection, None, number, on_event, None)
+    known.registerCloseCallback(connection, on_event, None)
+
+
+def code_of(error: Exception) -> int:
+    """libvirt's number for a LibvirtFault; 0 for anything else."""
+    code = error.get_error_code() if isinstance(error, libvirt.libvirtError) else 0
+    return int(code or 0)
+
+
+def _run_events() -> None:
+    global _loop
+    with _starting:
+        if _loop is not None:
+            return
+        # libvirt prints errors to stderr by itself otherwise.
+        libvirt.registerErrorHandler(_ignore, None)
+        libvirt.virEventRegisterDefaultImpl()
+        _loop = threading.Thread(target=_events, name="libvirt-events", daemon=True)
+        _loop.start()
+
+
+def _ignore(_context: object, _error: object) -> None:
+    """Errors are raised as well."""
+
+
+def _events() -> None:
+    while True:
+        try:
+            libvirt.virEventRunDefaultImpl()
+        except LibvirtFault:
+            log.exception("libvirt_event_failed")

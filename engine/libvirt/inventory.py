@@ -1,0 +1,200 @@
+"""The domains of libvirt hosts as an Inventory.
+
+The rows stay in the state, as those of the embedded inventory do, so that everything else works on
+them alike; here they are a mirror: each look at a host puts in what is new, and takes out what is
+gone. A VM's action and its last error are ours and stay. While a host is away its VMs are shown
+as last seen, `unreachable`, with the reason. A VM that is being restored, or whose restore failed,
+is no domain (yet): its row has no host, and no look touches it.
+
+Pools come and go with the hosts: `places` is what it is at the call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace as changed
+
+from msgspec.structs import replace
+
+from engine.config import Config, LibvirtHost
+from engine.errors import ConfigInvalid, Conflict, HypervisorAway, NotFound
+from engine.inventory import EmbeddedInventory, Places
+from engine.libvirt.binding import NO_SUCH_DOMAIN, Domain, LibvirtFault, code_of, require_libvirt
+from engine.libvirt.rows import pools_of, vm_of
+from engine.libvirt.watch import DomainSeen, Sight, Watch, look_at
+from engine.model import Disk, Pool, Vm, VmAction
+from engine.seed import refer
+from engine.state import State
+
+log = logging.getLogger(__name__)
+
+FIRST_LOOK_S = 5.0
+
+
+class LibvirtInventory(EmbeddedInventory):
+    """See the module. Hosts are watched from `start` to `stop`."""
+
+    makes_vms = False
+
+    def __init__(self, state: State, places: Places, config: Config) -> None:
+        """ConfigInvalid when no host, one twice, or an unknown cluster is configured."""
+        require_libvirt()
+        super().__init__(state, places)
+        hosts = config.libvirt.hosts
+        if not hosts:
+            raise ConfigInvalid('inventory = "libvirt" needs at least one of [[libvirt.hosts]]')
+        self._rules = config.libvirt.rules
+        self._clusters = _clusters_of(hosts, places)
+        self._watches = {host.uri: Watch(host.uri, self._on_sight) for host in hosts}
+        self._lock = threading.Lock()
+        self._pools: dict[str, dict[str, Pool]] = {}  # by host, then by directory
+
+    def start(self) -> None:
+        """Returns when every host was looked at once, or is taking too long for that."""
+        self._forget_other_hosts()
+        end = time.monotonic() + FIRST_LOOK_S
+        for watch in self._watches.values():
+            watch.start()
+        for watch in self._watches.values():
+            watch.first_look(max(end - time.monotonic(), 0.0))
+
+    def stop(self) -> None:
+        for watch in self._watches.values():
+            watch.stop()
+
+    @property
+    def places(self) -> Places:
+        with self._lock:
+            found = {pool.uuid: pool for pool in super().places.pools}
+            for pools in self._pools.values():
+                for pool in pools.values():
+                    found.setdefault(pool.uuid, pool)
+        return changed(super().places, pools=tuple(found.values()))
+
+    def vms(self) -> list[Vm]:
+        return [self._as_reachable(vm) for vm in super().vms()]
+
+    def vm(self, uuid: str) -> Vm:
+        return self._as_reachable(super().vm(uuid))
+
+    def look_at(self, uuid: str) -> Vm:
+        vm = super().vm(uuid)
+        if not vm.host:
+            return vm
+        domain = self.domain(vm)
+        with libvirt_errors(vm):
+            seen = look_at(domain)
+        if seen is not None:
+            self._put([self._row(vm.host, seen)])
+        return super().vm(uuid)
+
+    def begin_action(self, uuid: str, action: VmAction) -> Vm:
+        self.look_at(uuid)
+        return super().begin_action(uuid, action)
+
+    def remove_vm(self, uuid: str) -> Vm:
+        vm = super().vm(uuid)
+        if vm.host:
+            raise Conflict("managed_by_libvirt", f"VM {vm.name} is a domain of {vm.host}")
+        return super().remove_vm(uuid)
+
+    def domain(self, vm: Vm) -> Domain:
+        """The VM's domain. HypervisorAway, NotFound."""
+        with libvirt_errors(vm):
+            return self._watch(vm.host).domain(vm.uuid)
+
+    def _watch(self, host: str) -> Watch:
+        watch = self._watches.get(host)
+        if watch is None:
+            raise HypervisorAway(f"{host} is not configured any more")
+        return watch
+
+    def _as_reachable(self, vm: Vm) -> Vm:
+        watch = self._watches.get(vm.host)
+        problem = watch.problem if watch else ""
+        if not problem:
+            return vm
+        return replace(vm, state="unreachable", last_error=f"{vm.host}: {problem}")
+
+    # The mirror ---------------------------------------------------------------------------------
+
+    def _on_sight(self, watch: Watch, sight: Sight) -> None:
+        with self._lock:
+            self._pools[watch.name] = pools_of(watch.name, sight)
+        rows = [self._row(watch.name, seen) for seen in sight.domains]
+        self._put(rows)
+        self._remove_but(watch.name, {vm.uuid for vm in rows if vm is not None})
+
+    def _row(self, host: str, seen: DomainSeen) -> Vm | None:
+        with self._lock:
+            pools = dict(self._pools.get(host, {}))
+        return vm_of(host, self._clusters[host], seen, super().places, pools, self._rules)
+
+    def _put(self, rows: Sequence[Vm | None]) -> None:
+        with self._state.store.write() as txn:
+            for row in rows:
+                if row is None:
+                    continue
+                before = self._state.vms.get_in(txn, row.uuid)
+                if before is not None:
+                    if self._is_anothers(before, row):
+                        continue
+                    row = _merged(before, row)
+                if row != before:
+                    self._state.vms.put_in(txn, row)
+
+    def _is_anothers(self, before: Vm, row: Vm) -> bool:
+        """A domain on two hosts, as in a migration: it is where it runs, else where it was."""
+        if before.host in ("", row.host):
+            return False
+        known = self._watches.get(before.host)
+        return known is not None and not known.problem and row.state == "stopped"
+
+    def _remove_but(self, host: str, kept: set[str]) -> None:
+        """What is in an action stays until the next look."""
+        with self._state.store.write() as txn:
+            for vm in self._state.vms.values_in(txn):
+                if vm.host == host and vm.uuid not in kept and not vm.action:
+                    self._state.vms.delete_in(txn, vm.uuid)
+
+    def _forget_other_hosts(self) -> None:
+        gone = [vm.uuid for vm in super().vms() if vm.host and vm.host not in self._watches]
+        self._state.vms.delete(*gone)
+
+
+@contextlib.contextmanager
+def libvirt_errors(vm: Vm) -> Iterator[None]:
+    """Turns a LibvirtFault into NotFound for a domain that is gone, else into HypervisorAway."""
+    try:
+        yield
+    except LibvirtFault as error:
+        if code_of(error) == NO_SUCH_DOMAIN:
+            raise NotFound("vm", vm.uuid) from None
+        raise HypervisorAway(f"{vm.host}: {error}") from error
+
+
+def _clusters_of(hosts: Sequence[LibvirtHost], places: Places) -> dict[str, str]:
+    clusters = {host.uri: refer(places.clusters, host.cluster, "cluster").uuid for host in hosts}
+    if len(clusters) != len(hosts):
+        raise ConfigInvalid("libvirt.hosts: a uri is listed twice")
+    return clusters
+
+
+def _merged(before: Vm, row: Vm) -> Vm:
+    """What libvirt says now, with what is ours, and with the sizes that could not be asked for."""
+    sizes = {(disk.target_device, disk.volume_name): disk.capacity for disk in before.disks}
+    return replace(
+        row,
+        action=before.action,
+        last_error=before.last_error,
+        disks=tuple(_sized(disk, sizes) for disk in row.disks),
+    )
+
+
+def _sized(disk: Disk, sizes: dict[tuple[str, str], int]) -> Disk:
+    known = sizes.get((disk.target_device, disk.volume_name), 0)
+    return disk if disk.capacity else replace(disk, capacity=known)

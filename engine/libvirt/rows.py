@@ -1,0 +1,114 @@
+"""From what is seen on a libvirt host to the rows of the inventory.
+
+A file lives in the pool of its directory: a storage pool, or, where libvirt has none, one that is
+named by the directory. What is no plain file in a directory (a block device, a network disk) has no
+pool; its name is its source. Where a VM belongs: its marks, then the first rule that matches its
+name, then the default. A name that nobody configured counts as none, and is told in the log.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+
+from engine.config import LibvirtRule
+from engine.ids import normal
+from engine.inventory import Places, PlaceT, default_of
+from engine.libvirt.domains import DomainDisk, PoolFacts
+from engine.libvirt.watch import DomainSeen, Sight
+from engine.model import Disk, Pool, Vm
+from engine.volumes import name_fault
+
+log = logging.getLogger(__name__)
+
+
+def pools_of(host: str, sight: Sight) -> dict[str, Pool]:
+    """By directory: the host's storage pools, then the directories of its domains' disks."""
+    pools = {facts.path: _pool(facts) for facts in sight.pools}
+    for seen in sight.domains:
+        for disk in seen.facts.disks:
+            directory = _directory(disk)
+            if directory and directory not in pools:
+                made = uuid.uuid5(uuid.NAMESPACE_URL, f"vmkeep:{host}:{directory}")
+                pools[directory] = Pool(uuid=str(made), name=directory, path=directory)
+    return pools
+
+
+def vm_of(
+    host: str,
+    cluster_uuid: str,
+    seen: DomainSeen,
+    places: Places,
+    pools: Mapping[str, Pool],
+    rules: Sequence[LibvirtRule],
+) -> Vm | None:
+    """The VM's row; None if its marks or a rule leave it out."""
+    facts = seen.facts
+    marks = _rule_marks(facts.name, rules) | facts.marks
+    if marks.get("leave_out", "no").lower() in ("yes", "true", "1"):
+        return None
+    namespace = _named(places.namespaces, marks.get("namespace", ""), facts.name)
+    return Vm(
+        uuid=normal(facts.uuid),
+        name=facts.name,
+        cluster_uuid=cluster_uuid,
+        tenant=namespace.tenant,
+        namespace=namespace.uuid,
+        zone_uuid=_named(places.zones, marks.get("zone", ""), facts.name).uuid,
+        object_group=_named(places.object_groups, marks.get("object_group", ""), facts.name).uuid,
+        disks=tuple(_disk(disk, seen, pools) for disk in facts.disks),
+        vm_type=marks.get("vm_type", ""),
+        state=seen.state,
+        host=host,
+    )
+
+
+def _pool(facts: PoolFacts) -> Pool:
+    return Pool(uuid=normal(facts.uuid), name=facts.name, path=facts.path)
+
+
+def _directory(disk: DomainDisk) -> str:
+    """Of a disk that is a plain file; else ""."""
+    directory, name = os.path.split(disk.source)
+    plain = disk.kind == "file" and directory.startswith("/") and not name_fault(name)
+    return directory if plain else ""
+
+
+def _disk(disk: DomainDisk, seen: DomainSeen, pools: Mapping[str, Pool]) -> Disk:
+    directory = _directory(disk)
+    pool = pools.get(directory)
+    return Disk(
+        target_device=disk.target,
+        pool_uuid=pool.uuid if pool else "",
+        volume_name=os.path.basename(disk.source) if pool else disk.source,
+        capacity=seen.capacities.get(disk.target, 0),
+        usd_type=pool.usd_types[0] if pool else "",
+        share=disk.share,
+        format=disk.format,
+    )
+
+
+def _rule_marks(name: str, rules: Sequence[LibvirtRule]) -> dict[str, str]:
+    for rule in rules:
+        if fnmatch.fnmatchcase(name, rule.match):
+            marks = {
+                "namespace": rule.namespace,
+                "zone": rule.zone,
+                "object_group": rule.object_group,
+                "vm_type": rule.vm_type,
+                "leave_out": "yes" if rule.leave_out else "",
+            }
+            return {key: value for key, value in marks.items() if value}
+    return {}
+
+
+def _named(rows: Sequence[PlaceT], name: str, domain: str) -> PlaceT:
+    for row in rows:
+        if name and (name == row.name or name.lower() == row.uuid):
+            return row
+    if name:
+        log.warning("place_unknown", extra={"domain": domain, "place": name})
+    return default_of(rows)

@@ -1,0 +1,180 @@
+"""One libvirt host, kept in sight by a thread of its own.
+
+The thread connects, looks at everything, tells `on_sight`, and waits for an event, or for
+`LOOK_AGAIN_S`: events may be lost, and a disk that grows makes none. When libvirt does not answer,
+that has a reason (`problem`) and the thread tries again, for ever: a host that comes back is in
+sight again by itself. Nobody else ever waits for a host that hangs, unless it asks for that host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from engine.errors import HypervisorAway
+from engine.libvirt.binding import (
+    ACTIVE_STATES,
+    NO_SUCH_DOMAIN,
+    Connection,
+    Domain,
+    LibvirtFault,
+    code_of,
+    connect,
+    listen,
+)
+from engine.libvirt.domains import DomainFacts, PoolFacts, read_domain, read_pool
+
+log = logging.getLogger(__name__)
+
+LOOK_AGAIN_S = 30.0
+SETTLE_S = 0.05  # events come in swarms
+FIRST_PAUSE_S = 0.5
+LONGEST_PAUSE_S = 15.0
+STOP_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class DomainSeen:
+    """A domain at the time of a look; `capacities` by target, of the disks that could be asked."""
+
+    facts: DomainFacts
+    state: str
+    capacities: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """All of a host at the time of a look."""
+
+    domains: tuple[DomainSeen, ...]
+    pools: tuple[PoolFacts, ...]
+
+
+class Watch:
+    """A host. `name` is its URI. Thread-safe."""
+
+    def __init__(self, uri: str, on_sight: Callable[[Watch, Sight], None]) -> None:
+        self.name = uri
+        self._on_sight = on_sight
+        self._lock = threading.Lock()
+        self._connection: Connection | None = None
+        self._problem = "not looked at yet"
+        self._wake = threading.Event()
+        self._stopping = threading.Event()
+        self._looked = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"libvirt {uri}", daemon=True)
+
+    @property
+    def problem(self) -> str:
+        """Why the host is away; "" while it is in sight."""
+        with self._lock:
+            return self._problem
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread, or leaves it to its end if libvirt hangs."""
+        self._stopping.set()
+        self._wake.set()
+        self._thread.join(STOP_S)
+
+    def first_look(self, timeout_s: float) -> bool:
+        """Whether the host was looked at, or found away, within that time."""
+        return self._looked.wait(timeout_s)
+
+    def connection(self) -> Connection:
+        """The live connection. HypervisorAway."""
+        with self._lock:
+            if self._connection is None:
+                raise HypervisorAway(f"{self.name}: {self._problem}")
+            return self._connection
+
+    def domain(self, uuid: str) -> Domain:
+        """The domain. HypervisorAway, LibvirtFault."""
+        return self.connection().lookupByUUIDString(uuid)
+
+    def look_again(self) -> None:
+        """Soon, in the host's own thread."""
+        self._wake.set()
+
+    def _run(self) -> None:
+        pause_s = FIRST_PAUSE_S
+        while not self._stopping.is_set():
+            try:
+                connection = connect(self.name)
+                listen(connection, self.look_again)
+                self._keep_in_sight(connection)
+                pause_s = FIRST_PAUSE_S
+            except LibvirtFault as error:
+                self._lost(str(error))
+            except Exception as error:
+                log.exception("libvirt_look_failed", extra={"host": self.name})
+                self._lost(f"{type(error).__name__}: {error}")
+            self._stopping.wait(pause_s)
+            pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
+
+    def _keep_in_sight(self, connection: Connection) -> None:
+        """Returns when we stop; LibvirtFault when the host is gone."""
+        try:
+            while not self._stopping.is_set():
+                self._wake.clear()
+                self._on_sight(self, look(connection))
+                self._found(connection)
+                self._wake.wait(LOOK_AGAIN_S)
+                self._stopping.wait(SETTLE_S)
+        finally:
+            with self._lock:
+                self._connection = None
+            with contextlib.suppress(LibvirtFault):
+                connection.close()
+
+    def _found(self, connection: Connection) -> None:
+        with self._lock:
+            news, self._problem, self._connection = bool(self._problem), "", connection
+        self._looked.set()
+        if news:
+            log.info("libvirt_in_sight", extra={"host": self.name})
+
+    def _lost(self, why: str) -> None:
+        with self._lock:
+            news, self._problem, self._connection = why != self._problem, why, None
+        self._looked.set()
+        if news:
+            log.warning("libvirt_away", extra={"host": self.name, "why": why})
+
+
+def look(connection: Connection) -> Sight:
+    """Everything on the host. LibvirtFault when it does not answer."""
+    connection.getVersion()  # a connection that is gone says so here, whatever it has listed
+    domains = [look_at(domain) for domain in connection.listAllDomains()]
+    return Sight(tuple(seen for seen in domains if seen is not None), _pools(connection))
+
+
+def look_at(domain: Domain) -> DomainSeen | None:
+    """None for a domain that has gone meanwhile. LibvirtFault."""
+    try:
+        facts = read_domain(domain.XMLDesc())
+        state = ACTIVE_STATES.get(domain.state()[0], "")
+        active = bool(domain.isActive())
+    except LibvirtFault as error:
+        if code_of(error) == NO_SUCH_DOMAIN:
+            return None
+        raise
+    capacities = {}
+    for disk in facts.disks:
+        with contextlib.suppress(LibvirtFault):
+            capacities[disk.target] = domain.blockInfo(disk.target)[0]
+    return DomainSeen(facts, state or ("running" if active else "stopped"), capacities)
+
+
+def _pools(connection: Connection) -> tuple[PoolFacts, ...]:
+    try:
+        pools = [pool for pool in connection.listAllStoragePools() if pool.isActive()]
+        found = [read_pool(pool.XMLDesc()) for pool in pools]
+    except LibvirtFault:  # no storage driver: domains are still to be seen
+        return ()
+    return tuple(pool for pool in found if pool is not None)

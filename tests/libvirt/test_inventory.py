@@ -1,0 +1,155 @@
+"""libvirt's domains and pools as an inventory: what is listed, and how it stays true."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from engine.errors import ConfigInvalid, Conflict, HypervisorAway
+from engine.libvirt import inventory, watch
+from engine.model import Vm
+from engine.views import NewDisk
+from tests.engine_rig import ANYWHERE, EngineRig
+from tests.libvirt.host import MIB, Host
+from tests.libvirt.site import config_for, rig_on, vm_named, wait_for_vm, wait_until
+from tests.nfs.kit import Kit
+
+MARKS = """<metadata><vmkeep:place xmlns:vmkeep="urn:vmkeep:place:1"
+    namespace="shop" zone="cellar" object_group="nowhere"/></metadata>"""
+
+
+@pytest.fixture
+def rig(host: Host, tmp_path: Path) -> Iterator[EngineRig]:
+    with rig_on(tmp_path / "data", host) as made:
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def clean_host(host: Host) -> Iterator[None]:
+    yield
+    for domain in host.connection.listAllDomains():
+        if domain.isActive():
+            domain.destroy()
+        domain.undefineFlags(0)
+
+
+def test_domains_are_vms(host: Host, rig: EngineRig) -> None:
+    pool = host.connection.storagePoolDefineXML(
+        "<pool type='dir'><name>images</name>"
+        f"<target><path>{host.root}/images</path></target></pool>"
+    )
+    pool.create()
+    images = [
+        host.image("vda", "a.qcow2", 64 * MIB),
+        host.image("vdb", "b.raw", 32 * MIB, "raw"),
+    ]
+    domain = host.define("one", images)
+    vm = wait_for_vm(rig, "one", lambda vm: vm is not None and vm.disks[0].pool_uuid != "")
+    assert vm.uuid == domain.UUIDString()
+    assert (vm.state, vm.host) == ("stopped", host.uri)
+    assert [(d.target_device, d.volume_name, d.format, d.capacity) for d in vm.disks] == [
+        ("vda", "a.qcow2", "qcow2", 64 * MIB),
+        ("vdb", "b.raw", "raw", 32 * MIB),
+    ]  # and not the cdrom
+    wait_until(lambda: pool.UUIDString() in [state.pool.uuid for state in rig.engine.pools()])
+    vm = rig.core.inventory.look_at(vm.uuid)
+    assert {disk.pool_uuid for disk in vm.disks} == {pool.UUIDString()}
+    assert rig.engine.volume_path(vm.disks[0]) == str(images[0].path)
+
+
+def test_a_domain_says_where_it_belongs(host: Host, rig: EngineRig) -> None:
+    names = {row.uuid: row.name for row in rig.engine.namespaces()}
+    zones = {row.uuid: row.name for row in rig.engine.zones()}
+    for name, extra in (("plain", ""), ("marked", MARKS), ("my-web", ""), ("hidden-1", "")):
+        host.define(name, [], extra=extra)
+    found = {
+        name: wait_for_vm(rig, name, lambda vm: vm is not None)
+        for name in ("plain", "marked", "my-web")
+    }
+    assert [names[found[name].namespace] for name in found] == ["default", "shop", "shop"]
+    assert [zones[found[name].zone_uuid] for name in found] == ["default", "cellar", "default"]
+    assert found["my-web"].vm_type == "linux"
+    assert vm_named(rig, "hidden-1") is None
+
+
+def test_events_keep_it_fresh(host: Host, rig: EngineRig) -> None:
+    domain = host.define("lively", [host.image("vda", "l.qcow2", 16 * MIB)])
+    wait_for_vm(rig, "lively", lambda vm: _state(vm) == "stopped")
+    domain.create()
+    wait_for_vm(rig, "lively", lambda vm: _state(vm) == "running")
+    domain.destroy()
+    wait_for_vm(rig, "lively", lambda vm: _state(vm) == "stopped")
+    domain.undefineFlags(0)
+    wait_until(lambda: vm_named(rig, "lively") is None)
+
+
+def test_vms_are_not_made_or_deleted_here(host: Host, rig: EngineRig) -> None:
+    host.define("theirs", [])
+    vm = wait_for_vm(rig, "theirs", lambda vm: vm is not None)
+    with pytest.raises(Conflict, match="domain of"):
+        rig.engine.delete_vm(vm.uuid, True)
+    with pytest.raises(Conflict, match="made with libvirt"):
+        rig.engine.create_vm(ANYWHERE, "mine", "", "", [NewDisk("vda", "x", "y")])
+
+
+def test_a_host_that_is_away_comes_back_by_itself(host: Host, rig: EngineRig) -> None:
+    host.define("patient", [host.image("vda", "p.qcow2", 16 * MIB)])
+    vm = wait_for_vm(rig, "patient", lambda vm: vm is not None)
+    host.stop()
+    try:
+        away = wait_for_vm(rig, "patient", lambda vm: _state(vm) == "unreachable")
+        assert host.uri in away.last_error
+        assert len(away.disks) == 1
+        with pytest.raises(HypervisorAway):
+            rig.ask_backup(vm)
+    finally:
+        host.start()
+    wait_for_vm(rig, "patient", lambda vm: _state(vm) == "stopped")
+
+
+def test_several_hosts_and_one_that_never_answers(
+    host: Host, kit: Kit, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inventory, "FIRST_LOOK_S", 0.5)
+    monkeypatch.setattr(watch, "STOP_S", 0.5)
+    with contextlib.ExitStack() as undo:
+        other = undo.enter_context(contextlib.closing(Host(kit, cache)))
+        silent = undo.enter_context(socket.socket(socket.AF_UNIX))
+        silent.bind(str(tmp_path / "silent"))
+        silent.listen()
+        hung = f"qemu+unix:///session?socket={tmp_path}/silent"
+        nobody = f"qemu+unix:///session?socket={tmp_path}/nobody"
+        host.define("here", [])
+        other.define("there", [])
+        config = config_for(host.uri, hung, other.uri, nobody)
+        rig = undo.enter_context(EngineRig(tmp_path / "data", config))
+        assert wait_for_vm(rig, "here", lambda vm: vm is not None).host == host.uri
+        assert wait_for_vm(rig, "there", lambda vm: vm is not None).host == other.uri
+
+
+def test_a_domain_on_two_hosts_is_where_it_runs(
+    host: Host, kit: Kit, cache: Path, tmp_path: Path
+) -> None:
+    with contextlib.ExitStack() as undo:
+        other = undo.enter_context(contextlib.closing(Host(kit, cache)))
+        domain = host.define("mover", [host.image("vda", "m.qcow2", 16 * MIB)])
+        rig = undo.enter_context(EngineRig(tmp_path / "data", config_for(host.uri, other.uri)))
+        wait_for_vm(rig, "mover", lambda vm: vm is not None and vm.host == host.uri)
+        image = other.image("vda", "m.qcow2", 16 * MIB)
+        there = other.define("mover", [image], uuid=domain.UUIDString())
+        there.create()
+        wait_for_vm(rig, "mover", lambda vm: (_state(vm), vm and vm.host) == ("running", other.uri))
+
+
+@pytest.mark.usefixtures("kit")
+def test_without_hosts_it_is_no_configuration(tmp_path: Path) -> None:
+    with pytest.raises(ConfigInvalid, match="hosts"):
+        EngineRig(tmp_path / "data", config_for())
+
+
+def _state(vm: Vm | None) -> str:
+    return vm.state if vm else ""
