@@ -2,9 +2,9 @@
 
 `run` takes a caller's requests and returns when all of them are answered. There is no thread of our
 own: of the callers that wait, one *leads*: it receives replies, anybody's, straight into the
-buffers of their requests, and sends what is queued as places come free. When its own requests are
-answered it hands the lead to another caller. So data is never handed from thread to thread, and the
-server always has up to MOST_IN_FLIGHT requests, which is what keeps it and its disks busy.
+buffers of their requests, and sends what is queued as there is place for it. When its own requests
+are answered it hands the lead to another caller. So data is never handed from thread to thread, and
+the server always has several requests, which keeps it and its disks busy.
 
 `_lock` guards all but the socket's receiving side and the requests that were sent; those are the
 leader's. It is held while sending: MOST_IN_FLIGHT request headers fit any socket's buffer, so only
@@ -28,9 +28,10 @@ from engine.nbd import protocol
 from engine.nbd.connection import Buffer, Connection
 from engine.nbd.protocol import ChunkHead, Extent
 
-# QEMU works on 16 requests of a connection at a time. With REQUEST_BYTES of the client, more in
-# flight was slower: the buffers of all of them fall out of the processor's caches.
+# QEMU works on 16 requests of a connection at a time. More bytes under way were slower, as the
+# server's buffers fall out of the processor's caches (bench/nbd.py).
 MOST_IN_FLIGHT = 16
+MOST_BYTES_IN_FLIGHT = 2 << 20
 # A request may be answered in pieces; none of ours is larger than 512 × this.
 _MOST_CHUNKS = 1 << 14
 
@@ -48,6 +49,11 @@ class Request:
     refusal: str = ""
     chunks: int = 0
     _covered: list[tuple[int, int]] = field(default_factory=list)  # [from, to), ascending
+
+    @property
+    def moved_bytes(self) -> int:
+        """How much data it moves over the connection, in either direction."""
+        return len(self.buffer) if self.buffer is not None else len(self.payload)
 
     def claim(self, offset: int, size_bytes: int) -> memoryview:
         """The part of the buffer for this piece of the export; no piece comes twice."""
@@ -91,6 +97,7 @@ class Exchange:
         self._lock = threading.Lock()
         self._queue: deque[tuple[_Batch, Request]] = deque()
         self._in_flight: dict[int, tuple[_Batch, Request]] = {}
+        self._bytes_in_flight = 0
         self._waiting: list[_Batch] = []
         self._cookie = 0
         self._led = False
@@ -140,8 +147,9 @@ class Exchange:
 
     def _send_queued(self) -> None:
         """As many as there are places for. The lock is held."""
-        while self._queue and len(self._in_flight) < MOST_IN_FLIGHT and self._failure is None:
+        while self._failure is None and self._has_place():
             batch, request = self._queue.popleft()
+            self._bytes_in_flight += request.moved_bytes
             self._cookie += 1
             self._in_flight[self._cookie] = batch, request
             head = protocol.encode_request(
@@ -151,6 +159,13 @@ class Exchange:
                 self._connection.send(head, *([request.payload] if request.payload else []))
             except DiskServerLost as error:
                 self._fail(error)
+
+    def _has_place(self) -> bool:
+        """Whether the next request in the queue, if there is one, may be sent now."""
+        if not self._queue or not self._in_flight:
+            return bool(self._queue)
+        bytes_then = self._bytes_in_flight + self._queue[0][1].moved_bytes
+        return len(self._in_flight) < MOST_IN_FLIGHT and bytes_then <= MOST_BYTES_IN_FLIGHT
 
     def _lead(self, batch: _Batch) -> None:
         """Receives for everybody until `batch` is answered, then lets another one lead."""
@@ -180,7 +195,8 @@ class Exchange:
         finally:
             self._lock.acquire()
         if answered is not None:
-            batch, _ = self._in_flight.pop(answered)
+            batch, request = self._in_flight.pop(answered)
+            self._bytes_in_flight -= request.moved_bytes
             batch.left -= 1
             if not batch.left:
                 batch.wake.notify()
