@@ -125,6 +125,7 @@ def _make(work: BackupWork, session: Session, parent: str, ctx: JobContext) -> B
             disks=[disk.disk_uuid for disk in work.disks],
         )
         _commit(work, new, snapshot, session, ctx)
+        snapshot.committed()
     return BackupResult(new.parent, facts, label)
 
 

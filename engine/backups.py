@@ -32,7 +32,8 @@ from engine.model import (
     DiskBackup,
     Vm,
 )
-from engine.sources import DiskFile
+from engine.qemu.bitmaps import bitmap_name
+from engine.sources import BitmapPlan, DiskFile
 from engine.views import Scope
 from engine.volumes import volume_path
 from storage.errors import NotOnPoint
@@ -147,17 +148,40 @@ class _BackupRun:
 
     def _disk_works(self, parent: Backup | None) -> list[DiskWork]:
         before = {disk.target_device: disk for disk in parent.label.disks} if parent else {}
+        pools = self._core.inventory.places.pools
+        roots, kept = tuple(pool.path for pool in pools), self._kept_bitmaps()
         works = []
         for disk, made in zip(self._vm.disks, self._row.label.disks, strict=True):
             pool = pool_of(self._core.inventory.places, disk)
-            file = DiskFile(disk.target_device, volume_path(pool, disk.volume_name))
+            path = volume_path(pool, disk.volume_name)
             base = before.get(disk.target_device)
+            bitmaps = BitmapPlan(
+                parent=bitmap_name(base.disk_uuid) if base else "",
+                new=bitmap_name(made.disk_uuid),
+                keep=kept,
+            )
+            file = DiskFile(disk.target_device, path, disk.format, roots, bitmaps)
             works.append(
                 DiskWork(file, made.disk_uuid, base.disk_uuid, base.capacity)
                 if base
                 else DiskWork(file, made.disk_uuid)
             )
         return works
+
+    def _kept_bitmaps(self) -> frozenset[str]:
+        """Those that the VM's chains on other points build on."""
+        core, row = self._core, self._row
+        newest = [
+            core.catalogue.newest(row.cluster_uuid, state.point.uuid, row.label.vm_uuid)
+            for state in core.points.states()
+            if state.point.uuid != row.point_uuid
+        ]
+        return frozenset(
+            bitmap_name(disk.disk_uuid)
+            for backup in newest
+            if backup is not None
+            for disk in backup.label.disks
+        )
 
     def _label_bytes(self, facts: BackupFacts) -> bytes:
         """The label as the backup turned out."""
@@ -247,6 +271,7 @@ def _disk_backups(vm: Vm) -> tuple[DiskBackup, ...]:
             replica=disk.replica,
             share=disk.share,
             usd_type=disk.usd_type,
+            format=disk.format,
         )
         for disk in vm.disks
     )

@@ -111,7 +111,7 @@ class PointConfig(Section, frozen=True):
 
 
 class DiskConfig(Section, frozen=True):
-    """A volume that exists. Its size is read from the file."""
+    """A volume that exists. Its size is read from the file, its format never guessed."""
 
     target_device: Name
     volume_name: Name
@@ -119,6 +119,7 @@ class DiskConfig(Section, frozen=True):
     usd_type: str = ""
     replica: Annotated[int, Meta(ge=0, le=256)] = 0
     share: bool = False
+    format: Literal["raw", "qcow2"] = "raw"
 
 
 class VmConfig(Section, frozen=True):

@@ -113,6 +113,7 @@ class DiskBackup(Row, frozen=True):
     share: bool = False
     usd_type: str = ""
     snapshot_uuid: str = ""
+    format: str = "raw"  # of the volume; what a restore makes, unless the pool says otherwise
 
 
 class BackupLabel(Row, frozen=True):

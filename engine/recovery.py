@@ -54,7 +54,7 @@ def _remove_made(core: Core, disk: Disk) -> bool:
     try:
         pool = find("pool", core.inventory.places.pools, disk.pool_uuid)
         # Of another size it is none that the restore made: those are named when they are whole.
-        made = volume_size(pool, disk.volume_name) == disk.capacity
+        made = volume_size(pool, disk.volume_name, disk.format) == disk.capacity
         if made:
             remove_volume(pool, disk.volume_name)
     except EngineError as error:

@@ -40,7 +40,7 @@ class _Wanted(Protocol):
     def name(self) -> str: ...
 
 
-SizeOf: TypeAlias = Callable[[Pool, str], int | None]  # engine.volumes.volume_size, bounded
+SizeOf: TypeAlias = Callable[[Pool, str, str], int | None]  # engine.volumes.volume_size, bounded
 WantedT = TypeVar("WantedT", bound=_Wanted)
 KnownT = TypeVar("KnownT", Cluster, Tenant, Namespace, Zone, ObjectGroup, Pool)
 
@@ -206,7 +206,7 @@ def _configured_disk(want: DiskConfig, vm: VmConfig, places: Places, size_of: Si
         raise ConfigInvalid(f"vms, {vm.name}: pool {pool.name} offers no {usd_type!r}")
     try:
         require_plain_name(want.volume_name)
-        capacity = size_of(pool, want.volume_name)
+        capacity = size_of(pool, want.volume_name, want.format)
     except Invalid as error:
         raise ConfigInvalid(f"vms, {vm.name}: {error}") from error
     except EngineError:
@@ -219,4 +219,5 @@ def _configured_disk(want: DiskConfig, vm: VmConfig, places: Places, size_of: Si
         usd_type=usd_type,
         replica=want.replica or pool.replica,
         share=want.share,
+        format=want.format,
     )

@@ -352,8 +352,8 @@ def _inventory(state: State, places: Places, config: Config) -> Inventory:
     return LibvirtInventory(state, places, config)
 
 
-def _size_of(probes: Probes, pool: Pool, volume_name: str) -> int | None:
-    return bounded_volume_size(probes, pool, volume_name, POOL_LOOK_TIMEOUT_S)
+def _size_of(probes: Probes, pool: Pool, volume_name: str, volume_format: str) -> int | None:
+    return bounded_volume_size(probes, pool, volume_name, POOL_LOOK_TIMEOUT_S, volume_format)
 
 
 def _normal_query(query: BackupQuery) -> BackupQuery:

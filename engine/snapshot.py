@@ -2,8 +2,8 @@
 
 Where the pool's file system has reflinks, each disk is cloned (FICLONE): the VM goes on, the clone
 stays. Elsewhere the volume is read itself, and the backup fails if anybody changes it meanwhile
-(engine/sources.py). Each disk goes its own way; all of them are cloned, or marked, within one
-freeze, so they show one instant.
+(engine/sources.py); so it is with qcow2 images (engine/qemu/stopped.py). Each disk goes its own
+way; all of them are cloned, or marked, within one freeze, so they show one instant.
 
 What takes time is done before the freeze: opening, flushing dirty pages, making the clones' empty
 files. Whether a pool can clone is found out by cloning a small file there.
@@ -27,7 +27,9 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, TypeAlias
 
+from engine.errors import DiskServerRefused
 from engine.freeze import NO_HOOK, FreezeHook, frozen
+from engine.qemu.stopped import Qcow2Source
 from engine.sources import (
     DiskFile,
     DiskSource,
@@ -40,6 +42,8 @@ from engine.sources import (
 log = logging.getLogger(__name__)
 
 Method: TypeAlias = Literal["reflink", "direct"]
+
+HeldVolume: TypeAlias = VolumeSource | Qcow2Source
 
 SNAPSHOTS = ".vmkeep-snapshots"
 RESTORES = ".vmkeep-restores"
@@ -71,7 +75,7 @@ class SnapshotFacts:
 class Snapshot:
     """A VM's disks at one instant. A context manager; its end closes the sources."""
 
-    def __init__(self, volumes: dict[str, VolumeSource], held: bool, notes: Sequence[str]) -> None:
+    def __init__(self, volumes: dict[str, HeldVolume], held: bool, notes: Sequence[str]) -> None:
         self._volumes = volumes
         methods: dict[str, Method] = {
             target: "direct" if volume.guarded else "reflink" for target, volume in volumes.items()
@@ -93,6 +97,12 @@ class Snapshot:
         for volume in self._volumes.values():
             volume.check_unchanged()
 
+    def committed(self) -> None:
+        """The backup of these disks is on its point, for others to build on."""
+        for volume in self._volumes.values():
+            if isinstance(volume, Qcow2Source):
+                volume.committed()
+
     def close(self) -> None:
         for volume in self._volumes.values():
             volume.close()
@@ -110,19 +120,36 @@ class Snapshot:
 
 
 def take_snapshot(disks: Sequence[DiskFile], freeze: FreezeHook) -> Snapshot:
-    """Holds all `disks` (of one VM) still. Raises PoolUnreachable; then nothing is left behind."""
-    sources: dict[str, VolumeSource] = {}
+    """Holds all `disks` (of one VM) still.
+
+    Raises PoolUnreachable; for qcow2 images also Conflict (volume_in_use, volume_changed) and the
+    DiskServer… errors. Then nothing is left behind.
+    """
+    sources: dict[str, HeldVolume] = {}
     with contextlib.ExitStack() as undo:
-        opened = [_open(disk, undo) for disk in disks]
+        # Nobody may write to an image from here on, so it shows the instant of the clones as well.
+        for disk in disks:
+            if disk.format != "raw":
+                image = _image(disk)
+                sources[disk.target_device] = image
+                undo.callback(image.close)
+        opened = [_open(disk, undo) for disk in disks if disk.format == "raw"]
         # A freeze is worth it only for what lasts an instant: not for reading a volume directly.
         hook = freeze if any(volume.clone_fd is not None for volume in opened) else NO_HOOK
         with frozen(hook) as outcome:
             taken = [(volume, _try_clone(volume)) for volume in opened]
             for volume, cloned in taken:
-                sources[volume.disk.target_device] = source = _source(volume, cloned)
+                source = _source(volume, cloned)
+                sources[volume.disk.target_device] = source
                 undo.callback(source.close)
         undo.pop_all()
     return Snapshot(sources, outcome.held, outcome.notes)
+
+
+def _image(disk: DiskFile) -> Qcow2Source:
+    if disk.format != "qcow2":
+        raise DiskServerRefused(f"{disk.path}: {disk.format!r} is a format that we can't read")
+    return Qcow2Source(disk)
 
 
 @dataclass(slots=True)

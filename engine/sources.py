@@ -33,11 +33,30 @@ _TICK_NS = 20_000_000
 
 
 @dataclass(frozen=True, slots=True)
+class BitmapPlan:
+    """Which dirty bitmaps of an image a backup uses: `parent`'s, and `new` for the next one.
+
+    "" for none. `keep`: those that backups on other points will build on.
+    """
+
+    parent: str = ""
+    new: str = ""
+    keep: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
 class DiskFile:
-    """A VM's disk as a file: `path` is absolute, `target_device` the disk's name in its VM."""
+    """A VM's disk as a file: `path` is absolute, `target_device` the disk's name in its VM.
+
+    `format` is the inventory's word for it and never guessed. The rest is for qcow2 images: the
+    directories where what they stand on may be, beside their own, and their bitmaps.
+    """
 
     target_device: str
     path: str
+    format: str = "raw"
+    backing_roots: tuple[str, ...] = ()
+    bitmaps: BitmapPlan = BitmapPlan()
 
 
 class DiskSource(Protocol):
@@ -195,14 +214,7 @@ class VolumeSource:
         if self._mark is None:
             return
         self._check_open_file()
-        try:
-            named = os.stat(self._path, follow_symlinks=False)
-        except FileNotFoundError:
-            raise self._was_changed("it was deleted or renamed") from None
-        except OSError as error:
-            raise from_pool_error(error, self._path) from error
-        if (named.st_dev, named.st_ino) != (self._mark.device, self._mark.inode):
-            raise self._was_changed("it was replaced")
+        require_named(self._path, self._mark)
 
     def close(self) -> None:
         fd, self._fd = self._fd, -1
@@ -218,11 +230,25 @@ class VolumeSource:
             raise self._was_changed("somebody wrote to it")
 
     def _was_changed(self, how: str) -> Conflict:
-        return Conflict(
-            "volume_changed",
-            f"{self._path} changed while it was read: {how}. "
-            "Stop the VM, or use a pool whose file system has reflinks",
+        return was_changed(
+            self._path, f"{how}. Stop the VM, or use a pool whose file system has reflinks"
         )
+
+
+def require_named(path: str, mark: Mark) -> None:
+    """Raises Conflict("volume_changed") unless `path` still names the file that `mark` is of."""
+    try:
+        named = os.stat(path, follow_symlinks=False)
+    except FileNotFoundError:
+        raise was_changed(path, "it was deleted or renamed") from None
+    except OSError as error:
+        raise from_pool_error(error, path) from error
+    if (named.st_dev, named.st_ino) != (mark.device, mark.inode):
+        raise was_changed(path, "it was replaced")
+
+
+def was_changed(path: str, how: str) -> Conflict:
+    return Conflict("volume_changed", f"{path} changed while it was read: {how}")
 
 
 def allocated_ranges(fd: int, size_bytes: int) -> Iterator[tuple[int, int]]:

@@ -1,7 +1,7 @@
 """Volume files in pools: plain names only, so that no path ever leaves its pool.
 
-A volume is a raw regular file directly in the pool's directory. Symbolic links are never followed.
-OSErrors become PoolFull or PoolUnreachable here.
+A volume is a regular file directly in the pool's directory, raw or qcow2 as declared. Symbolic
+links are never followed. OSErrors become PoolFull or PoolUnreachable here.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from engine.errors import Conflict, Invalid, PoolFull, PoolUnreachable
 from engine.model import Pool
 from engine.probes import Probes
+from engine.qemu.header import read_header
+from engine.sources import open_volume
 
 MOST_NAME_BYTES = 200  # leaves room for the hidden names that stand beside it while it is made
 MOST_CAPACITY_BYTES = 1 << 60
@@ -69,8 +71,11 @@ def pool_room(pool: Pool) -> tuple[int, int]:
     return found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize
 
 
-def volume_size(pool: Pool, volume_name: str) -> int | None:
-    """The volume's size; None if nothing is there. Conflict(name_taken) if it is no plain file."""
+def volume_size(pool: Pool, volume_name: str, volume_format: str = "raw") -> int | None:
+    """The size of the disk in a volume; None if nothing is there.
+
+    Conflict(name_taken) if it is no plain file, DiskServerRefused if it is not of that format.
+    """
     path = volume_path(pool, volume_name)
     with pool_errors(pool):
         try:
@@ -80,16 +85,25 @@ def volume_size(pool: Pool, volume_name: str) -> int | None:
             return None
     if not stat.S_ISREG(found.st_mode):
         raise Conflict("name_taken", f"{volume_name!r} in pool {pool.name} is not a regular file")
-    return found.st_size
+    return found.st_size if volume_format == "raw" else _qcow2_size(pool, path)
+
+
+def _qcow2_size(pool: Pool, path: str) -> int:
+    with pool_errors(pool):
+        fd = open_volume(path)
+        try:
+            return read_header(fd, path).size_bytes
+        finally:
+            os.close(fd)
 
 
 def bounded_volume_size(
-    probes: Probes, pool: Pool, volume_name: str, timeout_s: float
+    probes: Probes, pool: Pool, volume_name: str, timeout_s: float, volume_format: str = "raw"
 ) -> int | None:
     """volume_size, but PoolUnreachable when the pool does not answer in time."""
     key = f"volume {pool.path}/{volume_name}"
     try:
-        return probes.ask(key, lambda: volume_size(pool, volume_name), timeout_s)
+        return probes.ask(key, lambda: volume_size(pool, volume_name, volume_format), timeout_s)
     except TimeoutError as error:
         raise PoolUnreachable(f"pool {pool.name}: {error}") from None
 

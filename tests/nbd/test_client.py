@@ -17,6 +17,7 @@ from engine.nbd.client import NbdClient
 from engine.nbd.connection import NbdAddress
 from engine.nbd.protocol import BASE_ALLOCATION, STATE_DIRTY, STATE_ZERO, Extent
 from tests.nbd.servers import nbdkit, qemu_nbd, require
+from tests.qemu.images import qemu_io
 from tests.rig import random_bytes
 
 MIB = 1 << 20
@@ -41,12 +42,6 @@ def make_raw(path: Path) -> bytes:
         file.write(random_bytes(MIB + 12345, 2))
         file.truncate(16 * MIB)
     return path.read_bytes()
-
-
-def qemu_io(image: Path, *commands: str) -> None:
-    require("qemu-io")
-    words = [word for command in commands for word in ("-c", command)]
-    subprocess.run(["qemu-io", "-f", "qcow2", *words, str(image)], check=True, capture_output=True)
 
 
 class TestReading:

@@ -10,7 +10,8 @@ from engine.sources import DiskSource
 from tests.nbd import fake
 from tests.nbd.fake import DONE, Asked, answering, data, fake_server, option_reply, simple, status
 from tests.nbd.servers import qemu_nbd, require
-from tests.nbd.test_client import WAIT_S, make_raw, qemu_io
+from tests.nbd.test_client import WAIT_S, make_raw
+from tests.qemu.images import qemu_io
 
 MIB = 1 << 20
 
