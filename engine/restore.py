@@ -13,31 +13,23 @@ is a hole. Memory is workers × a run, whatever the disk's size or the chain's l
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import mmap
-import os
-import secrets
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from engine.crew import Stop, run_crew
-from engine.errors import Conflict
 from engine.jobs import JobContext
-from engine.snapshot import RESTORES
-from engine.sources import pool_errors
+from engine.new_volume import NewVolume, stage_memory
 from storage.domain import Domain
 from storage.errors import ChunkDamaged, Damaged
-from storage.fs import Buffer, OsFs
+from storage.fs import Buffer
 from storage.maps import DiskMap
 from storage.ranges import joined
 from storage.reader import MAX_RUN_BYTES, ChunkReader, FramePlace, ReadRun, plan_reads
 
 log = logging.getLogger(__name__)
-
-_NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-_NAME_TRIES = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +61,7 @@ def run_restore(
         sizes = {row.disk: row.capacity for row in domain.backup(backup).disks}
         maps = [_map_of(domain, missing, sizes, allow_damaged) for missing in gaps]
         ctx.set_total(sum(sizes[disk.disk_uuid] for disk in disks))
-        volumes = [undo.enter_context(_NewVolume(disk.path_final)) for disk in disks]
+        volumes = [undo.enter_context(NewVolume(disk.path_final)) for disk in disks]
         with contextlib.closing(domain.reader()) as reader:
             for disk_map, volume, missing in zip(maps, volumes, gaps, strict=True):
                 if disk_map is None:
@@ -99,7 +91,7 @@ def _map_of(
         return None
 
 
-def _name_all(volumes: Sequence[_NewVolume]) -> None:
+def _name_all(volumes: Sequence[NewVolume]) -> None:
     """All get their names, or none keeps one."""
     with contextlib.ExitStack() as undo:
         for volume in volumes:
@@ -112,7 +104,7 @@ def _fill(
     domain: Domain,
     reader: ChunkReader,
     disk_map: DiskMap,
-    volume: _NewVolume,
+    volume: NewVolume,
     ctx: JobContext,
     workers: int,
     gaps: Gaps | None,
@@ -124,6 +116,7 @@ def _fill(
     def work() -> None:
         # One run, or one frame that is larger than a run may be.
         buffer = memoryview(mmap.mmap(-1, MAX_RUN_BYTES + disk_map.chunk_size + mmap.PAGESIZE))
+        stage = stage_memory(disk_map.chunk_size)
         while (run := runs.pull()) is not None:
             ctx.check()
             count = 0
@@ -132,7 +125,7 @@ def _fill(
                     _miss(domain, disk_map, place, found, gaps)
                     continue
                 for target in place.targets:
-                    count += _write_chunk(volume, disk_map, target, found)
+                    count += _write_chunk(volume, disk_map, target, found, stage)
             _start_writeback(volume, disk_map, run)
             runs.count(count)
             ctx.add(restored=count)
@@ -159,16 +152,18 @@ def _miss(
         gaps.add(offset, min(disk_map.chunk_size, disk_map.capacity - offset))
 
 
-def _write_chunk(volume: _NewVolume, disk_map: DiskMap, target: int, content: Buffer) -> int:
+def _write_chunk(
+    volume: NewVolume, disk_map: DiskMap, target: int, content: Buffer, stage: memoryview
+) -> int:
     offset = target * disk_map.chunk_size
     expected_bytes = min(disk_map.chunk_size, disk_map.capacity - offset)
     if len(content) != expected_bytes:
         raise Damaged(f"chunk {target} has {len(content)} bytes, not {expected_bytes}")
-    volume.write(content, offset)
+    volume.write(content, offset, stage)
     return expected_bytes
 
 
-def _start_writeback(volume: _NewVolume, disk_map: DiskMap, run: ReadRun) -> None:
+def _start_writeback(volume: NewVolume, disk_map: DiskMap, run: ReadRun) -> None:
     """For all that a run has filled, and what lies between: it was filled a moment ago as well."""
     targets = [target for place in run.frames for target in place.targets]
     first, last = min(targets), max(targets)
@@ -219,86 +214,3 @@ class _SharedRuns:
     def count(self, size_bytes: int) -> None:
         with self._lock:
             self.written_bytes += size_bytes
-
-
-class _NewVolume:
-    """A volume in the making. A context manager: its end removes the hidden name.
-
-    `write` may be called by any thread, the others by one. The file stays locked (flock) as long
-    as it is open, which keeps `clear_leftovers` off.
-    """
-
-    def __init__(self, path_final: str) -> None:
-        """Raises Conflict("name_taken") when `path_final` is there, PoolFull, PoolUnreachable."""
-        self._path_final = path_final
-        self._pool, self._name = os.path.split(path_final)
-        self._fs = OsFs()
-        with self._errors():
-            if os.path.lexists(path_final):
-                raise self._taken()
-            self._path, self._fd = _hidden_file(f"{self._pool}/{RESTORES}")
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-    def __enter__(self) -> _NewVolume:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):
-            os.unlink(self._path)
-        with contextlib.suppress(OSError):
-            os.rmdir(os.path.dirname(self._path))
-        # The data was made durable, or is not wanted: an error here means nothing.
-        with contextlib.suppress(OSError):
-            os.close(self._fd)
-
-    def resize(self, size_bytes: int) -> None:
-        with self._errors():
-            os.ftruncate(self._fd, size_bytes)
-
-    def write(self, content: Buffer, offset: int) -> None:
-        with self._errors():
-            self._fs.pwrite(self._fd, [content], offset)
-
-    def start_writeback(self, offset: int, size_bytes: int) -> None:
-        """A hint, so that the last fsync is short and the host never has much to write at once."""
-        self._fs.start_writeback(self._fd, offset, size_bytes)
-
-    def make_durable(self) -> None:
-        with self._errors():
-            os.fsync(self._fd)
-
-    def name(self) -> None:
-        """Gives the volume its name, durably; Conflict("name_taken") if somebody was first."""
-        with self._errors():
-            try:
-                os.link(self._path, self._path_final, follow_symlinks=False)
-            except FileExistsError:
-                raise self._taken() from None
-            self._fs.fsync_dir(self._pool)
-
-    def unname(self) -> None:
-        """Takes the name back, if it is still this file's."""
-        with contextlib.suppress(OSError):
-            if os.path.samestat(os.lstat(self._path_final), os.fstat(self._fd)):
-                os.unlink(self._path_final)
-                self._fs.fsync_dir(self._pool)
-
-    def _errors(self) -> contextlib.AbstractContextManager[None]:
-        return pool_errors(self._path_final)
-
-    def _taken(self) -> Conflict:
-        return Conflict("name_taken", f"there is a volume {self._name!r} in {self._pool} already")
-
-
-def _hidden_file(directory: str) -> tuple[str, int]:
-    """(path, descriptor) of a new file in `directory`, which is made if it is not there."""
-    path = f"{directory}/{secrets.token_hex(8)}"
-    for attempt in range(_NAME_TRIES):
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(directory, 0o700)
-        try:
-            return path, os.open(path, _NEW_FILE, 0o600)
-        except FileNotFoundError:  # another restore, just done, removed the empty directory
-            if attempt == _NAME_TRIES - 1:
-                raise
-    raise AssertionError("not reached")

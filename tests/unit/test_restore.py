@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import signal
 import stat
@@ -193,6 +194,24 @@ def test_a_full_pool_by_errno(rig: Rig, number: int, monkeypatch: pytest.MonkeyP
     with pytest.raises(PoolFull):
         rig.restore(made)
     assert names(rig) == ["v"]
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 4096])
+def test_o_direct_refused_or_cut_short(
+    rig: Rig, kept_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = random_bytes(20 * CHUNK + 513)
+    made = rig.back_up(volume(rig, "v", content))
+    whole = OsFs.pwrite
+
+    def pwrite(self: OsFs, fd: int, pieces: Sequence[Buffer], offset: int) -> int:
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            whole(self, fd, [memoryview(pieces[0])[:kept_bytes]], offset)
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return whole(self, fd, pieces, offset)
+
+    monkeypatch.setattr(OsFs, "pwrite", pwrite)
+    assert rig.restore(made).read_bytes() == content
 
 
 @pytest.mark.root

@@ -1,0 +1,168 @@
+"""A volume in the making: a hidden file in its pool that gets its name when it is durable.
+
+Written with O_DIRECT where the file system has it. A restore writes each byte once and reads none
+again, so the page cache would only cost: a copy of everything, memory that the host's guests could
+use, and a long fsync at the end. On a machine that has to fetch each page first (a fresh one, or
+one whose hypervisor takes free pages back) that copy was most of a restore's time.
+
+NFS keeps the page cache, which turns many writes into few durable ones; so does what says no to
+O_DIRECT. There the file system orders the writes to a file by spinning, so a lock does it instead:
+the threads that wait leave their cores to those that decompress. Writeback begins early.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+import secrets
+import threading
+
+from engine.errors import Conflict
+from engine.snapshot import RESTORES
+from engine.sources import pool_errors
+from storage.fs import Buffer, OsFs
+from storage.mounts import check_mount
+
+_NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+_NAME_TRIES = 100
+_CLOSED = -1
+# At least every device's block, and a page, which is what memory has to be aligned to.
+DIRECT_BYTES = 4096
+
+
+class NewVolume:
+    """A context manager: its end removes the hidden name.
+
+    `write` and `start_writeback` may be called by any thread, the others by one. The file stays
+    locked (flock) as long as it is open, which keeps `clear_leftovers` off.
+    """
+
+    def __init__(self, path_final: str) -> None:
+        """Raises Conflict("name_taken") when `path_final` is there, PoolFull, PoolUnreachable."""
+        self._path_final = path_final
+        self._pool, self._name = os.path.split(path_final)
+        self._fs = OsFs()
+        self._writing = threading.Lock()
+        self._direct_fd = _CLOSED
+        with self._errors():
+            if os.path.lexists(path_final):
+                raise self._taken()
+            self._path, self._fd = _hidden_file(f"{self._pool}/{RESTORES}")
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._direct_fd = _reopened_direct(self._path, self._fd)
+
+    def __enter__(self) -> NewVolume:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            os.unlink(self._path)
+        with contextlib.suppress(OSError):
+            os.rmdir(os.path.dirname(self._path))
+        self._stop_direct()
+        # The data was made durable, or is not wanted: an error here means nothing.
+        with contextlib.suppress(OSError):
+            os.close(self._fd)
+
+    def resize(self, size_bytes: int) -> None:
+        with self._errors():
+            os.ftruncate(self._fd, size_bytes)
+
+    def write(self, content: Buffer, offset: int, stage: memoryview) -> None:
+        """`stage`: the thread's own page-aligned memory, as large as `content` at least.
+
+        `offset` is a multiple of DIRECT_BYTES; what is not as long is written through the cache.
+        """
+        with self._errors():
+            if self._direct_fd == _CLOSED or len(content) % DIRECT_BYTES:
+                self._write_cached(content, offset)
+            else:
+                self._write_direct(content, offset, stage)
+
+    def _write_cached(self, content: Buffer, offset: int) -> None:
+        with self._writing:
+            self._fs.pwrite(self._fd, [content], offset)
+
+    def _write_direct(self, content: Buffer, offset: int, stage: memoryview) -> None:
+        ready = stage[: len(content)]
+        ready[:] = content
+        try:
+            self._fs.pwrite(self._direct_fd, [ready], offset)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            # A device with larger blocks, or the rest of a write that was cut short.
+            self._write_cached(ready, offset)
+
+    def start_writeback(self, offset: int, size_bytes: int) -> None:
+        """A hint, so that the last fsync is short and the host never has much to write at once."""
+        if self._direct_fd == _CLOSED:
+            self._fs.start_writeback(self._fd, offset, size_bytes)
+
+    def make_durable(self) -> None:
+        with self._errors():
+            os.fsync(self._fd)
+
+    def name(self) -> None:
+        """Gives the volume its name, durably; Conflict("name_taken") if somebody was first."""
+        with self._errors():
+            try:
+                os.link(self._path, self._path_final, follow_symlinks=False)
+            except FileExistsError:
+                raise self._taken() from None
+            self._fs.fsync_dir(self._pool)
+
+    def unname(self) -> None:
+        """Takes the name back, if it is still this file's."""
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.lstat(self._path_final), os.fstat(self._fd)):
+                os.unlink(self._path_final)
+                self._fs.fsync_dir(self._pool)
+
+    def _stop_direct(self) -> None:
+        fd, self._direct_fd = self._direct_fd, _CLOSED
+        if fd != _CLOSED:
+            with contextlib.suppress(OSError):
+                os.close(fd)
+
+    def _errors(self) -> contextlib.AbstractContextManager[None]:
+        return pool_errors(self._path_final)
+
+    def _taken(self) -> Conflict:
+        return Conflict("name_taken", f"there is a volume {self._name!r} in {self._pool} already")
+
+
+def stage_memory(chunk_size: int) -> memoryview:
+    """A thread's memory for NewVolume.write."""
+    return memoryview(mmap.mmap(-1, chunk_size))
+
+
+def _hidden_file(directory: str) -> tuple[str, int]:
+    """(path, descriptor) of a new file in `directory`, which is made if it is not there."""
+    path = f"{directory}/{secrets.token_hex(8)}"
+    for attempt in range(_NAME_TRIES):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(directory, 0o700)
+        try:
+            return path, os.open(path, _NEW_FILE, 0o600)
+        except FileNotFoundError:  # another restore, just done, removed the empty directory
+            if attempt == _NAME_TRIES - 1:
+                raise
+    raise AssertionError("not reached")
+
+
+def _reopened_direct(path: str, fd: int) -> int:
+    """A second descriptor of the file, for O_DIRECT; _CLOSED where the page cache is better."""
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        verdict = check_mount(os.path.realpath(path), file.read())
+    if verdict.kind == "nfs" or verdict.problem:
+        return _CLOSED
+    try:
+        return os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC | os.O_DIRECT)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return _CLOSED
