@@ -102,6 +102,7 @@ class PoolConfig(Section, frozen=True):
     uuid: str = ""
     usd_types: Annotated[tuple[Name, ...], Meta(min_length=1)] = ("HDD", "SSD")
     replica: Count = 1
+    format: Literal["", "raw", "qcow2"] = ""  # of restored volumes; "" = as they were
 
 
 class PointConfig(Section, frozen=True):

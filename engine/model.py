@@ -59,6 +59,7 @@ class Pool(Row, frozen=True):
     path: str
     usd_types: tuple[str, ...] = ("HDD", "SSD")
     replica: int = 1
+    format: str = ""  # of the volumes that restores make here; "" = as those backed up had
 
 
 class Disk(Row, frozen=True):

@@ -19,6 +19,8 @@ import mmap
 import os
 import secrets
 import threading
+from types import TracebackType
+from typing import Protocol
 
 from engine.errors import Conflict
 from engine.snapshot import RESTORES
@@ -33,8 +35,30 @@ _CLOSED = -1
 DIRECT_BYTES = 4096
 
 
+class RestoreTarget(Protocol):
+    """What a restore writes a disk into. A context manager; its end leaves what has a name.
+
+    `write` and `start_writeback` may be called by any thread, the others by one, in this order:
+    `resize`, writes, `make_durable`, `name`, `unname`. What is not written reads as zeros.
+    """
+
+    def resize(self, size_bytes: int) -> None: ...
+    def write(self, content: Buffer, offset: int, stage: memoryview) -> None: ...
+    def start_writeback(self, offset: int, size_bytes: int) -> None: ...
+    def make_durable(self) -> None: ...
+    def name(self) -> None: ...
+    def unname(self) -> None: ...
+    def __enter__(self) -> RestoreTarget: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
 class NewVolume:
-    """A context manager: its end removes the hidden name.
+    """A raw volume. A context manager: its end removes the hidden name.
 
     `write` and `start_writeback` may be called by any thread, the others by one. The file stays
     locked (flock) as long as it is open, which keeps `clear_leftovers` off.
@@ -53,6 +77,11 @@ class NewVolume:
             self._path, self._fd = _hidden_file(f"{self._pool}/{RESTORES}")
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._direct_fd = _reopened_direct(self._path, self._fd)
+
+    @property
+    def fd(self) -> int:
+        """The hidden file, open for reading and writing until the end."""
+        return self._fd
 
     def __enter__(self) -> NewVolume:
         return self

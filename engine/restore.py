@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 
 from engine.crew import Stop, run_crew
 from engine.jobs import JobContext
-from engine.new_volume import NewVolume, stage_memory
+from engine.new_volume import NewVolume, RestoreTarget, stage_memory
+from engine.qemu.new_qcow2 import NewQcow2
 from storage.domain import Domain
 from storage.errors import ChunkDamaged, Damaged
 from storage.fs import Buffer
@@ -34,10 +35,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RestoreDisk:
-    """A disk backup, and the absolute path of the volume to make of it."""
+    """A disk backup, and the absolute path and format of the volume to make of it."""
 
     disk_uuid: str
     path_final: str
+    format: str = "raw"  # or qcow2
 
 
 def run_restore(
@@ -54,14 +56,14 @@ def run_restore(
     With `allow_damaged` what can't be read becomes zeros, and the report says where; else the first
     damage ends the restore. Either way the domain stores it anew with the next full backup.
     Raises Conflict("name_taken") when a volume is there already, PoolFull, PoolUnreachable,
-    Cancelled, NotOnPoint, Damaged and other StorageErrors.
+    Cancelled, NotOnPoint, Damaged and other StorageErrors; for qcow2 the DiskServer… errors.
     """
     with domain.begin("read", [backup]) as session, contextlib.ExitStack() as undo:
         gaps = [Gaps(disk.disk_uuid) for disk in disks]
         sizes = {row.disk: row.capacity for row in domain.backup(backup).disks}
         maps = [_map_of(domain, missing, sizes, allow_damaged) for missing in gaps]
         ctx.set_total(sum(sizes[disk.disk_uuid] for disk in disks))
-        volumes = [undo.enter_context(NewVolume(disk.path_final)) for disk in disks]
+        volumes = [undo.enter_context(_new_volume(disk)) for disk in disks]
         with contextlib.closing(domain.reader()) as reader:
             for disk_map, volume, missing in zip(maps, volumes, gaps, strict=True):
                 if disk_map is None:
@@ -78,6 +80,11 @@ def run_restore(
     return RestoreReport(tuple(gap for gap in gaps if gap.size_bytes))
 
 
+def _new_volume(disk: RestoreDisk) -> RestoreTarget:
+    volume = NewVolume(disk.path_final)
+    return NewQcow2(volume, disk.path_final) if disk.format == "qcow2" else volume
+
+
 def _map_of(
     domain: Domain, gaps: Gaps, sizes: dict[str, int], allow_damaged: bool
 ) -> DiskMap | None:
@@ -91,7 +98,7 @@ def _map_of(
         return None
 
 
-def _name_all(volumes: Sequence[NewVolume]) -> None:
+def _name_all(volumes: Sequence[RestoreTarget]) -> None:
     """All get their names, or none keeps one."""
     with contextlib.ExitStack() as undo:
         for volume in volumes:
@@ -104,7 +111,7 @@ def _fill(
     domain: Domain,
     reader: ChunkReader,
     disk_map: DiskMap,
-    volume: NewVolume,
+    volume: RestoreTarget,
     ctx: JobContext,
     workers: int,
     gaps: Gaps | None,
@@ -153,7 +160,7 @@ def _miss(
 
 
 def _write_chunk(
-    volume: NewVolume, disk_map: DiskMap, target: int, content: Buffer, stage: memoryview
+    volume: RestoreTarget, disk_map: DiskMap, target: int, content: Buffer, stage: memoryview
 ) -> int:
     offset = target * disk_map.chunk_size
     expected_bytes = min(disk_map.chunk_size, disk_map.capacity - offset)
@@ -163,7 +170,7 @@ def _write_chunk(
     return expected_bytes
 
 
-def _start_writeback(volume: NewVolume, disk_map: DiskMap, run: ReadRun) -> None:
+def _start_writeback(volume: RestoreTarget, disk_map: DiskMap, run: ReadRun) -> None:
     """For all that a run has filled, and what lies between: it was filled a moment ago as well."""
     targets = [target for place in run.frames for target in place.targets]
     first, last = min(targets), max(targets)

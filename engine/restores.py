@@ -21,6 +21,7 @@ from engine.ids import new_id, normal
 from engine.inventory import find, require_addable
 from engine.jobs import JobContext, new_job
 from engine.model import BACKUP_DONE, Backup, Disk, DiskBackup, Pool, Vm
+from engine.qemu.header import VolumeFormat
 from engine.restore import Gaps, RestoreDisk, run_restore
 from engine.views import RestoreTarget, Scope
 from engine.volumes import bounded_volume_size, require_plain_name, volume_path
@@ -169,8 +170,14 @@ def _plan_disk(source: DiskBackup, target: RestoreTarget, pools: Sequence[Pool])
         usd_type=usd_type,
         replica=pool.replica,
         share=False,
+        format=_format_of(source, pool),
     )
     return PlannedDisk(source, pool, disk)
+
+
+def _format_of(source: DiskBackup, pool: Pool) -> VolumeFormat:
+    """Of the volume to make: raw for one whose format we can read only."""
+    return "qcow2" if (pool.format or source.format) == "qcow2" else "raw"
 
 
 def _require_free_name(core: Core, planned: PlannedDisk) -> None:
@@ -235,7 +242,9 @@ class _RestoreRun:
         core, row = self._core, self._plan.backup
         disks = [
             RestoreDisk(
-                planned.source.disk_uuid, volume_path(planned.pool, planned.disk.volume_name)
+                planned.source.disk_uuid,
+                volume_path(planned.pool, planned.disk.volume_name),
+                planned.disk.format,
             )
             for planned in self._plan.disks
         ]

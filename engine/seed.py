@@ -153,6 +153,7 @@ def _pool(want: PoolConfig, uuid: str) -> Pool:
         path=os.path.normpath(want.path),
         usd_types=want.usd_types,
         replica=want.replica,
+        format=want.format,
     )
 
 

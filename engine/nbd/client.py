@@ -14,10 +14,11 @@ from types import TracebackType
 
 from engine.errors import DiskServerBroken, DiskServerLost, DiskServerRefused
 from engine.nbd import protocol
-from engine.nbd.connection import Buffer, Connection, NbdAddress
+from engine.nbd.connection import Connection, NbdAddress
 from engine.nbd.exchange import Exchange, Request
 from engine.nbd.handshake import negotiate
 from engine.nbd.protocol import ExportFacts, Extent
+from storage.fs import Buffer
 
 # Four of these fill what may be under way (bench/nbd.py). Less is more system calls.
 REQUEST_BYTES = 512 << 10

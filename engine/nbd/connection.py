@@ -18,8 +18,7 @@ from dataclasses import dataclass
 
 from engine.errors import DiskServerLost
 from engine.nbd.protocol import DEFAULT_PORT
-
-Buffer = bytes | bytearray | memoryview
+from storage.fs import Buffer
 
 
 @dataclass(frozen=True, slots=True)

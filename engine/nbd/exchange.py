@@ -25,8 +25,9 @@ from dataclasses import dataclass, field
 
 from engine.errors import DiskServerBroken, DiskServerLost, DiskServerRefused, EngineError
 from engine.nbd import protocol
-from engine.nbd.connection import Buffer, Connection
+from engine.nbd.connection import Connection
 from engine.nbd.protocol import ChunkHead, Extent
+from storage.fs import Buffer
 
 # QEMU works on 16 requests of a connection at a time. More bytes under way were slower, as the
 # server's buffers fall out of the processor's caches (bench/nbd.py).
