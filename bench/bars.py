@@ -37,6 +37,7 @@ DELETE = "delete of one of 1,000 backups"
 LISTING = "listing a foreign domain with 10,000 backups, cold"
 VIEW = "view with 10 million chunks"
 START = "start of the service with all that"
+NBD = "reading a disk over NBD"
 
 BARS = (
     Bar("full/zstd", FULL, "time, of zstd-1 of the same chunks from memory", 1.15, "at most"),
@@ -71,6 +72,7 @@ BARS = (
     Bar("view/rebuild", VIEW, "rebuilt from footers in", 120, "at most", "s"),
     Bar("view/memory", VIEW, "memory of its own (not mapped files)", 128 * MIB, "at most", "B"),
     Bar("start/time", START, "ready in", 2, "at most", "s"),
+    Bar("nbd/libnbd", NBD, "speed, of libnbd", 0.8, "at least"),
 )
 
 
