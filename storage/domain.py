@@ -28,6 +28,7 @@ from storage.errors import (
     PointUnreachable,
     Refused,
     StorageError,
+    ViewDamaged,
 )
 from storage.fold import Garbage, fold
 from storage.fs import Fs
@@ -52,6 +53,7 @@ from storage.seen import Seen
 from storage.session import Session
 from storage.tables import LOST_PACK, Tables, unpack_chunk_row
 from storage.view import View
+from storage.view_tables import ViewTables
 
 RECORDS_PER_TRANSACTION = 64
 APPEND_ATTEMPTS = 1000
@@ -118,6 +120,7 @@ class Domain:
         self._lock = threading.RLock()
         self._distrusted: dict[str, frozenset[bytes] | None] = {}
         self._distrust: dict[int, frozenset[bytes] | None] = {}  # replaced, never changed
+        view.mend = self._mend
 
     # The log.
 
@@ -128,13 +131,14 @@ class Domain:
         more: then the view is made anew. Raises PointUnreachable, Damaged, PointNewerFormat.
         """
         with self._lock:
+            self._mend()
             try:
                 while self.ballast.spend(lambda: self.view.update(self._fold_some)):
                     pass
             except FileGone as error:
                 log.info("view_made_anew domain=%s reason=%s", self.paths.root, error)
                 self.rebuild()
-            except (FileDamaged, Refused, ChunkMissing) as error:
+            except (FileDamaged, Refused, ChunkMissing, ViewDamaged) as error:
                 # A file is damaged, or was when this view or the record's author looked.
                 log.warning("view_made_anew domain=%s reason=%s", self.paths.root, error)
                 self.rebuild()
@@ -178,6 +182,15 @@ class Domain:
                 "the point was put back to an older state"
             )
 
+    def _mend(self) -> None:
+        """Makes the view anew when something in it was found damaged. Not from within a read."""
+        with self._lock:
+            if self.view.suspect:
+                log.warning(
+                    "view_made_anew domain=%s reason=%s", self.paths.root, self.view.suspect
+                )
+                self.rebuild()
+
     def _fold_some(self, state: Tables) -> bool:
         """Folds up to a transaction's worth of records; False when the tail was reached."""
         first = tables.applied(state)[0] + 1
@@ -214,9 +227,16 @@ class Domain:
 
     def _append(self, build: Callable[[Tables], Sequence[Op]]) -> Garbage:
         """`_lock` is held."""
+        mended = False
         for _ in range(APPEND_ATTEMPTS):
             self.refresh()
-            garbage = self._append_next(build)
+            try:
+                garbage = self._append_next(build)
+            except ViewDamaged:
+                if mended:
+                    raise
+                mended = True  # the next refresh does it
+                continue
             if garbage is not None:
                 return garbage
         raise PointUnreachable(f"{self.paths.log}: {APPEND_ATTEMPTS} times another host was first")
@@ -227,11 +247,12 @@ class Domain:
         digest = b""
         garbage = Garbage()
 
-        def change(state: Tables) -> None:
+        def change(state: ViewTables) -> None:
             nonlocal published, digest, garbage
             record = published or self._next_record(state, build(state))
             digest = record_digest(encode_record(record))
             garbage = fold(state, record, digest, self.contents, strict=published is None)
+            state.settle()
             if published is None:
                 self._require_record(record.seq - 1, record.previous)
                 if not self._log.publish(record):
@@ -272,16 +293,18 @@ class Domain:
 
     def backups(self) -> list[BackupRow]:
         """All live backups, in no particular order."""
-        with self.view.read() as state:
-            return list(backup_rows(state))
+        return self.view.ask(lambda state: list(backup_rows(state)))
 
     def backup(self, backup: str) -> BackupRow:
         """One live backup; NotOnPoint when there is none of that uuid."""
-        with self.view.read() as state:
+
+        def found(state: Tables) -> BackupRow:
             row = tables.backups.get(state, backup)
             if row is None or row.forgotten:
                 raise NotOnPoint(f"backup {backup} is not on the point")
             return backup_row(state, backup, row)
+
+        return self.view.ask(found)
 
     def forget(self, backups: Sequence[str]) -> None:
         """Takes backups away, durably; others of their chains stay whole. NotOnPoint: none went.
@@ -358,6 +381,11 @@ class Domain:
         finally:
             self.ballast.keep()
 
+    def prove_view(self) -> None:
+        """Reads the whole view, and makes it anew when any row is missing or not what was written:
+        before what can't be undone by making a view anew. Raises StorageErrors."""
+        self.view.ask(lambda state: state.prove())
+
     def rebuild(self) -> None:
         """Makes the view anew from log, footers and manifests. Others may go on reading.
 
@@ -378,9 +406,12 @@ class Domain:
 
     def losses(self) -> DomainLosses:
         """What the view lacks because of damaged files; empty when it lacks nothing."""
-        with self.view.read() as state:
-            found = tables.losses(state)
-            return DomainLosses(found.packs, found.chunks, tuple(tables.lost_disks(state)))
+
+        def found(state: Tables) -> DomainLosses:
+            lost = tables.losses(state)
+            return DomainLosses(lost.packs, lost.chunks, tuple(tables.lost_disks(state)))
+
+        return self.view.ask(found)
 
     def distrust(self, pack: str, chunks: frozenset[bytes] | None = None) -> None:
         """From now on a session stores these chunks of the pack anew (None: all of it).
@@ -434,6 +465,7 @@ class Domain:
         """
         with self._lock:
             if self.refresh() and not self.losses():
+                self.prove_view()
                 publish_checkpoint(self)
 
     def checkpoint_if_due(self, every_records: int) -> bool:
@@ -456,18 +488,7 @@ class Domain:
 
     def stats(self) -> DomainStats:
         """Counts of the view, without a look at the point."""
-        with self.view.read() as state:
-            packs = [row for _, row in tables.packs.scan(state)]
-            backups = [row for _, row in tables.backups.scan(state) if not row.forgotten]
-            disks = [tables.disks.require(state, disk) for row in backups for disk in row.disks]
-        return DomainStats(
-            backups=len(backups),
-            packs=len(packs),
-            chunks=sum(row.live_chunks for row in packs),
-            stored_bytes=sum(row.size_bytes for row in packs),
-            live_bytes=sum(row.live_bytes for row in packs),
-            logical_bytes=sum(disk.capacity for disk in disks),
-        )
+        return self.view.ask(_stats)
 
     def _view_bytes_on_point(self) -> int:
         on_point = self.view.path.startswith(self.paths.root + "/")
@@ -476,4 +497,18 @@ class Domain:
     def close(self) -> None:
         """Lets go of the view. Open sessions stay open in the log until the host's next start."""
         self._seen.settle()
-        self.view.close()
+        self.view.close(seal=True)
+
+
+def _stats(state: Tables) -> DomainStats:
+    packs = [row for _, row in tables.packs.scan(state)]
+    backups = [row for _, row in tables.backups.scan(state) if not row.forgotten]
+    disks = [tables.disks.require(state, disk) for row in backups for disk in row.disks]
+    return DomainStats(
+        backups=len(backups),
+        packs=len(packs),
+        chunks=sum(row.live_chunks for row in packs),
+        stored_bytes=sum(row.size_bytes for row in packs),
+        live_bytes=sum(row.live_bytes for row in packs),
+        logical_bytes=sum(disk.capacity for disk in disks),
+    )

@@ -69,6 +69,13 @@ class Damaged(StorageError):
     code = "data_damaged"
 
 
+class ViewDamaged(Damaged):
+    """The view is not what was written to it. Nothing is lost by that: it is made anew at the next
+    look at the domain, so the same call may succeed then."""
+
+    retryable = True
+
+
 class FileDamaged(Damaged):
     """A pack or manifest that the log names is not what it says. The log itself is sound."""
 
@@ -144,13 +151,27 @@ def _from_lmdb_error(error: lmdb.Error, what: str) -> StorageError:
     return PointUnreachable(f"{what}: {error}")
 
 
+# What LMDB says when its own pages make no sense.
+_CORRUPT = (
+    lmdb.CorruptedError,
+    lmdb.CursorFullError,
+    lmdb.IncompatibleError,
+    lmdb.InvalidError,
+    lmdb.PageFullError,
+    lmdb.PageNotFoundError,
+    lmdb.ProblemError,
+    lmdb.VersionMismatchError,
+)
+
+
 @contextlib.contextmanager
-def translated(what: str) -> Iterator[None]:
-    """Turns OSError and lmdb.Error inside the block into a StorageError that names `what`."""
+def translated(what: str, damaged: type[Damaged] = Damaged) -> Iterator[None]:
+    """Turns OSError and lmdb.Error inside the block into a StorageError that names `what`;
+    what LMDB can't make sense of into `damaged`."""
     try:
         yield
-    except (lmdb.CorruptedError, lmdb.InvalidError, lmdb.VersionMismatchError) as error:
-        raise Damaged(f"{what}: {error}") from error
+    except _CORRUPT as error:
+        raise damaged(f"{what}: {error}") from error
     except lmdb.Error as error:
         raise _from_lmdb_error(error, what) from error
     except OSError as error:

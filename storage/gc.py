@@ -102,8 +102,7 @@ def reclaim(
 ) -> GcReport:
     """Plans and executes. Any thread, any number at once. Raises StorageErrors; repeats safely."""
     domain.refresh()
-    with domain.view.read() as state:
-        plan = plan_gc(state, sparse_below, copy_budget_bytes)
+    plan = _proved_plan(domain, sparse_below, copy_budget_bytes)
     # What takes no room goes first: it makes room for the rest.
     report = execute_gc(domain, replace(plan, sparse=(), long_chains=()), cancelled)
     if not copy_budget_bytes:
@@ -116,6 +115,19 @@ def reclaim(
         log.warning("gc_short_of_room domain=%s error=%s", domain.paths.root, error)
         return replace(report, short_of_room=True)
     return report
+
+
+def _proved_plan(domain: Domain, sparse_below: float, copy_budget_bytes: int) -> GcPlan:
+    """From a view of which every row has just been read, if there is any pack to retire."""
+
+    def planned(state: Tables) -> GcPlan:
+        return plan_gc(state, sparse_below, copy_budget_bytes)
+
+    plan = domain.view.ask(planned)
+    if not (plan.dead or plan.sparse):
+        return plan
+    domain.prove_view()
+    return domain.view.ask(planned)
 
 
 def _both(freed: GcReport, copied: GcReport) -> GcReport:

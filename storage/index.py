@@ -21,7 +21,7 @@ import msgspec
 
 from storage import tables
 from storage.chunks import ZERO_MARK
-from storage.errors import ChunkMissing, Damaged
+from storage.errors import ChunkMissing, Damaged, ViewDamaged
 from storage.manifests import decode_page, encode_page
 from storage.packs import FRAME_HEADER_BYTES, PackEntry
 from storage.tables import LOST_PACK, ChunkRow, Tables, pack_chunk_row, unpack_chunk_row
@@ -142,7 +142,7 @@ class Index:
             value = rows.get(chunk)
             row = _NOWHERE if value is None else unpack_chunk_row(value)
             if value is None and not new:
-                raise Damaged(f"view: chunk {chunk.hex()} is referenced, but nowhere")
+                raise ViewDamaged(f"view: chunk {chunk.hex()} is referenced, but nowhere")
             if new and not self._filling and (value is None or self._refused(row)):
                 self._missing.add(chunk)
                 continue
@@ -154,7 +154,7 @@ class Index:
     def _refer_one(self, chunk: bytes, old: ChunkRow, change: int) -> None:
         references = old.references + change
         if references < 0:
-            raise Damaged(f"view: chunk {chunk.hex()} has fewer references than entries")
+            raise ViewDamaged(f"view: chunk {chunk.hex()} has fewer references than entries")
         if not old.references:
             self._count(old, +1)
         if not references:
@@ -207,6 +207,7 @@ class Index:
         for page_no in list(tables.layer_page_nos(self._state, layer, 0)):
             self._refer(_counts(self._page(layer, page_no).values(), -1))
             self._pages.delete(tables.page_key(layer, page_no))
+        tables.require_no_pages(self._state, layer)
 
     def _copy_under(self, layer: int, child: int, *, root: bool) -> None:
         page_nos = set(tables.layer_page_nos(self._state, layer, 0))
@@ -227,6 +228,7 @@ class Index:
             self._refer(_counts(lost, -1))
             self._put_page(layer, page_no, _merge(under, over, root=root))
             self._pages.delete(tables.page_key(child, page_no))
+        tables.require_no_pages(self._state, child)
 
     def _page(self, layer: int, page_no: int) -> dict[int, bytes]:
         page = self._pages.get(tables.page_key(layer, page_no))

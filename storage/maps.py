@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
+from functools import partial
 
 from storage import tables
 from storage.chunks import ZERO_MARK
@@ -33,32 +34,40 @@ class DiskMap:
 
     @classmethod
     def of(cls, view: View, disk: str, chunk_size: int) -> DiskMap:
-        """NotOnPoint when there is no such disk backup; Damaged when its map can't be read."""
-        with view.read() as state:
+        """NotOnPoint when there is no such disk backup; Damaged when its map can't be read.
+
+        Reads its layers as a whole: a page that the view has lost would read as zeros.
+        """
+
+        def found(state: Tables) -> DiskMap:
             row = tables.disks.get(state, disk)
             if row is None:
                 raise NotOnPoint(f"disk backup {disk} is not on the point")
-            found = cls(view, disk, row.capacity, chunk_size)
-            found._layers(state)
-        return found
+            made = cls(view, disk, row.capacity, chunk_size)
+            for layer in made._layers(state):
+                tables.read_layer(state, layer)
+            return made
+
+        return view.ask(found)
 
     def page(self, page_no: int) -> dict[int, bytes]:
         """Index in the page → chunk id. What is absent reads as zeros."""
-        with self._view.read() as state:
-            return _merged(state, self._layers(state), page_no)
+        return self._view.ask(lambda state: _merged(state, self._layers(state), page_no))
 
     def pages(self) -> Iterator[tuple[int, dict[int, bytes]]]:
         """(page number, page) of all pages that are not all zeros, ascending."""
         after = -1
         while True:
-            with self._view.read() as state:
-                layers = self._layers(state)
-                page_nos = _page_nos(state, layers, after, PAGES_PER_READ)
-                found = [(no, _merged(state, layers, no)) for no in page_nos]
+            found = self._view.ask(partial(self._next_pages, after))
             if not found:
                 return
             yield from ((no, page) for no, page in found if page)
             after = found[-1][0]
+
+    def _next_pages(self, after: int, state: Tables) -> list[tuple[int, dict[int, bytes]]]:
+        layers = self._layers(state)
+        page_nos = _page_nos(state, layers, after, PAGES_PER_READ)
+        return [(no, _merged(state, layers, no)) for no in page_nos]
 
     def _layers(self, state: Tables) -> list[int]:
         """The layers that make the disk up, oldest first."""

@@ -13,7 +13,7 @@ import re
 from typing import TYPE_CHECKING
 
 from storage import tables
-from storage.errors import PointFull, PointReadOnly, translated
+from storage.errors import PointFull, PointReadOnly, StorageError, translated
 from storage.fold import Garbage
 from storage.fs import Fs
 from storage.tables import Tables
@@ -21,6 +21,8 @@ from storage.tables import Tables
 if TYPE_CHECKING:
     from storage.domain import Domain
 
+# By whose rows it is judged whether a file is anybody's: one that is missing must not count.
+_JUDGES = ("sessions", "packs", "manifests")
 _SESSION = re.compile("[0-9a-f]{32}")
 
 log = logging.getLogger(__name__)
@@ -32,7 +34,7 @@ def unlink_garbage(domain: Domain, garbage: Garbage) -> int:
     A failure is left for the next sweep: the record stands.
     """
     files = [domain.paths.pack(pack) for pack in garbage.packs]
-    files += [domain.paths.manifest(manifest) for manifest in garbage.manifests]
+    files += [domain.paths.manifest(manifest) for manifest in _unneeded(domain, garbage.manifests)]
     gone = sum(_unlink(domain.fs, path) for path in files)
     for session in garbage.sessions:
         for root in (domain.paths.packs, domain.paths.manifests, domain.paths.tmp):
@@ -40,6 +42,27 @@ def unlink_garbage(domain: Domain, garbage: Garbage) -> int:
     for parent in sorted({os.path.dirname(path) for path in files}):
         _remove_if_empty(domain.fs, parent)
     return gone
+
+
+def _unneeded(domain: Domain, manifests: list[str]) -> list[str]:
+    """The manifests, when the state agrees by another account than their users' counts; else none:
+    the view is damaged, and a later sweep, by one made anew, sees what is nobody's."""
+    if not manifests:
+        return []
+
+    def needed(state: Tables) -> set[str]:
+        bases = {row.base for _, row in tables.manifests.scan(state)}
+        return bases | {row.manifest for _, row in tables.disks.scan(state)}
+
+    try:
+        contradicted = domain.view.ask(needed).intersection(manifests)
+    except StorageError as error:
+        log.warning("manifests_left domain=%s error=%s", domain.paths.root, error)
+        return []
+    if contradicted:
+        domain.view.suspect = f"view: manifest {min(contradicted)} went, but is needed"
+        return []
+    return manifests
 
 
 def remove_directory(domain: Domain, path: str) -> None:
@@ -63,6 +86,9 @@ def sweep(domain: Domain) -> int:
         log.warning("orphans_left domain=%s error=%s", paths.root, error)
         return 0
     gone = 0
+    if not any(listed.values()):
+        return 0
+    domain.view.ask(lambda state: tables.read_whole(state, *_JUDGES))
     with domain.view.read() as state:
         for root, sessions in listed.items():
             known = {paths.packs: "packs", paths.manifests: "manifests"}.get(root, "")

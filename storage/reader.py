@@ -13,6 +13,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from storage import tables
@@ -21,6 +22,7 @@ from storage.errors import (
     ChunkDamaged,
     Damaged,
     PointNewerFormat,
+    ViewDamaged,
     from_os_error,
 )
 from storage.fs import Buffer
@@ -63,7 +65,7 @@ class ReadRun:
 def plan_reads(domain: Domain, disk_map: DiskMap, window_pages: int = 16) -> Iterator[ReadRun]:
     """All runs that make the disk up, window by window. Memory: one window's entries.
 
-    Raises Damaged when a chunk is not in the index.
+    Raises ViewDamaged when a chunk is not in the index, nor in one that was made anew.
     """
     limit = -(-disk_map.capacity // disk_map.chunk_size)
     targets: dict[bytes, list[int]] = {}
@@ -83,9 +85,7 @@ def plan_reads(domain: Domain, disk_map: DiskMap, window_pages: int = 16) -> Ite
 def _runs(domain: Domain, targets: dict[bytes, list[int]]) -> Iterator[ReadRun]:
     if not targets:
         return
-    with domain.view.read() as state:
-        places = _places(state, list(targets))
-        names = {number: _pack_name(state, number) for number in {p[0] for p in places}}
+    places, names = domain.view.ask(partial(_placed, list(targets)))
     run: list[tuple[int, int, int, bytes]] = []
     for place in sorted(places):
         if run and not _joins(run, place):
@@ -94,6 +94,14 @@ def _runs(domain: Domain, targets: dict[bytes, list[int]]) -> Iterator[ReadRun]:
         run.append(place)
     if run:
         yield _run(names[run[0][0]], run, targets)
+
+
+def _placed(
+    ids: Sequence[bytes], state: Tables
+) -> tuple[list[tuple[int, int, int, bytes]], dict[int, str]]:
+    """Each chunk's place, and the names of the packs by their numbers."""
+    places = _places(state, ids)
+    return places, {number: _pack_name(state, number) for number in {p[0] for p in places}}
 
 
 def _pack_name(state: Tables, number: int) -> str:
@@ -107,7 +115,7 @@ def _places(state: Tables, ids: Sequence[bytes]) -> list[tuple[int, int, int, by
     for chunk in ids:
         value = rows.get(chunk)
         if value is None:
-            raise Damaged(f"chunk {chunk.hex()} is in a backup, but nowhere on the point")
+            raise ViewDamaged(f"view: chunk {chunk.hex()} is in a backup, but nowhere on the point")
         row = unpack_chunk_row(value)
         places.append((row.pack, row.offset, FRAME_HEADER_BYTES + row.stored_len, chunk))
     return places

@@ -81,7 +81,7 @@ def make_view(fs: Fs, paths: DomainPaths, path: str, identity: bytes) -> str:
             with view.read() as state:
                 last, _ = tables.applied(state)
         finally:
-            view.close()
+            view.close(seal=True)
         # What is gone was lost only if no later record has let it go.
         if whole or records.read_surely(last + 1) is None:
             records.make_names_durable(max(1, last - 1), last)

@@ -27,13 +27,14 @@ def put_seal(path: str) -> None:
         os.rename(fresh, f"{path}.seal")
 
 
-def break_seal(path: str) -> None:
-    """Takes the seal away, durably, if there is one. Damaged, and it stays, if it does not fit."""
+def break_seal(path: str) -> bool:
+    """Takes the seal away, durably; whether there was one. Damaged, and it stays, if it does not
+    fit."""
     try:
         with open(f"{path}.seal", encoding="ascii", errors="replace") as file:
             sealed = file.read(1000)
     except FileNotFoundError:
-        return
+        return False
     found = _digest(path) if os.path.exists(path) else "nothing"
     if sealed != found:
         raise Damaged(f"{path} is not what it was when it was closed")
@@ -43,6 +44,7 @@ def break_seal(path: str) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+    return True
 
 
 def _digest(path: str) -> str:

@@ -148,8 +148,7 @@ class Session:
         What is known to be damaged where it lies is not: it is stored anew, which heals it.
         The answer may become wrong by somebody's delete; the commit finds that out.
         """
-        with self._domain.view.read() as state:
-            live = state.table("chunks").get_many(ids)
+        live = self._domain.view.ask(lambda state: state.table("chunks").get_many(ids))
         trusted = self._domain.trusted
         known = [
             chunk in self._own or (chunk in live and trusted(chunk, live[chunk])) for chunk in ids

@@ -13,7 +13,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
-from storage.errors import Damaged
+from storage.errors import Damaged, ViewDamaged
 from storage.record import FIRST_PREVIOUS, SessionKind
 
 TABLE_NAMES = (
@@ -27,6 +27,9 @@ TABLE_NAMES = (
     "chunks",
     "pages",
 )
+
+# Rows whose keys begin with the same so many bytes are proved whole together; else a whole table.
+GROUP_BYTES = {"pages": 8}
 
 
 # Of another cluster's domain, which is read into memory: a million packs, or backups, fit.
@@ -198,10 +201,10 @@ class Rows(Generic[RowT]):
         return None if found is None else self._decode(found)
 
     def require(self, tables: Tables, key: str) -> RowT:
-        """The row that the state's own links say is there; Damaged when it is not."""
+        """The row that the state's own links say is there; ViewDamaged when it is not."""
         row = self.get(tables, key)
         if row is None:
-            raise Damaged(f"view: {self._name} lacks {key}")
+            raise ViewDamaged(f"view: {self._name} lacks {key}")
         return row
 
     def put(self, tables: Tables, key: str, row: RowT) -> None:
@@ -218,7 +221,7 @@ class Rows(Generic[RowT]):
         try:
             return self._decoder.decode(value)
         except msgspec.MsgspecError as error:
-            raise Damaged(f"view: {self._name}: {error}") from error
+            raise ViewDamaged(f"view: {self._name}: {error}") from error
 
 
 sessions = Rows("sessions", SessionRow)
@@ -346,7 +349,7 @@ def pack_id(tables: Tables, number: int) -> str:
     """The FileId of the pack of that number."""
     value = tables.table("pack_ids").get(_NUMBER.pack(number))
     if value is None:
-        raise Damaged(f"view: no pack has the number {number}")
+        raise ViewDamaged(f"view: no pack has the number {number}")
     return value.decode()
 
 
@@ -364,6 +367,25 @@ def layer_page_nos(tables: Tables, layer: int, first: int) -> Iterator[int]:
     """The numbers, from `first` on, of the pages that a layer has, ascending."""
     for key in tables.table("pages").keys_from(page_key(layer, first), _U64.pack(layer)):
         yield _PAGE_KEY.unpack(key)[1]
+
+
+def require_no_pages(tables: Tables, layer: int) -> None:
+    """ViewDamaged when a layer that was emptied still has pages, or had not all of them before."""
+    for page_no, _ in layer_pages(tables, layer):
+        raise ViewDamaged(f"view: layer {layer} still has page {page_no}")
+
+
+def read_layer(tables: Tables, layer: int) -> None:
+    """ViewDamaged unless all pages of a layer are there, as they were written."""
+    for _ in layer_pages(tables, layer):
+        pass
+
+
+def read_whole(tables: Tables, *names: str) -> None:
+    """Reads whole tables: ViewDamaged unless all their rows are there, as they were written."""
+    for name in names:
+        for _ in tables.table(name).scan():
+            pass
 
 
 def holders(tables: Tables, backup: str, besides: Iterable[str] = ()) -> list[str]:

@@ -1,5 +1,9 @@
 """The view: the folded state of one domain in one LMDB environment.
 
+A view is proved before anything in it is used: by its seal (storage.seal) when it was closed, else
+by a walk over its pages (storage.lmdb_pages) and all of its rows (storage.view_tables). What is
+found damaged later raises ViewDamaged and is remembered as `suspect`: the domain makes it anew.
+
 `update(change)` runs `change(tables)` in a write transaction and commits it when it returns;
 `read()` gives the tables as they are after the last commit. The map grows by itself. One process
 opens a view at a time (its directory carries the host's id); threads may share it: writers take
@@ -12,99 +16,62 @@ import contextlib
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeVar
 
 import lmdb
 
-from storage.errors import Damaged, translated
+from storage.errors import Damaged, ViewDamaged, translated
+from storage.lmdb_pages import require_sound_pages
 from storage.lock_file import READERS, allocate_lock_file
+from storage.seal import break_seal, put_seal
 from storage.tables import TABLE_NAMES
+from storage.view_tables import SUMS, Db, ViewTables
 
 FIRST_MAP_BYTES = 1 << 30
 _DATA_FILE = "data.mdb"
-_LAYOUT = b"vmkeep view 1"
+_LAYOUT = b"vmkeep view 2"
+_DATABASES = (*TABLE_NAMES, SUMS)
 
 ResultT = TypeVar("ResultT")
-_Db: TypeAlias = Any  # py-lmdb's handle type has no public name
-
-
-class _LmdbTable:
-    """A storage.tables.Table in a transaction."""
-
-    def __init__(self, txn: lmdb.Transaction, db: _Db) -> None:
-        self._txn = txn
-        self._db = db
-
-    def get(self, key: bytes) -> bytes | None:
-        found = self._txn.get(key, db=self._db)
-        return None if found is None else bytes(found)
-
-    def get_many(self, keys: Sequence[bytes]) -> dict[bytes, bytes]:
-        with self._txn.cursor(db=self._db) as cursor:
-            found: Any = cursor.getmulti(keys)  # bytes: the environment gives no buffers
-            return dict(found)
-
-    def put(self, key: bytes, value: bytes) -> None:
-        self._txn.put(key, value, db=self._db)
-
-    def delete(self, key: bytes) -> None:
-        self._txn.delete(key, db=self._db)
-
-    def scan(self, prefix: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
-        with self._txn.cursor(db=self._db) as cursor:
-            if not cursor.set_range(prefix):
-                return
-            rows: Any = cursor
-            for key, value in rows:
-                if not key.startswith(prefix):
-                    return
-                yield key, value
-
-    def keys_from(self, start: bytes, prefix: bytes) -> Iterator[bytes]:
-        with self._txn.cursor(db=self._db) as cursor:
-            if not cursor.set_range(start):
-                return
-            keys: Any = cursor.iternext(keys=True, values=False)
-            for key in keys:
-                if not key.startswith(prefix):
-                    return
-                yield key
-
-
-class _LmdbTables:
-    def __init__(self, txn: lmdb.Transaction, databases: dict[str, _Db]) -> None:
-        self._tables = {name: _LmdbTable(txn, db) for name, db in databases.items()}
-
-    def table(self, name: str) -> _LmdbTable:
-        return self._tables[name]
 
 
 @dataclass(slots=True, eq=False)
 class _Opened:
     env: lmdb.Environment
-    databases: dict[str, _Db]
+    databases: dict[str, Db]
+    proved: bool  # the file is what it was when it was closed, or is new
     readers: int = 0
 
 
 def _open(path: str) -> _Opened:
     size = FIRST_MAP_BYTES
     data_file = os.path.join(path, _DATA_FILE)
+    proved = break_seal(data_file)
     if os.path.exists(data_file):
         size = max(size, 2 * os.path.getsize(data_file))
+        if not proved:
+            require_sound_pages(data_file)
+    else:
+        proved = True
     allocate_lock_file(path)
-    env = lmdb.open(path, map_size=size, max_dbs=len(TABLE_NAMES), max_readers=READERS, mode=0o600)
-    return _Opened(env, {name: env.open_db(name.encode()) for name in TABLE_NAMES})
+    env = lmdb.open(path, map_size=size, max_dbs=len(_DATABASES), max_readers=READERS, mode=0o600)
+    return _Opened(env, {name: env.open_db(name.encode()) for name in _DATABASES}, proved)
 
 
 class View:
     """An open LMDB view. `identity` names point and domain; another one's view is refused."""
 
     def __init__(self, path: str, identity: bytes) -> None:
-        """Opens or makes it. Damaged when it can't be used and must be made anew."""
+        """Opens or makes it. Damaged when it can't be used and must be made anew.
+
+        A view that was not closed is read as a whole for that.
+        """
         self.path = path
         self.identity = identity
+        self.suspect = ""  # what was found damaged; "" for nothing
+        self.mend: Callable[[], None] | None = None  # how to; None: it stays as it is
         self._stamp = _LAYOUT + b" " + identity
         self._replaced: list[_Opened] = []
         self._gate = threading.Condition()
@@ -112,11 +79,13 @@ class View:
         self._readers = 0
         self._growing = False
         self._panicked = False
-        with translated(f"view {path}"):
+        with translated(f"view {path}", ViewDamaged):
             os.makedirs(path, mode=0o700, exist_ok=True)
             self._current = _open(path)
         try:
             self._check_stamp()
+            if not self._current.proved:
+                self.prove()
         except BaseException:
             self.close()
             raise
@@ -145,14 +114,45 @@ class View:
             self._replaced.append(self._current)
             self._current = opened
             self._close_unread()
+        self.suspect = ""
         destroy(old)
 
     @contextlib.contextmanager
-    def read(self) -> Iterator[_LmdbTables]:
+    def read(self) -> Iterator[ViewTables]:
         """The state after the last commit. Keep it short; never across a wait."""
-        what = f"view {self.path}"
-        with self._entered() as current, translated(what), current.env.begin() as txn:
-            yield _LmdbTables(txn, current.databases)
+        with self._watched(), self._entered() as current, current.env.begin() as txn:
+            yield ViewTables(txn, current.databases)
+
+    def ask(self, question: Callable[[ViewTables], ResultT]) -> ResultT:
+        """`question` of the state after the last commit; asked once more, of the view made anew,
+        when this one turns out to be damaged. Not from within a transaction that it may wait for.
+        """
+        try:
+            with self.read() as tables:
+                return question(tables)
+        except ViewDamaged:
+            depth: int = getattr(self._reading, "depth", 0)
+            mend = self.mend
+            if mend is None or depth:
+                raise
+        mend()
+        with self.read() as tables:
+            return question(tables)
+
+    def prove(self) -> None:
+        """Reads all of it. ViewDamaged unless every row is there, as it was written."""
+        with self.read() as tables:
+            tables.prove()
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Errors are translated, and what tells of damage is remembered."""
+        try:
+            with translated(f"view {self.path}", ViewDamaged):
+                yield
+        except ViewDamaged as error:
+            self.suspect = str(error)
+            raise
 
     @contextlib.contextmanager
     def _entered(self) -> Iterator[_Opened]:
@@ -181,18 +181,21 @@ class View:
             self._replaced.remove(opened)
             opened.env.close()
 
-    def update(self, change: Callable[[_LmdbTables], ResultT]) -> ResultT:
+    def update(self, change: Callable[[ViewTables], ResultT]) -> ResultT:
         """Runs `change` in a write transaction, durable on return; none of it when it raises.
 
         `change` is run again, on the old state, when the map was too small for it.
         """
-        with translated(f"view {self.path}"):
+        with self._watched():
             while True:
                 if self._panicked:
                     self._reopen()
                 try:
                     with self._current.env.begin(write=True) as txn:
-                        return change(_LmdbTables(txn, self._current.databases))
+                        tables = ViewTables(txn, self._current.databases)
+                        result = change(tables)
+                        tables.settle()
+                        return result
                 except lmdb.MapFullError:
                     self.grow()
                 except lmdb.PanicError:
@@ -237,15 +240,21 @@ class View:
             self._current.env.copy(path, compact=True)
         return os.path.join(path, _DATA_FILE)
 
-    def close(self) -> None:
+    def close(self, *, seal: bool = False) -> None:
+        """With a seal the next opening need not read all of it to prove it."""
         for opened in (*self._replaced, self._current):
             opened.env.close()
+        if seal and not self.suspect:
+            put_seal(os.path.join(self.path, _DATA_FILE))
 
 
 def adopt_copy(source: str, path: str) -> None:
-    """Lets the LMDB file `source` be the data of a new view directory `path`."""
+    """Lets the LMDB file `source`, which the caller has proved, be the data of a new view directory
+    `path`."""
     os.makedirs(path, mode=0o700, exist_ok=True)
-    os.replace(source, os.path.join(path, _DATA_FILE))
+    data_file = os.path.join(path, _DATA_FILE)
+    os.replace(source, data_file)
+    put_seal(data_file)
 
 
 def destroy(path: str) -> None:

@@ -35,6 +35,9 @@ class SnapshotView:
     def read(self) -> Iterator[MemoryTables]:
         yield self._state
 
+    def ask(self, question: Callable[[MemoryTables], ResultT]) -> ResultT:
+        return question(self._state)
+
 
 class Violation(Exception):
     """An invariant does not hold. `str()` begins with its name in docs/design.md."""
