@@ -17,6 +17,7 @@ from engine.errors import Cancelled
 from engine.freeze import NO_HOOK, FreezeHook
 from engine.jobs import JobContext
 from engine.pages import Ranges
+from engine.patching import Bases
 from engine.pipeline import scan_disk, store_again
 from engine.sampling import try_unchanged
 from engine.snapshot import Snapshot, SnapshotFacts, take_snapshot
@@ -183,22 +184,24 @@ def _scanned(
     changed, note = None, ""
     if parent is not None:
         changed, note = _trusted_changes(work, source, parent, ctx)
-    scan_disk(
-        source,
-        session,
-        work.domain.hasher,
-        session.manifest(disk.disk_uuid, source.capacity, base),
-        parent,
-        ctx,
-        work.workers,
-        chunk_size=work.domain.chunk_size,
-        changed=changed,
-    )
+    with Bases(work.domain) as bases:
+        scan_disk(
+            source,
+            session,
+            work.domain.hasher,
+            session.manifest(disk.disk_uuid, source.capacity, base),
+            parent,
+            ctx,
+            work.workers,
+            chunk_size=work.domain.chunk_size,
+            changed=changed,
+            bases=bases,
+        )
     found_by: FoundBy = "scan" if changed is None else source.found_by
     return replace(
         facts,
         found_by={**facts.found_by, target: found_by},
-        notes=(*facts.notes, f"{target} {note}") if note else facts.notes,
+        notes=(*facts.notes, *(f"{target} {said}" for said in (note, bases.note) if said)),
     )
 
 

@@ -7,7 +7,8 @@ zstd, pwrite) runs without the GIL. Memory is workers × 8 MiB plus the pages un
 disk's size.
 
 Per chunk: all zeros? nothing, or a zero mark. Same XXH3 half as the parent's chunk at this place?
-unchanged. Else its whole id; and its frame goes to the session if the domain does not know that id.
+unchanged. Else its whole id; and its frame goes to the session if the domain does not know that id,
+as a patch of the parent's chunk if that pays (engine/patching.py).
 Without a parent no XXH3 shortcut is taken (docs/design.md §9). Where a source knows what changed
 since the parent, only that is read; engine/sampling.py tries it first. Read engine/pages.py first.
 """
@@ -30,6 +31,7 @@ from engine.pages import (
     plan_changed,
     plan_pages,
 )
+from engine.patching import Bases, Storing
 from engine.sources import DiskSource
 from storage.chunks import ZERO_MARK, ChunkHasher, Encoder, is_zero
 from storage.maps import DiskMap
@@ -50,11 +52,13 @@ def scan_disk(
     *,
     chunk_size: int,
     changed: Ranges | None = None,
+    bases: Bases | None = None,
 ) -> None:
     """Stores what `session`'s domain lacks of a disk, and gives all its pages to `builder`.
 
     With a `parent` (same capacity and chunk size, held by the session) only what differs from it;
-    with `changed` too (see DiskSource.changed_ranges) only what that touches is looked at.
+    with `changed` too (see DiskSource.changed_ranges) only what that touches is looked at. What is
+    stored may be patches if `bases` is given.
     Counts the whole capacity as scanned. Raises Cancelled, StorageError, PoolUnreachable,
     Conflict("volume_changed"); then `builder` is incomplete and of no use.
     """
@@ -66,11 +70,11 @@ def scan_disk(
     line = page_line(plans, source, chunk_size, builder.add_page, workers)
 
     def work() -> None:
-        bench, encoder = Bench(source, chunk_size), Encoder()
+        bench, storing = Bench(source, chunk_size), Storing(session, bases)
         while (item := line.pull()) is not None:
             ctx.check()
             found = _examine(bench, item, hasher)
-            stored_bytes = _store_unknown(found, session, encoder)
+            stored_bytes = storing.store(found)
             line.finish(item, found.entries)
             ctx.add(
                 scanned=item.span_bytes,
@@ -112,7 +116,7 @@ def store_again(
                 if fast in fast_halves:
                     found[hasher.full_from(fast, view)] = view
             frames = [encoder.encode(*one) for one in found.items() if one[0] in wanted]
-            stored_bytes = session.store(frames) if frames else 0
+            stored_bytes = session.store(frames, again=True) if frames else 0
             line.finish(item, {})
             ctx.add(stored=stored_bytes)
 
@@ -136,10 +140,12 @@ def ignore_page(_page_no: int, _entries: Mapping[int, bytes]) -> None:
 
 @dataclass(slots=True)
 class Findings:
-    """What one item came to. `changed`: id → content, each once; views of the bench's buffer."""
+    """What one item came to. `changed`: id → content, each once; views of the bench's buffer.
+    `before`: id → the id that the parent has at its place, if any."""
 
     entries: dict[int, bytes] = field(default_factory=dict)
     changed: dict[bytes, memoryview] = field(default_factory=dict)
+    before: dict[bytes, bytes] = field(default_factory=dict)
     read_bytes: int = 0
     changed_bytes: int = 0
 
@@ -162,20 +168,10 @@ def _examine(bench: Bench, item: Item, hasher: ChunkHasher) -> Findings:
         chunk_id = hasher.full_from(fast, view)
         found.entries[index] = chunk_id
         found.changed[chunk_id] = view
+        if before is not None:
+            found.before[chunk_id] = before
         found.changed_bytes += len(view)
     return found
-
-
-def _store_unknown(found: Findings, session: Session, encoder: Encoder) -> int:
-    """Stores the changed chunks that the domain does not know; returns the bytes stored."""
-    ids = list(found.changed)
-    if not ids:
-        return 0
-    known = session.known(ids)
-    unknown = [chunk_id for chunk_id, is_known in zip(ids, known, strict=True) if not is_known]
-    if not unknown:
-        return 0
-    return session.store([encoder.encode(one, found.changed[one]) for one in unknown])
 
 
 class Bench:

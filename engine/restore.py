@@ -172,7 +172,7 @@ def _write_chunk(
 
 def _start_writeback(volume: RestoreTarget, disk_map: DiskMap, run: ReadRun) -> None:
     """For all that a run has filled, and what lies between: it was filled a moment ago as well."""
-    targets = [target for place in run.frames for target in place.targets]
+    targets = list(run.targets())
     first, last = min(targets), max(targets)
     size_bytes = (last + 1 - first) * disk_map.chunk_size
     volume.start_writeback(first * disk_map.chunk_size, size_bytes)

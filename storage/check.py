@@ -2,7 +2,9 @@
 
 Shallow: every log, label and heartbeat, every live pack's and manifest's table, every manifest's
 pages, and that each chunk a live backup names is in a live pack. Deep: every frame too, decoded and
-held against its id, and the checkpoints. It works while services use the point: what they delete
+held against its id (patches after all others, by their bases), and the checkpoints.
+
+It works while services use the point: what they delete
 meanwhile is looked at again, not reported. A deep check reads the packs in the order that `Reads`
 gives, at most `rate_bytes_per_s`, and may be cancelled at any time and gone on with.
 
@@ -14,14 +16,13 @@ from __future__ import annotations
 
 import os
 import re
-import struct
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
 
 from storage import orphans, tables
 from storage.check_frames import FrameCheck, file_digest
+from storage.check_places import Lack, Standing, lacks, note, note_unsound, standing
 from storage.check_report import (
     MOST_FINDINGS,
     SHOWN_RANGES,
@@ -43,7 +44,7 @@ from storage.heartbeats import check_beat
 from storage.listing import backup_rows
 from storage.log import Log
 from storage.manifests import PAGE_ENTRIES, ManifestReader, decode_page
-from storage.packs import PackEntry, read_footer
+from storage.packs import read_footer
 from storage.paths import DomainPaths, FileContents
 from storage.point import Point
 from storage.rebuild import (
@@ -68,17 +69,6 @@ __all__ = [
 ]
 
 _SEQ = re.compile("[0-9a-f]{16}")
-
-
-class _Place(NamedTuple):
-    """Where the newest copy of a chunk lies, and whether it can be read."""
-
-    number: int
-    offset: int
-    sound: bool
-
-
-_PLACE = struct.Struct("<II?")
 
 
 def check_point(
@@ -252,7 +242,25 @@ class _DomainCheck:
                 self._check_pack(pack, row, deep=deep)
                 self._done += row.size_bytes if deep else 1
                 self._watch.on_progress(self._done, self._total)
+        if deep and found:
+            for one in standing(self._view):
+                self._check_patches(one)
         return found
+
+    def _check_patches(self, found: Standing) -> None:
+        """Proves a base's patches. What has gone meanwhile is looked at where it went."""
+        try:
+            wrong = self._frames.unfit(found, lambda number: self._paths.pack(self._names[number]))
+        except StorageError:
+            packs = {place.number for _, place in found.patches} | {found.base_place.number}
+            if not all(self._still_live("packs", self._names[number]) for number in packs):
+                return
+            raise
+        places = dict(found.patches)
+        for chunk in wrong:
+            pack = self._names[places[chunk].number]
+            self._watch.on_damage(Damage(self._cluster, pack=pack, chunk=chunk))
+        self._view.update(partial(note_unsound, wrong))
 
     def _new_packs(self) -> dict[str, PackState]:
         while self._view.update(self._fold_some):
@@ -292,7 +300,7 @@ class _DomainCheck:
         self._report.packs += 1
         self._report.packs_skipped += skipped
         self._report.chunks += len(entries)
-        self._view.update(partial(_note, row.number, entries, bad))
+        self._view.update(partial(note, row.number, entries, bad))
         for entry in entries:
             if entry.offset in bad:
                 self._watch.on_damage(Damage(self._cluster, pack=pack, chunk=entry.chunk_id))
@@ -361,7 +369,7 @@ class _DomainCheck:
             if row is None:
                 return
             users = {row.backup, *(_backup(state, heir) for heir in _heirs(state, disk))}
-        lacking: dict[bytes, _Place | None] = {}
+        lacking: dict[bytes, Lack] = {}
         try:
             for page in self._layer(disk):
                 if len(lacking) < MOST_FINDINGS:
@@ -370,26 +378,19 @@ class _DomainCheck:
             return  # a manifest of the chain is not whole, which has been reported as such
         self._report_lacking(self._paths.manifest(row.manifest), lacking, tuple(sorted(users)))
 
-    def _lacking(self, page: dict[int, bytes]) -> dict[bytes, _Place | None]:
-        """The page's chunks that can't be read, and where they would be."""
-        wanted = list(set(page.values()) - {ZERO_MARK})
+    def _lacking(self, page: dict[int, bytes]) -> dict[bytes, Lack]:
+        """The page's chunks that can't be read, and why."""
         with self._view.read() as state:
-            found = state.table("chunks").get_many(wanted)
-        places = {chunk: _Place._make(_PLACE.unpack(value)) for chunk, value in found.items()}
-        return {
-            chunk: places.get(chunk)
-            for chunk in wanted
-            if chunk not in places or not places[chunk].sound
-        }
+            return lacks(state, list(set(page.values()) - {ZERO_MARK}))
 
     def _report_lacking(
         self,
         path: str,
-        lacking: dict[bytes, _Place | None],
+        lacking: dict[bytes, Lack],
         users: tuple[str, ...],
     ) -> None:
         elsewhere = 0
-        for chunk, place in sorted(lacking.items()):
+        for chunk, place in sorted({lack.chunk: lack.place for lack in lacking.values()}.items()):
             if place is None:
                 elsewhere += 1
                 continue
@@ -488,13 +489,3 @@ def _heirs(state: tables.Tables, disk: str) -> set[str]:
 
 def _backup(state: tables.Tables, disk: str) -> str:
     return tables.disks.require(state, disk).backup
-
-
-def _note(number: int, entries: list[PackEntry], bad: set[int], state: tables.Tables) -> None:
-    """Notes where the chunks of a pack lie; of several copies the newest counts, as for a read."""
-    table = state.table("chunks")
-    known = table.get_many([entry.chunk_id for entry in entries])
-    for entry in entries:
-        value = known.get(entry.chunk_id)
-        if value is None or _PLACE.unpack(value)[0] < number:
-            table.put(entry.chunk_id, _PLACE.pack(number, entry.offset, entry.offset not in bad))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from blake3 import blake3
 
+from storage.check_places import Place, Standing
 from storage.check_report import MOST_FINDINGS, CheckReport, Watch
 from storage.chunks import FRAME_HEADER_BYTES, Decoder
 from storage.errors import Damaged, StorageError, translated
 from storage.fs import Fs
-from storage.packs import PackEntry, parse_frame
+from storage.packs import FrameView, PackEntry, parse_frame, require_entry
+from storage.patches import parse_patch, patched
 from storage.point import Point
 from storage.rebuild import COPY_BYTES
 
@@ -53,16 +55,50 @@ class FrameCheck:
         what = f"{path} at {entry.offset}"
         try:
             view = parse_frame(frame, self._point.chunk_size, what)
-            if view[:4] != (entry.chunk_id, entry.raw_len, entry.stored_len, entry.codec):
-                raise Damaged(f"{what}: is not the frame that the pack's table says")
+            require_entry(view, entry, what)
+            if entry.base:
+                parse_patch(view.payload, view.raw_len)  # `unfit` proves its content
+                return True
             raw = decoder.decode(view.codec, view.payload, view.raw_len)
             if self._point.hasher.full(raw) != entry.chunk_id:
                 raise Damaged(f"{what}: content does not have its id")
         except StorageError as error:
-            if len(self.details) < MOST_FINDINGS:
-                self.details[entry.chunk_id] = str(error)
+            self._note(entry.chunk_id, str(error))
             return False
         return True
+
+    def _note(self, chunk: bytes, detail: str) -> None:
+        if len(self.details) < MOST_FINDINGS:
+            self.details[chunk] = detail
+
+    def unfit(self, found: Standing, path_of: Callable[[int], str]) -> list[bytes]:
+        """Those of a base's patches that don't give their chunks. All frames were read before."""
+        decoder, wrong = Decoder(), []
+        base = self._payload(path_of, found.base_place)
+        content = decoder.decode(base.codec, base.payload, base.raw_len)
+        for chunk, place in found.patches:
+            try:
+                view = self._payload(path_of, place)
+                made = patched(view.payload, view.raw_len, content, decoder)
+                if self._point.hasher.full(made) != chunk:
+                    raise Damaged("content does not have its id")
+            except Damaged as error:
+                self._note(chunk, f"{path_of(place.number)} at {place.offset}: {error}")
+                wrong.append(chunk)
+        return wrong
+
+    def _payload(self, path_of: Callable[[int], str], place: Place) -> FrameView:
+        path = path_of(place.number)
+        size_bytes = FRAME_HEADER_BYTES + place.stored_len
+        self._watch.pause(size_bytes)
+        self._report.bytes_read += size_bytes
+        with translated(path):
+            fd = self._fs.open_read(path)
+            try:
+                frame = self._fs.pread(fd, size_bytes, place.offset)
+            finally:
+                self._fs.close(fd)
+        return parse_frame(memoryview(frame), self._point.chunk_size, f"{path} at {place.offset}")
 
 
 def _frames(fs: Fs, fd: int, entries: list[PackEntry]) -> Iterator[tuple[PackEntry, memoryview]]:

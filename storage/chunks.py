@@ -19,7 +19,7 @@ import zstandard
 from blake3 import blake3
 from xxhash import xxh3_64_intdigest, xxh3_128_digest
 
-from storage.errors import Damaged, PointNewerFormat
+from storage.errors import Damaged
 from storage.fs import Buffer
 
 MIN_CHUNK_BYTES = 64 << 10
@@ -30,13 +30,13 @@ ZERO_MARK = bytes(CHUNK_ID_BYTES)  # no chunk has this id
 
 CODEC_RAW = 0
 CODEC_ZSTD = 1
-CODEC_PATCH = 2  # reserved
+CODEC_PATCH = 2  # see storage.patches
 
 FRAME_MAGIC = b"VKFR"
 FRAME_HEADER = struct.Struct("<4sBBHII32sQ")
 FRAME_HEADER_BYTES = FRAME_HEADER.size
 
-_LEVEL = 1
+LEVEL = 1
 _LEAST_GAIN_SHIFT = 5  # raw unless zstd saves 1/32: less is not worth its decompression
 _ZEROS = bytes(MAX_CHUNK_BYTES)  # never written to, so the kernel backs it with one page
 
@@ -107,7 +107,7 @@ class Encoder:
     __slots__ = ("_zstd",)
 
     def __init__(self) -> None:
-        self._zstd = zstandard.ZstdCompressor(level=_LEVEL, write_content_size=True)
+        self._zstd = zstandard.ZstdCompressor(level=LEVEL, write_content_size=True)
 
     def encode(self, chunk_id: bytes, view: Buffer) -> Frame:
         """The frame of a chunk of 1 to 4 MiB bytes. It may keep `view` as its payload."""
@@ -147,14 +147,15 @@ class Decoder:
         if codec == CODEC_RAW:
             raw = stored
         elif codec == CODEC_ZSTD:
-            raw = self._decompressed(stored, raw_len)
+            raw = self.decompress(stored, raw_len)
         else:
-            raise unknown_codec(codec, "chunk")
+            raise Damaged(f"codec {codec} is no whole chunk's")
         if len(raw) != raw_len:
             raise Damaged(f"chunk has {len(raw)} bytes, not {raw_len}")
         return raw
 
-    def _decompressed(self, stored: Buffer, raw_len: int) -> bytes:
+    def decompress(self, stored: Buffer, raw_len: int) -> bytes:
+        """Exactly `raw_len` bytes out of one zstd frame; Damaged."""
         source = memoryview(stored)
         try:
             # zstandard allocates what the frame promises, so that is looked at first.
@@ -164,10 +165,3 @@ class Decoder:
             return self._zstd.decompress(source, max_output_size=raw_len, allow_extra_data=False)
         except zstandard.ZstdError as error:
             raise Damaged(f"compressed chunk: {error}") from error
-
-
-def unknown_codec(codec: int, what: str) -> Damaged | PointNewerFormat:
-    """The error for a codec that this version cannot decode: reserved, or never given out."""
-    if codec == CODEC_PATCH:
-        return PointNewerFormat(f"{what}: codec {codec}")
-    return Damaged(f"{what}: no such codec: {codec}")

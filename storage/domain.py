@@ -51,7 +51,7 @@ from storage.record import (
 from storage.salvage import Salvage
 from storage.seen import Seen
 from storage.session import Session
-from storage.tables import LOST_PACK, Tables, unpack_chunk_row
+from storage.tables import LOST_PACK, ChunkRow, Tables, unpack_chunk_row
 from storage.view import View
 from storage.view_tables import ViewTables
 
@@ -434,9 +434,26 @@ class Domain:
                     del self._distrusted[pack]
             return dict(self._distrusted)
 
-    def trusted(self, chunk: bytes, row: bytes) -> bool:
-        """Whether a chunk can be expected to be whole where its row of the view says it lies."""
-        number = unpack_chunk_row(row).pack
+    def trusted(self, state: Tables, ids: Sequence[bytes]) -> dict[bytes, ChunkRow]:
+        """The rows of those of the chunks that can be expected to be whole where they lie: a patch
+        not without its base."""
+        found = self._sound_rows(state, ids)
+        bases = self._sound_rows(state, [row.base for row in found.values() if row.base])
+        return {
+            chunk: row
+            for chunk, row in found.items()
+            if not row.base or (row.base in bases and not bases[row.base].base)
+        }
+
+    def _sound_rows(self, state: Tables, ids: Sequence[bytes]) -> dict[bytes, ChunkRow]:
+        rows = {
+            chunk: unpack_chunk_row(value)
+            for chunk, value in state.table("chunks").get_many(ids).items()
+        }
+        return {chunk: row for chunk, row in rows.items() if self._is_sound(chunk, row.pack)}
+
+    def _is_sound(self, chunk: bytes, number: int) -> bool:
+        """Whether nothing is known against the chunk's frame in the pack of that number."""
         if number == LOST_PACK:
             return False
         if number not in self._distrust:

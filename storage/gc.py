@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from storage import orphans, tables
 from storage.chunks import FRAME_HEADER_BYTES, make_frame
 from storage.errors import Damaged, FileGone, PointFull, PointNewerFormat, translated
-from storage.packs import ROW_BYTES, parse_frame
+from storage.packs import ROW_BYTES, parse_frame, require_entry
 from storage.rebuild import own_part
 from storage.record import DISKS_LIMIT
 from storage.sealed import HEADER_BYTES, TAIL_BYTES
@@ -79,7 +79,8 @@ def plan_gc(state: Tables, sparse_below: float, copy_budget_bytes: int) -> GcPla
 
 
 def _frames_bytes(row: tables.PackState) -> int:
-    """A pack without its header and table: else one of small frames would be sparse for ever."""
+    """A pack without its header and table: else one of small frames would be sparse for ever.
+    With the ids of patches' bases, which count as live bytes."""
     return row.size_bytes - HEADER_BYTES - row.count * ROW_BYTES - TAIL_BYTES
 
 
@@ -223,8 +224,7 @@ def _copy_live(domain: Domain, session: Session, pack: str) -> int:
                 what = f"{path} at {entry.offset}"
                 raw = memoryview(domain.fs.pread(fd, size_bytes, entry.offset))
                 view = parse_frame(raw, domain.chunk_size, what)
-                if view.chunk_id != entry.chunk_id:
-                    raise Damaged(f"{what}: holds another chunk than its table says")
+                require_entry(view, entry, what)
                 frame = make_frame(view.chunk_id, view.raw_len, view.codec, view.payload)
                 session.store([frame])
                 copied_bytes += size_bytes

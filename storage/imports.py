@@ -1,21 +1,23 @@
 """Taking backups over from another cluster's domain of the same point.
 
-The packs that hold their chunks get second names in our domain (hard links; copies where links
-don't work), each disk gets a full manifest of ours, and one COMMIT makes all of them ours. From
-then on the file system's link count keeps the bytes, whatever the other cluster deletes. The other
-domain is read, never written, and not believed: decoders are bounded, restores check chunk ids.
+The packs that hold their chunks, and the bases of these, get second names in our domain (hard
+links; copies where links don't work), each disk gets a full manifest of ours, and one COMMIT makes
+all of them ours. From then on the file system's link count keeps the bytes, whatever the other
+cluster deletes. The other domain is read, never written, and not believed: decoders are bounded,
+restores check chunk ids.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from storage import tables
-from storage.chunks import FRAME_HEADER_BYTES, ZERO_MARK, Decoder
+from storage.chunks import FRAME_HEADER_BYTES, ZERO_MARK, Decoder, Encoder
 from storage.errors import (
     AlreadyOnPoint,
     ChunkMissing,
@@ -28,8 +30,9 @@ from storage.fs import Fs
 from storage.listing import BackupRow, backup_rows
 from storage.log import Log
 from storage.manifests import PAGE_ENTRIES, decode_page
-from storage.packs import PackEntry, parse_frame, read_footer
+from storage.packs import PackEntry, parse_frame, read_footer, require_entry
 from storage.paths import DomainPaths, FileContents
+from storage.reader import MAX_RUN_BYTES, plan_chunks
 from storage.rebuild import fold_records, manifest_chain, merged_pages
 from storage.session import NewBackup, Session
 from storage.tables import BoundedTables, MemoryTables
@@ -146,26 +149,67 @@ def _write_manifest(
 def _link_packs(
     domain: Domain, session: Session, source: ForeignDomain, needed: set[bytes]
 ) -> None:
-    """Gives those of the source's live packs that hold a needed chunk a name in the session."""
-    numbered = sorted(
-        ((row.number, pack) for pack, row in tables.packs.scan(source.state)), reverse=True
-    )
+    """Gives those of the source's live packs that hold a needed chunk a name in the session.
+
+    Older packs first, so that of two copies of a chunk the newer one becomes its place, as it is
+    with the source. Patches take no place of ours: we store again what they would (see _ours).
+    """
+    chosen = dict(_holders(domain, source, needed))
+    bases = list({base for found in chosen.values() for base in found.values() if base})
+    lacking = [b for b, known in zip(bases, session.known(bases), strict=True) if not known]
+    chosen |= dict(_holders(domain, source, set(lacking)))
+    ours: set[bytes] = set()
+    for _, pack in sorted(chosen):
+        path = source.paths.pack(pack)
+        with translated(path):
+            adopted = domain.paths.pack(session.adopt_pack(path))
+            _, entries = read_footer(domain.fs, adopted)
+        _prove_known(domain, adopted, [entry for entry in entries if not entry.base])
+        ours |= _ours(domain, [entry for entry in entries if entry.base], needed)
+    _store_whole(domain, session, sorted(ours))
+
+
+def _holders(
+    domain: Domain, source: ForeignDomain, needed: set[bytes]
+) -> Iterator[tuple[tuple[int, str], dict[bytes, bytes]]]:
+    """(number, pack) of the source's packs that have the newest copies of the chunks, and these:
+    chunk → base."""
+    numbered = ((row.number, pack) for pack, row in tables.packs.scan(source.state))
     left = set(needed)
-    for _, pack in numbered:
+    for number, pack in sorted(numbered, reverse=True):
         if not left:
             return
         path = source.paths.pack(pack)
         _require_directory(domain.fs, os.path.dirname(path))
         with translated(path):
             _, entries = read_footer(domain.fs, path)
-            held = {entry.chunk_id for entry in entries}
-            if left.isdisjoint(held):
-                continue
-            adopted = domain.paths.pack(session.adopt_pack(path))
-            _prove_known(domain, adopted, entries)
-        left -= held
+        held = {entry.chunk_id: entry.base for entry in entries if entry.chunk_id in left}
+        if held:
+            yield (number, pack), held
+        left -= held.keys()
     if left:
         raise ChunkMissing(frozenset(left))
+
+
+def _ours(domain: Domain, patches: Sequence[PackEntry], needed: set[bytes]) -> set[bytes]:
+    """What must be stored whole again beside an adopted pack: chunks that we have and that are
+    patches there, since patches of ours may stand on them; and bases that are patches here."""
+    with domain.view.read() as state:
+        here = domain.trusted(state, [entry.chunk_id for entry in patches])
+        wanted = [entry.base for entry in patches if entry.chunk_id in needed]
+        bases = domain.trusted(state, wanted)
+    return here.keys() | {base for base, row in bases.items() if row.base}
+
+
+def _store_whole(domain: Domain, session: Session, ids: Sequence[bytes]) -> None:
+    """Stores chunks that we have in the session, where they come after what it adopted."""
+    encoder = Encoder()
+    buffer = memoryview(bytearray(MAX_RUN_BYTES + FRAME_HEADER_BYTES + domain.chunk_size))
+    with contextlib.closing(domain.reader()) as reader:
+        for run in plan_chunks(domain, ids):
+            for place, content in reader.read(run, buffer):
+                frame = encoder.encode(place.chunk_id, memoryview(content))
+                session.store([frame], again=True)
 
 
 def _require_directory(fs: Fs, path: str) -> None:
@@ -187,9 +231,9 @@ def _prove_known(domain: Domain, path: str, entries: Sequence[PackEntry]) -> Non
                 what = f"{path} at {entry.offset}"
                 raw = domain.fs.pread(fd, FRAME_HEADER_BYTES + entry.stored_len, entry.offset)
                 frame = parse_frame(memoryview(raw), domain.chunk_size, what)
+                require_entry(frame, entry, what)
                 content = decoder.decode(frame.codec, frame.payload, frame.raw_len)
-                found = {entry.chunk_id, frame.chunk_id, domain.hasher.full(content)}
-                if len(found) > 1:
+                if domain.hasher.full(content) != entry.chunk_id:
                     raise Damaged(f"{what}: content does not have its id")
         finally:
             domain.fs.close(fd)

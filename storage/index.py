@@ -1,9 +1,12 @@
 """The chunk index: where each referenced chunk lies, and the pages that reference it.
 
 Rules that make the sequential fold and a rebuild agree byte for byte:
-- a chunk is in the index exactly while an entry of a live layer names it;
+- a chunk is in the index exactly while an entry of a live layer, or a patch, refers to it;
 - of several live packs that hold it, the one with the highest number is its place;
-- a layer without a parent (a root) has no zero marks.
+- a layer without a parent (a root) has no zero marks;
+- a chunk that is placed as a patch refers to its base once, and a base is placed whole. So what a
+  base is referred to by follows from the places of the chunks that entries name, and from nothing
+  that happened before. References to bases are counted at the end of an op (`balance`).
 
 A view that had to be made beside damaged files is the exception (docs/design.md §5.3): a chunk that
 no readable live pack holds is placed in LOST_PACK, until a pack comes that has it.
@@ -20,11 +23,18 @@ from typing import Protocol
 import msgspec
 
 from storage import tables
-from storage.chunks import ZERO_MARK
-from storage.errors import ChunkMissing, Damaged, ViewDamaged
+from storage.chunks import CHUNK_ID_BYTES, ZERO_MARK
+from storage.errors import ChunkMissing, Damaged, Refused, ViewDamaged
 from storage.manifests import decode_page, encode_page
 from storage.packs import FRAME_HEADER_BYTES, PackEntry
-from storage.tables import LOST_PACK, ChunkRow, Tables, pack_chunk_row, unpack_chunk_row
+from storage.tables import (
+    LOST_PACK,
+    ChunkRow,
+    Tables,
+    chunk_base,
+    pack_chunk_row,
+    unpack_chunk_row,
+)
 
 _NOWHERE = ChunkRow(LOST_PACK, 0, 0, 0)
 
@@ -60,11 +70,14 @@ class Index:
         self._live_bytes: Counter[int] = Counter()
         self._live_chunks: Counter[int] = Counter()
         self._missing: set[bytes] = set()
+        self._on_bases: Counter[bytes] = Counter()
+        self._new_patches: set[bytes] = set()
 
     def flush(self) -> None:
-        """Writes the packs' live counts. ChunkMissing names all that add_layer did not find."""
-        if self._missing:
-            raise ChunkMissing(frozenset(self._missing))
+        """Writes the packs' live counts. ChunkMissing names all that add_layer did not find, and
+        the patches of new packs that stand on nothing."""
+        self.balance()
+        self._require_all()
         for number in sorted(self._live_chunks.keys() | self._live_bytes.keys()):
             size, count = self._live_bytes[number], self._live_chunks[number]
             if number == LOST_PACK:
@@ -73,6 +86,10 @@ class Index:
                 self._add_live(number, size, count)
         self._live_bytes.clear()
         self._live_chunks.clear()
+
+    def _require_all(self) -> None:
+        if self._missing:
+            raise ChunkMissing(frozenset(self._missing))
 
     def _add_live(self, number: int, size: int, count: int) -> None:
         name = tables.pack_id(self._state, number)
@@ -88,8 +105,11 @@ class Index:
         tables.set_losses(self._state, after)
 
     def _count(self, row: ChunkRow, sign: int) -> None:
-        self._live_bytes[row.pack] += sign * (FRAME_HEADER_BYTES + row.stored_len)
+        base_bytes = CHUNK_ID_BYTES if row.base else 0
+        self._live_bytes[row.pack] += sign * (FRAME_HEADER_BYTES + row.stored_len + base_bytes)
         self._live_chunks[row.pack] += sign
+        if row.base:
+            self._on_bases[row.base] += sign
 
     # Packs.
 
@@ -99,9 +119,13 @@ class Index:
             self._place_pack(pack, number, only_known=False)
 
     def move(self, numbers: Mapping[str, int]) -> None:
-        """Places those chunks of new packs there that the index knows."""
+        """Places those chunks of new packs there that the index knows. Refused when that would
+        leave a patch on no whole base."""
         for pack, number in numbers.items():
             self._place_pack(pack, number, only_known=True)
+        self.balance()
+        if self._missing:
+            raise Refused(f"{len(self._missing)} chunks are moved as patches of what has changed")
 
     def _place_pack(self, pack: str, number: int, *, only_known: bool) -> None:
         entries = {entry.chunk_id: entry for entry in self._footer(pack)}
@@ -111,18 +135,25 @@ class Index:
             if value is None and only_known:
                 continue
             old = None if value is None else unpack_chunk_row(value)
-            references = 0 if old is None else old.references
-            row = ChunkRow(number, entry.offset, entry.stored_len, references)
-            if old is not None and references:
-                self._count(old, -1)
+            was = old or _NOWHERE
+            row = was._replace(
+                pack=number, offset=entry.offset, stored_len=entry.stored_len, base=entry.base
+            )
+            if row.references:
+                self._count(was, -1)
                 self._count(row, +1)
+            if row.base and row.base != was.base:
+                self._new_patches.add(chunk)
             self._chunks.put(chunk, pack_chunk_row(row))
 
     def _footer(self, pack: str) -> Sequence[PackEntry]:
         return self._contents.footer(pack, tables.packs.require(self._state, pack).digest)
 
     def settle(self, numbers: Mapping[str, int]) -> None:
-        """Takes the chunks of new packs that nothing references out of the index."""
+        """Takes the chunks of new packs that nothing references out of the index. ChunkMissing as
+        from flush: what is released next must find all that it refers to."""
+        self.balance()
+        self._require_all()
         for pack in numbers:
             chunks = [entry.chunk_id for entry in self._footer(pack)]
             for chunk, value in self._chunks.get_many(chunks).items():
@@ -143,15 +174,15 @@ class Index:
             row = _NOWHERE if value is None else unpack_chunk_row(value)
             if value is None and not new:
                 raise ViewDamaged(f"view: chunk {chunk.hex()} is referenced, but nowhere")
-            if new and not self._filling and (value is None or self._refused(row)):
+            if new and not self._filling and (value is None or self._refused(value)):
                 self._missing.add(chunk)
                 continue
             self._refer_one(chunk, row, changes[chunk])
 
-    def _refused(self, row: ChunkRow) -> bool:
-        return self._strict and row.pack == LOST_PACK
+    def _refused(self, value: bytes) -> bool:
+        return self._strict and unpack_chunk_row(value).pack == LOST_PACK
 
-    def _refer_one(self, chunk: bytes, old: ChunkRow, change: int) -> None:
+    def _refer_one(self, chunk: bytes, old: ChunkRow, change: int, patches: int = 0) -> None:
         references = old.references + change
         if references < 0:
             raise ViewDamaged(f"view: chunk {chunk.hex()} has fewer references than entries")
@@ -162,7 +193,48 @@ class Index:
         if not references and not self._filling:
             self._chunks.delete(chunk)
         else:
-            self._chunks.put(chunk, pack_chunk_row(old._replace(references=references)))
+            row = old._replace(references=references, patches=old.patches + patches)
+            self._chunks.put(chunk, pack_chunk_row(row))
+
+    # Bases.
+
+    def balance(self) -> None:
+        """Counts the patches that came and went on their bases; a base that nothing refers to any
+        more leaves the index. Notes the new patches that must be stored whole as missing."""
+        while self._on_bases:
+            changes, self._on_bases = self._on_bases, Counter()
+            wanted = [base for base, change in changes.items() if change]
+            rows = self._chunks.get_many(wanted)
+            for base in wanted:
+                self._refer_base(base, rows.get(base), changes[base])
+        if not self._filling:
+            self._missing |= self._baseless(sorted(self._new_patches))
+        self._new_patches.clear()
+
+    def _refer_base(self, base: bytes, value: bytes | None, change: int) -> None:
+        if value is None and change < 0:
+            raise ViewDamaged(f"view: chunk {base.hex()} is a base, but nowhere")
+        if value is not None or self._filling:
+            row = _NOWHERE if value is None else unpack_chunk_row(value)
+            self._refer_one(base, row, change, patches=change)
+
+    def _baseless(self, chunks: Sequence[bytes]) -> set[bytes]:
+        """Those of the chunks that are patches though they may not be: the base is not there or is
+        a patch itself, or other patches stand on them."""
+        rows = {
+            chunk: row
+            for chunk, value in self._chunks.get_many(chunks).items()
+            if (row := unpack_chunk_row(value)).base and row.references
+        }
+        bases = self._chunks.get_many([row.base for row in rows.values()])
+        return {
+            chunk
+            for chunk, row in rows.items()
+            if row.patches or not self._is_base(bases.get(row.base))
+        }
+
+    def _is_base(self, value: bytes | None) -> bool:
+        return value is not None and not chunk_base(value) and not self._refused(value)
 
     # Layers.
 

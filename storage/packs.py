@@ -2,7 +2,8 @@
 
 A frame can be checked alone (its payload's XXH3-64, and its chunk's id once decoded), a footer too
 (the tail's digest). Frames follow one another without gaps from the header to the table, so each
-byte of a pack is covered by one or the other.
+byte of a pack is covered by one or the other. The annex holds the base ids of the frames that are
+patches, in the table's order, so that who follows the log knows them without reading frames.
 
 A PackWriter is used by one thread at a time. Plain OSErrors come through; the callers translate.
 """
@@ -14,6 +15,8 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from storage.chunks import (
+    CHUNK_ID_BYTES,
+    CODEC_PATCH,
     CODEC_RAW,
     CODEC_ZSTD,
     FRAME_HEADER,
@@ -21,10 +24,10 @@ from storage.chunks import (
     FRAME_MAGIC,
     Frame,
     payload_check,
-    unknown_codec,
 )
 from storage.errors import Damaged, PointNewerFormat, Refused
 from storage.fs import Buffer, Fs
+from storage.patches import base_of, is_base_of, overhead_bytes
 from storage.sealed import (
     HEADER_BYTES,
     TAIL_BYTES,
@@ -42,6 +45,7 @@ __all__ = [
     "PackWriter",
     "parse_frame",
     "read_footer",
+    "require_entry",
 ]
 
 PACK_MAGIC = b"VKPK"
@@ -54,7 +58,8 @@ _NO_EXTRA = bytes(32)
 
 
 class PackEntry(NamedTuple):
-    """A table row: where a frame is and what it holds. `check`: XXH3-64 of its payload."""
+    """A table row: where a frame is and what it holds. `check`: XXH3-64 of its payload. `base`: of
+    a patch, the chunk that it stands on."""
 
     offset: int
     raw_len: int
@@ -63,6 +68,7 @@ class PackEntry(NamedTuple):
     flags: int
     chunk_id: bytes
     check: int
+    base: bytes = b""
 
 
 class FrameView(NamedTuple):
@@ -123,7 +129,9 @@ class PackWriter:
 
     def _require_room(self, frames: Sequence[Frame]) -> None:
         frames_bytes = sum(FRAME_HEADER_BYTES + frame.stored_len for frame in frames)
+        patches = sum(frame.codec == CODEC_PATCH for frame in frames)
         table_bytes = ROW_BYTES * (self._sealed.count + len(frames))
+        table_bytes += CHUNK_ID_BYTES * patches + self._sealed.annex_bytes
         if self._sealed.count + len(frames) > MAX_PACK_ROWS:
             raise Refused(f"a pack has at most {MAX_PACK_ROWS} frames")
         if self.size_bytes + frames_bytes + table_bytes + TAIL_BYTES > MAX_PACK_BYTES:
@@ -134,6 +142,8 @@ class PackWriter:
         self._sealed.add_row(
             _ROW.pack(offset, raw_len, stored_len, frame.codec, 0, frame.chunk_id, frame.check)
         )
+        if frame.codec == CODEC_PATCH:
+            self._sealed.add_to_annex(base_of(frame.payload))
         return offset
 
 
@@ -148,7 +158,14 @@ def read_footer(fs: Fs, path: str) -> tuple[Seal, list[PackEntry]]:
         if size_bytes > MAX_PACK_BYTES:
             raise Damaged(f"{path}: a pack of {size_bytes} bytes")
         table = read_table(
-            fs, fd, size_bytes, PACK_MAGIC, ROW_BYTES, path, rows_limit=MAX_PACK_ROWS
+            fs,
+            fd,
+            size_bytes,
+            PACK_MAGIC,
+            ROW_BYTES,
+            path,
+            rows_limit=MAX_PACK_ROWS,
+            annex_row_bytes=CHUNK_ID_BYTES,
         )
     finally:
         fs.close(fd)
@@ -161,8 +178,8 @@ def parse_frame(buffer: memoryview, chunk_size: int, what: str) -> FrameView:
     """The frame at the buffer's start; what follows it there is ignored.
 
     Checked: header, lengths against the buffer and `chunk_size`, and the payload's XXH3-64. Not
-    the chunk id: that takes decoding and the point's key. `what` names the place in errors. Raises
-    Damaged, and PointNewerFormat for a reserved codec or flag.
+    the chunk id: that takes decoding, a patch's base, and the point's key. `what` names the place
+    in errors. Raises Damaged, and PointNewerFormat for a reserved flag.
     """
     if len(buffer) < FRAME_HEADER_BYTES:
         raise Damaged(f"{what}: {len(buffer)} bytes are no frame")
@@ -177,7 +194,17 @@ def parse_frame(buffer: memoryview, chunk_size: int, what: str) -> FrameView:
         raise Damaged(f"{what}: frame of {stored_len} bytes ends after {len(payload)}")
     if payload_check(payload) != check:
         raise Damaged(f"{what}: payload does not match its checksum")
+    if codec == CODEC_PATCH and not is_base_of(base_of(payload), chunk_id):
+        raise Damaged(f"{what}: a patch of itself")
     return FrameView(chunk_id, raw_len, stored_len, codec, payload)
+
+
+def require_entry(view: FrameView, entry: PackEntry, what: str) -> None:
+    """Damaged unless the frame is the one that its pack's table says."""
+    base = base_of(view.payload) if view.codec == CODEC_PATCH else b""
+    said = (entry.chunk_id, entry.raw_len, entry.stored_len, entry.codec, entry.base)
+    if (*view[:4], base) != said:
+        raise Damaged(f"{what}: is not the frame that the pack's table says")
 
 
 def _placed(frames: Sequence[Frame], offset: int) -> Iterable[tuple[Frame, int]]:
@@ -189,7 +216,7 @@ def _placed(frames: Sequence[Frame], offset: int) -> Iterable[tuple[Frame, int]]
 
 def _checked_entries(table: Table, what: str) -> list[PackEntry]:
     """The rows, which must cover header's end to table's start without gap or overlap."""
-    entries = [PackEntry._make(row) for row in _ROW.iter_unpack(table.rows)]
+    entries = _with_bases(table, what)
     chunk_size = table.header.chunk_size
     offset = HEADER_BYTES
     for entry in entries:
@@ -203,14 +230,29 @@ def _checked_entries(table: Table, what: str) -> list[PackEntry]:
     return entries
 
 
+def _with_bases(table: Table, what: str) -> list[PackEntry]:
+    """The rows; those of patches with the ids in the annex, of which there must be as many."""
+    entries = [PackEntry(*row) for row in _ROW.iter_unpack(table.rows)]
+    patches = [at for at, entry in enumerate(entries) if entry.codec == CODEC_PATCH]
+    if len(table.annex) != len(patches) * CHUNK_ID_BYTES:
+        raise Damaged(f"{what}: {len(patches)} patches, bases of {len(table.annex)} bytes")
+    for number, at in enumerate(patches):
+        base = table.annex[number * CHUNK_ID_BYTES : (number + 1) * CHUNK_ID_BYTES]
+        if not is_base_of(base, entries[at].chunk_id):
+            raise Damaged(f"{what}: a patch of itself")
+        entries[at] = entries[at]._replace(base=base)
+    return entries
+
+
 def _check_flags(flags: int, what: str) -> None:
     if flags:
         raise PointNewerFormat(f"{what}: frame flags {flags:#04x}")
 
 
 def _check_lengths(codec: int, raw_len: int, stored_len: int, chunk_size: int, what: str) -> None:
-    if codec not in (CODEC_RAW, CODEC_ZSTD):
-        raise unknown_codec(codec, what)
-    gained = stored_len == raw_len if codec == CODEC_RAW else 0 < stored_len < raw_len
+    if codec not in (CODEC_RAW, CODEC_ZSTD, CODEC_PATCH):
+        raise Damaged(f"{what}: no such codec: {codec}")
+    least = overhead_bytes(raw_len) if codec == CODEC_PATCH else 0
+    gained = stored_len == raw_len if codec == CODEC_RAW else least < stored_len < raw_len
     if not (0 < raw_len <= chunk_size and gained):
         raise Damaged(f"{what}: frame of {raw_len} bytes stored as {stored_len}, codec {codec}")

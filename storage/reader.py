@@ -3,6 +3,11 @@
 A run is a stretch of one pack read at once. The plan of a window of pages is sorted by place, so
 speed does not depend on how scattered the disk's chunks are, and a chunk that occurs often in the
 window is read once. A pack that gc moved meanwhile is looked up again.
+
+A patch is read with its base: the base is in the run, at its own place, and the patches on it that
+are wanted go with it. So a base is decoded once for all of them, and reading a disk of patches
+reads its bases in order and little more. A base that nobody wants for itself is not proved, since
+what is made with it is.
 """
 
 from __future__ import annotations
@@ -14,10 +19,10 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from storage import tables
-from storage.chunks import FRAME_HEADER_BYTES, ChunkHasher, Decoder
+from storage.chunks import CODEC_PATCH, FRAME_HEADER_BYTES, ChunkHasher, Decoder
 from storage.errors import (
     ChunkDamaged,
     Damaged,
@@ -28,8 +33,9 @@ from storage.errors import (
 from storage.fs import Buffer
 from storage.manifests import PAGE_ENTRIES
 from storage.maps import DiskMap
-from storage.packs import parse_frame
-from storage.tables import LOST_PACK, Tables, unpack_chunk_row
+from storage.packs import FrameView, parse_frame
+from storage.patches import base_of, patched
+from storage.tables import LOST_PACK, ChunkRow, Tables, unpack_chunk_row
 
 if TYPE_CHECKING:
     from storage.domain import Domain
@@ -44,12 +50,23 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class FramePlace:
-    """A frame in a run; `targets`: chunk indexes of the disk that it fills."""
+    """A frame in a run; `targets`: chunk indexes of the disk that it fills. A base of `patches` may
+    fill none itself."""
 
     offset_in_run: int
     stored_len: int
     chunk_id: bytes
     targets: tuple[int, ...]
+    patches: tuple[PatchPlace, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PatchPlace:
+    """A patch, where it lies: the offset is in its pack. `place` says what it fills."""
+
+    pack: str
+    offset: int
+    place: FramePlace
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +77,13 @@ class ReadRun:
     offset: int
     size_bytes: int
     frames: tuple[FramePlace, ...]
+
+    def targets(self) -> Iterator[int]:
+        """All chunk indexes that the run fills."""
+        for frame in self.frames:
+            yield from frame.targets
+            for patch in frame.patches:
+                yield from patch.place.targets
 
 
 def plan_reads(domain: Domain, disk_map: DiskMap, window_pages: int = 16) -> Iterator[ReadRun]:
@@ -82,65 +106,109 @@ def plan_reads(domain: Domain, disk_map: DiskMap, window_pages: int = 16) -> Ite
     yield from _runs(domain, targets)
 
 
+def plan_chunks(domain: Domain, ids: Sequence[bytes]) -> Iterator[ReadRun]:
+    """The runs that read these chunks; targets are places in `ids`. Damaged as plan_reads."""
+    targets: dict[bytes, list[int]] = {}
+    for at, chunk in enumerate(ids):
+        targets.setdefault(chunk, []).append(at)
+    return _runs(domain, targets)
+
+
 def _runs(domain: Domain, targets: dict[bytes, list[int]]) -> Iterator[ReadRun]:
     if not targets:
         return
-    places, names = domain.view.ask(partial(_placed, list(targets)))
-    run: list[tuple[int, int, int, bytes]] = []
-    for place in sorted(places):
+    plan = domain.view.ask(partial(_planned, targets))
+    run: list[_Place] = []
+    for place in sorted(plan.places()):
         if run and not _joins(run, place):
-            yield _run(names[run[0][0]], run, targets)
+            yield plan.run(run)
             run = []
         run.append(place)
     if run:
-        yield _run(names[run[0][0]], run, targets)
+        yield plan.run(run)
 
 
-def _placed(
-    ids: Sequence[bytes], state: Tables
-) -> tuple[list[tuple[int, int, int, bytes]], dict[int, str]]:
-    """Each chunk's place, and the names of the packs by their numbers."""
-    places = _places(state, ids)
-    return places, {number: _pack_name(state, number) for number in {p[0] for p in places}}
+def _planned(targets: dict[bytes, list[int]], state: Tables) -> _Plan:
+    """Where the chunks and their bases are, with the names of the packs."""
+    rows = _rows(state, list(targets))
+    bases = {row.base for row in rows.values() if row.base}
+    rows |= _rows(state, list(bases - rows.keys()))
+    names = {number: _pack_name(state, number) for number in {r.pack for r in rows.values()}}
+    return _Plan(targets, rows, names)
 
 
 def _pack_name(state: Tables, number: int) -> str:
     return "" if number == LOST_PACK else tables.pack_id(state, number)
 
 
-def _places(state: Tables, ids: Sequence[bytes]) -> list[tuple[int, int, int, bytes]]:
-    """(pack number, offset, frame bytes, id) of each chunk."""
-    rows = state.table("chunks").get_many(ids)
-    places = []
+def _rows(state: Tables, ids: Sequence[bytes]) -> dict[bytes, ChunkRow]:
+    found = state.table("chunks").get_many(ids)
     for chunk in ids:
-        value = rows.get(chunk)
-        if value is None:
+        if chunk not in found:
             raise ViewDamaged(f"view: chunk {chunk.hex()} is in a backup, but nowhere on the point")
-        row = unpack_chunk_row(value)
-        places.append((row.pack, row.offset, FRAME_HEADER_BYTES + row.stored_len, chunk))
-    return places
+    return {chunk: unpack_chunk_row(value) for chunk, value in found.items()}
 
 
-def _joins(run: list[tuple[int, int, int, bytes]], place: tuple[int, int, int, bytes]) -> bool:
-    pack, offset, size_bytes, _ = place
-    end = run[-1][1] + run[-1][2]
+class _Place(NamedTuple):
+    """A frame in the order in which frames are read."""
+
+    pack: int
+    offset: int
+    size_bytes: int
+    chunk_id: bytes
+
+
+def _joins(run: list[_Place], place: _Place) -> bool:
+    end = run[-1].offset + run[-1].size_bytes
     return (
-        run[0][0] == pack
-        and offset - end <= MAX_GAP_BYTES
-        and offset + size_bytes - run[0][1] <= MAX_RUN_BYTES
+        run[0].pack == place.pack
+        and place.offset - end <= MAX_GAP_BYTES
+        and place.offset + place.size_bytes - run[0].offset <= MAX_RUN_BYTES
     )
 
 
-def _run(
-    pack: str, places: list[tuple[int, int, int, bytes]], targets: dict[bytes, list[int]]
-) -> ReadRun:
-    start = places[0][1]
-    end = places[-1][1] + places[-1][2]
-    frames = tuple(
-        FramePlace(offset - start, size - FRAME_HEADER_BYTES, chunk, tuple(targets[chunk]))
-        for _, offset, size, chunk in places
-    )
-    return ReadRun(pack, start, end - start, frames)
+class _Plan:
+    """A window's chunks: `rows` says where all of `targets`, and their bases, lie."""
+
+    def __init__(
+        self,
+        targets: dict[bytes, list[int]],
+        rows: dict[bytes, ChunkRow],
+        names: dict[int, str],
+    ) -> None:
+        self._targets = targets
+        self._rows = rows
+        self._names = names
+        self._patches: dict[bytes, list[PatchPlace]] = {}
+        self._baseless: list[bytes] = []
+        for chunk in targets:
+            row = rows[chunk]
+            if row.base and rows[row.base].base:
+                # Of a view that lacks something: the pack that held the base whole is lost.
+                self._baseless.append(chunk)
+            elif row.base:
+                patch = PatchPlace(names[row.pack], row.offset, self._frame(0, chunk))
+                self._patches.setdefault(row.base, []).append(patch)
+
+    def places(self) -> Iterator[_Place]:
+        """What is read whole: wanted chunks, and bases of wanted ones."""
+        for chunk, row in self._rows.items():
+            if not row.base:
+                size_bytes = FRAME_HEADER_BYTES + row.stored_len
+                yield _Place(row.pack, row.offset, size_bytes, chunk)
+        for chunk in self._baseless:
+            yield _Place(LOST_PACK, 0, 0, chunk)
+
+    def _frame(self, offset_in_run: int, chunk: bytes) -> FramePlace:
+        targets = tuple(self._targets.get(chunk, ()))
+        patches = tuple(self._patches.get(chunk, ()))
+        return FramePlace(offset_in_run, self._rows[chunk].stored_len, chunk, targets, patches)
+
+    def run(self, places: list[_Place]) -> ReadRun:
+        start = places[0].offset
+        end = places[-1].offset + places[-1].size_bytes
+        frames = tuple(self._frame(place.offset - start, place.chunk_id) for place in places)
+        return ReadRun(self._names.get(places[0].pack, ""), start, end - start, frames)
 
 
 class ChunkReader:
@@ -181,22 +249,39 @@ class ChunkReader:
         except FileNotFoundError:
             yield from self._read_elsewhere(run, buffer, attempts - 1)
             return
+        moved: dict[bytes, list[int]] = {}
         for place in run.frames:
             what = f"{self._domain.paths.pack(run.pack)} at {run.offset + place.offset_in_run}"
             found: Buffer | ChunkDamaged
             try:
-                found = self._content(part[:count], place, what)
+                found = self._whole(part[:count], place, what)
             except (Damaged, PointNewerFormat) as error:
                 found = ChunkDamaged(str(error), run.pack, place.chunk_id)
-            yield place, found
+            if place.targets:
+                yield place, found
+            for patch in place.patches:
+                try:
+                    content = self._patched(patch, found, run.pack, place.chunk_id)
+                except FileNotFoundError:
+                    moved[patch.place.chunk_id] = list(patch.place.targets)
+                else:
+                    yield patch.place, content
+        if moved:
+            yield from self._read_anew(moved, buffer, attempts - 1)
 
     def _read_elsewhere(
         self, run: ReadRun, buffer: memoryview, attempts: int
     ) -> Iterator[tuple[FramePlace, Buffer | ChunkDamaged]]:
         """The pack's name is gone: gc has moved its live chunks. Looks them up anew."""
         log.info("pack_moved pack=%s", run.pack)
+        frames = [*run.frames, *(patch.place for f in run.frames for patch in f.patches)]
+        targets = {place.chunk_id: list(place.targets) for place in frames if place.targets}
+        yield from self._read_anew(targets, buffer, attempts)
+
+    def _read_anew(
+        self, targets: dict[bytes, list[int]], buffer: memoryview, attempts: int
+    ) -> Iterator[tuple[FramePlace, Buffer | ChunkDamaged]]:
         self._domain.refresh()
-        targets = {place.chunk_id: list(place.targets) for place in run.frames}
         for moved in _runs(self._domain, targets):
             if not attempts:
                 path = self._domain.paths.pack(moved.pack)
@@ -204,17 +289,58 @@ class ChunkReader:
                 continue
             yield from self._read(moved, buffer, attempts)
 
-    def _content(self, part: memoryview, place: FramePlace, what: str) -> Buffer:
-        frame = parse_frame(part[place.offset_in_run :], self._domain.chunk_size, what)
-        if frame.chunk_id != place.chunk_id:
-            raise Damaged(f"{what}: holds another chunk than the index says")
+    def _whole(self, part: memoryview, place: FramePlace, what: str) -> Buffer:
+        """A whole frame's content, proved if it is wanted for itself."""
+        frame = self._frame(part[place.offset_in_run :], place, what)
         try:
             raw = self._decoder().decode(frame.codec, frame.payload, frame.raw_len)
         except Damaged as error:
             raise Damaged(f"{what}: {error}") from error
-        if self._hasher.full(raw) != place.chunk_id:
-            raise Damaged(f"{what}: content does not have its id")
+        if place.targets:
+            self._prove(raw, place.chunk_id, what)
         return raw
+
+    def _frame(self, part: memoryview, place: FramePlace, what: str) -> FrameView:
+        frame = parse_frame(part, self._domain.chunk_size, what)
+        if frame.chunk_id != place.chunk_id:
+            raise Damaged(f"{what}: holds another chunk than the index says")
+        return frame
+
+    def _prove(self, content: Buffer, chunk_id: bytes, what: str) -> None:
+        if self._hasher.full(content) != chunk_id:
+            raise Damaged(f"{what}: content does not have its id")
+
+    def _patched(
+        self, patch: PatchPlace, base: Buffer | ChunkDamaged, pack: str, base_id: bytes
+    ) -> Buffer | ChunkDamaged:
+        """A patch's content. What is wrong with its base, in `pack`, is said of the base.
+        FileNotFoundError when the patch's own pack has gone."""
+        place = patch.place
+        what = f"{self._domain.paths.pack(patch.pack)} at {patch.offset}"
+        if isinstance(base, ChunkDamaged):
+            return ChunkDamaged(f"{what}: a patch of a damaged chunk: {base}", pack, base_id)
+        frame = memoryview(bytearray(FRAME_HEADER_BYTES + place.stored_len))
+        if not patch.pack:
+            return _damaged(place, "the pack that held it is damaged or gone", "")
+        count = self._packs.read(patch.pack, frame, patch.offset)
+        try:
+            view = self._frame(frame[:count], place, what)
+            content = self._applied(view, base, base_id, what)
+            if self._hasher.full(content) == place.chunk_id:
+                return content
+        except (Damaged, PointNewerFormat) as error:
+            return ChunkDamaged(str(error), patch.pack, place.chunk_id)
+        if self._hasher.full(base) != base_id:
+            return ChunkDamaged(f"{what}: its base does not have its id", pack, base_id)
+        return ChunkDamaged(f"{what}: content does not have its id", patch.pack, place.chunk_id)
+
+    def _applied(self, view: FrameView, base: Buffer, base_id: bytes, what: str) -> Buffer:
+        if view.codec != CODEC_PATCH or base_of(view.payload) != base_id:
+            raise Damaged(f"{what}: is not the patch that the index says")
+        try:
+            return patched(view.payload, view.raw_len, base, self._decoder())
+        except Damaged as error:
+            raise Damaged(f"{what}: {error}") from error
 
     def _decoder(self) -> Decoder:
         decoder: Decoder | None = getattr(self._threads, "decoder", None)
@@ -229,8 +355,15 @@ class ChunkReader:
 
 def _all_damaged(run: ReadRun, reason: str) -> Iterator[tuple[FramePlace, ChunkDamaged]]:
     for place in run.frames:
-        chunk = place.chunk_id
-        yield place, ChunkDamaged(f"chunk {chunk.hex()}: {reason}", run.pack, chunk)
+        damage = _damaged(place, reason, run.pack)
+        if place.targets:
+            yield place, damage
+        for patch in place.patches:
+            yield patch.place, damage
+
+
+def _damaged(place: FramePlace, reason: str, pack: str) -> ChunkDamaged:
+    return ChunkDamaged(f"chunk {place.chunk_id.hex()}: {reason}", pack, place.chunk_id)
 
 
 class _OpenPacks:

@@ -1,9 +1,9 @@
 """Sealed files (docs/design.md §4.2): what packs and manifests have in common.
 
-Header, items, table, tail. The writer appends items as they come and keeps the table's rows in
-memory; seal() writes table and tail and publishes the file, which never changes afterwards. The
-tail's digest covers header and table, and each row carries a digest of its item, so a log record
-that names the tail's digest fixes every byte of the file.
+Header, items, table, annex, tail. The writer appends items as they come and keeps table and annex
+in memory; seal() writes them and the tail and publishes the file, which never changes afterwards.
+The tail's digest covers header, table and annex, and each row carries a digest of its item, so a
+log record that names the tail's digest fixes every byte of the file.
 
 Reading starts at the end. Nothing is allocated on the word of a length in the file before that
 length fits the file's true size and the limits here.
@@ -59,10 +59,11 @@ class Seal:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A sealed file's header and table, both proved by the tail's digest."""
+    """A sealed file's header, table and annex, all proved by the tail's digest."""
 
     header: Header
     rows: bytes
+    annex: bytes
     count: int
     size_bytes: int
     digest: bytes
@@ -74,7 +75,7 @@ class Table:
     @property
     def items_end(self) -> int:
         """Offset just behind the last item."""
-        return self.size_bytes - TAIL_BYTES - len(self.rows)
+        return self.size_bytes - TAIL_BYTES - len(self.annex) - len(self.rows)
 
 
 class SealedWriter:
@@ -87,6 +88,7 @@ class SealedWriter:
         self._header = _encoded_header(header)
         self._row_size = row_size
         self._rows = bytearray()
+        self._annex = bytearray()
         self._size_bytes = 0
         self._sent_bytes = 0
         self._open = True
@@ -106,6 +108,11 @@ class SealedWriter:
     def count(self) -> int:
         """Rows so far."""
         return len(self._rows) // self._row_size
+
+    @property
+    def annex_bytes(self) -> int:
+        """Annex so far."""
+        return len(self._annex)
 
     def append(self, pieces: Sequence[Buffer]) -> int:
         """Writes an item, or several, with one call; returns its offset.
@@ -128,17 +135,22 @@ class SealedWriter:
             raise Refused(f"{self._tmp_path}: table over {MAX_TABLE_BYTES} bytes")
         self._rows += row
 
+    def add_to_annex(self, piece: bytes) -> None:
+        """Adds to what the kind of file keeps behind its table."""
+        self._annex += piece
+
     def seal(self, final_path: str) -> Seal:
-        """Writes table and tail and gives the file its name. Durable on return.
+        """Writes table, annex and tail and gives the file its name. Durable on return.
 
         Raises FileExistsError when the name is taken. The temporary file is gone either way.
         """
         signed = _SIGNED_TAIL.pack(self._size_bytes, self.count, self._row_size)
-        digest = _table_digest(self._header, self._rows, signed)
-        size_bytes = self._size_bytes + len(self._rows) + TAIL_BYTES
-        rest = struct.pack("<16sQI4s", digest, size_bytes, 0, TAIL_MAGIC)
+        digest = _table_digest(self._header, self._rows, self._annex, signed)
+        size_bytes = self._size_bytes + len(self._rows) + len(self._annex) + TAIL_BYTES
+        rest = struct.pack("<16sQI4s", digest, size_bytes, len(self._annex), TAIL_MAGIC)
         try:
-            self._fs.pwrite(self._fd, [self._rows, signed + rest], self._size_bytes)
+            pieces: list[Buffer] = [self._rows, self._annex, signed + rest]
+            self._fs.pwrite(self._fd, pieces, self._size_bytes)
         except BaseException:
             self.abandon()
             raise
@@ -163,9 +175,11 @@ def read_table(
     what: str,
     *,
     rows_limit: int = 1 << 32,
+    annex_row_bytes: int = 0,
 ) -> Table:
-    """Header and table of a sealed file of `size_bytes`, checked against the tail's digest.
+    """Header, table and annex of a sealed file of `size_bytes`, checked against the tail's digest.
 
+    The annex has at most `annex_row_bytes` for each of the table's rows.
     The items are not read. Raises Damaged, or PointNewerFormat; `what` names the file in errors.
     """
     if size_bytes < HEADER_BYTES + TAIL_BYTES:
@@ -178,16 +192,19 @@ def read_table(
             raise Damaged(f"{what}: its header is not the one that was sealed") from error
         raise
     end = _read_end(fs, fd, size_bytes, what)
-    count, digest = _checked_tail(end[-TAIL_BYTES:], size_bytes, row_size, what)
+    count, annex_bytes, digest = _checked_tail(end[-TAIL_BYTES:], size_bytes, row_size, what)
     if count > rows_limit:
         raise Damaged(f"{what}: table of {count} rows; at most {rows_limit} are allowed")
-    need_bytes = count * row_size + TAIL_BYTES
+    if annex_bytes > count * annex_row_bytes:
+        raise Damaged(f"{what}: annex of {annex_bytes} bytes for {count} rows")
+    need_bytes = count * row_size + annex_bytes + TAIL_BYTES
     if need_bytes > len(end):
         end = read_exactly(fs, fd, need_bytes, size_bytes - need_bytes, what)
-    rows = end[len(end) - need_bytes : -TAIL_BYTES]
-    if _table_digest(raw_header, rows, end[-TAIL_BYTES:][: _SIGNED_TAIL.size]) != digest:
+    table = end[len(end) - need_bytes : -TAIL_BYTES]
+    rows, annex = table[: count * row_size], table[count * row_size :]
+    if _table_digest(raw_header, rows, annex, end[-TAIL_BYTES:][: _SIGNED_TAIL.size]) != digest:
         raise Damaged(f"{what}: digest of header and table does not match")
-    return Table(header, rows, count, size_bytes, digest)
+    return Table(header, rows, annex, count, size_bytes, digest)
 
 
 def _sealed_otherwise(
@@ -197,13 +214,13 @@ def _sealed_otherwise(
     the header does not say what a newer vmkeep wrote, but was damaged."""
     end = _read_end(fs, fd, size_bytes, what)
     try:
-        count, digest = _checked_tail(end[-TAIL_BYTES:], size_bytes, row_size, what)
+        count, annex, digest = _checked_tail(end[-TAIL_BYTES:], size_bytes, row_size, what)
     except Damaged:
         return False
-    need_bytes = count * row_size + TAIL_BYTES
+    need_bytes = count * row_size + annex + TAIL_BYTES
     end = read_exactly(fs, fd, need_bytes, size_bytes - need_bytes, what)
     signed = end[-TAIL_BYTES:][: _SIGNED_TAIL.size]
-    return _table_digest(raw_header, end[:-TAIL_BYTES], signed) != digest
+    return _table_digest(raw_header, end[:-TAIL_BYTES], b"", signed) != digest
 
 
 def read_exactly(fs: Fs, fd: int, size_bytes: int, offset: int, what: str) -> bytes:
@@ -219,16 +236,17 @@ def _read_end(fs: Fs, fd: int, size_bytes: int, what: str) -> bytes:
     return read_exactly(fs, fd, first_bytes, size_bytes - first_bytes, what)
 
 
-def _checked_tail(tail: bytes, size_bytes: int, row_size: int, what: str) -> tuple[int, bytes]:
-    """(count, digest) of a tail that fits the file."""
-    table_offset, count, found_row_size, digest, found_size, zero, magic = _TAIL.unpack(tail)
-    if magic != TAIL_MAGIC or zero or found_size != size_bytes:
+def _checked_tail(tail: bytes, size_bytes: int, row_size: int, what: str) -> tuple[int, int, bytes]:
+    """(count, bytes of the annex, digest) of a tail that fits the file."""
+    table_offset, count, found_row_size, digest, found_size, annex, magic = _TAIL.unpack(tail)
+    if magic != TAIL_MAGIC or found_size != size_bytes:
         raise Damaged(f"{what}: no valid tail at its end")
     if found_row_size != row_size or count * row_size > MAX_TABLE_BYTES:
         raise Damaged(f"{what}: table of {count} rows of {found_row_size} bytes")
-    if table_offset < HEADER_BYTES or table_offset + count * row_size + TAIL_BYTES != size_bytes:
+    end = table_offset + count * row_size + annex + TAIL_BYTES
+    if table_offset < HEADER_BYTES or end != size_bytes:
         raise Damaged(f"{what}: table at {table_offset} does not fit the file")
-    return count, digest
+    return count, annex, digest
 
 
 def _encoded_header(header: Header) -> bytes:
@@ -251,8 +269,9 @@ def _decoded_header(raw: bytes, magic: bytes, what: str) -> Header:
     return Header(found, session, n, chunk_size, extra)
 
 
-def _table_digest(header: bytes, rows: Buffer, signed_tail: bytes) -> bytes:
+def _table_digest(header: bytes, rows: Buffer, annex: Buffer, signed_tail: bytes) -> bytes:
     hasher = blake3(header)
     hasher.update(rows)
+    hasher.update(annex)
     hasher.update(signed_tail)
     return hasher.digest(DIGEST_BYTES)

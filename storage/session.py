@@ -16,12 +16,13 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from storage import orphans, tables
 from storage.chunks import FRAME_HEADER_BYTES, Frame
-from storage.errors import PointFull, SessionEnded, StorageError, translated
+from storage.errors import PointFull, Refused, SessionEnded, StorageError, translated
 from storage.fold import Garbage
 from storage.fs import Room
 from storage.manifests import ManifestWriter, encode_page
@@ -65,6 +66,14 @@ class NewBackup:
     label: bytes
     disks: Sequence[str]
     parent: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A chunk that a patch may stand on, and what it takes up itself."""
+
+    chunk_id: bytes
+    stored_len: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,13 +157,33 @@ class Session:
         What is known to be damaged where it lies is not: it is stored anew, which heals it.
         The answer may become wrong by somebody's delete; the commit finds that out.
         """
-        live = self._domain.view.ask(lambda state: state.table("chunks").get_many(ids))
         trusted = self._domain.trusted
-        known = [
-            chunk in self._own or (chunk in live and trusted(chunk, live[chunk])) for chunk in ids
-        ]
+        live, sound = self._domain.view.ask(
+            lambda state: (state.table("chunks").get_many(ids), trusted(state, ids))
+        )
+        known = [chunk in self._own or chunk in sound for chunk in ids]
         salvaged = self._salvaged([chunk for chunk in ids if chunk not in live])
         return [there or chunk in salvaged for chunk, there in zip(ids, known, strict=True)]
+
+    def bases(self, predecessors: Mapping[bytes, bytes]) -> dict[bytes, Base]:
+        """What chunks that are to be stored may be patches of, given each one's predecessor: that,
+        or what it is a patch of itself. Without those that must be stored whole: the ones that are
+        live but not trusted, and the ones without a predecessor that can be relied on.
+
+        The answer may become wrong by somebody's delete; the commit finds that out.
+        """
+        return self._domain.view.ask(partial(self._bases, predecessors))
+
+    def _bases(self, predecessors: Mapping[bytes, bytes], state: Tables) -> dict[bytes, Base]:
+        live = state.table("chunks").get_many(list(predecessors))
+        rows = self._domain.trusted(state, list(predecessors.values()))
+        roots = {chunk: row.base or chunk for chunk, row in rows.items()}
+        places = self._domain.trusted(state, list(roots.values()))
+        return {
+            chunk: Base(roots[before], places[roots[before]].stored_len)
+            for chunk, before in predecessors.items()
+            if chunk not in live and before in roots
+        }
 
     def _salvaged(self, ids: Sequence[bytes]) -> set[bytes]:
         """Those of the chunks that a salvaged pack holds; the session has the pack on return."""
@@ -167,6 +196,7 @@ class Session:
             if path in self._adopted:
                 return True
             try:
+                self._require_standing(path)
                 self.adopt_pack(path)
             except StorageError as error:
                 # Its chunks are stored again, which tells what is wrong if the point itself is.
@@ -176,15 +206,29 @@ class Session:
             self._adopted.add(path)
             return True
 
-    def store(self, frames: Sequence[Frame]) -> int:
+    def _require_standing(self, path: str) -> None:
+        """Refused when the pack has a patch whose base is not live and whole any more, or one of a
+        chunk that has come to be live: the commit would find it missing, and nobody has it whole.
+        """
+        with translated(path):
+            _, entries = read_footer(self._domain.fs, path)
+        bases = {entry.chunk_id: entry.base for entry in entries if entry.base}
+        with self._domain.view.read() as state:
+            live = state.table("chunks").get_many(list(bases))
+            sound = self._domain.trusted(state, list(bases.values()))
+        if live or any(base not in sound or sound[base].base for base in bases.values()):
+            raise Refused(f"{path}: has patches that don't stand any more")
+
+    def store(self, frames: Sequence[Frame], *, again: bool = False) -> int:
         """Adds frames that the session does not have yet to its packs; returns bytes added.
 
+        `again`: those, too, that it has, for what a commit found missing. They must be whole.
         The frames' buffers are free on return. Durable only after commit. Raises what an earlier
         pack failed with, PointFull, PointUnreachable, PointReadOnly.
         """
         with translated(self._tmp), self._lock:
             new = list({frame.chunk_id: frame for frame in frames}.values())
-            new = [frame for frame in new if frame.chunk_id not in self._own]
+            new = [frame for frame in new if again or frame.chunk_id not in self._own]
             if not new:
                 return 0
             self._raise_failed_seal()

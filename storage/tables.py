@@ -13,6 +13,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
+from storage.chunks import CHUNK_ID_BYTES
 from storage.errors import Damaged, ViewDamaged
 from storage.record import FIRST_PREVIOUS, SessionKind
 
@@ -238,24 +239,44 @@ LOST_LAYER = 0xFFFF_FFFF_FFFF_FFFF
 _U64 = struct.Struct(">Q")
 _PAGE_KEY = struct.Struct(">QI")
 _CHUNK = struct.Struct("<IIII")
+_PATCHES = struct.Struct("<I")
 _NUMBER = struct.Struct(">I")
 
 
 class ChunkRow(NamedTuple):
-    """Where a chunk lies, and how many entries of live layers name it."""
+    """Where a chunk lies, and what refers to it: entries of live layers and `patches`, which are
+    counted in both. `base`: if it is a patch, the chunk that it stands on.
+
+    What is no base has no `patches` in its bytes, and what is no patch no `base`; only in a view
+    that lacks something (docs/design.md §5.3) may a row have both.
+    """
 
     pack: int
     offset: int
     stored_len: int
     references: int
+    patches: int = 0
+    base: bytes = b""
 
 
 def pack_chunk_row(row: ChunkRow) -> bytes:
-    return _CHUNK.pack(*row)
+    patches = _PATCHES.pack(row.patches) if row.patches else b""
+    return _CHUNK.pack(*row[:4]) + patches + row.base
 
 
 def unpack_chunk_row(value: bytes) -> ChunkRow:
-    return ChunkRow._make(_CHUNK.unpack(value))
+    row = ChunkRow(*_CHUNK.unpack_from(value))
+    if len(value) == _CHUNK.size:
+        return row
+    base = chunk_base(value)
+    rest = len(value) - _CHUNK.size - len(base)
+    patches = _PATCHES.unpack_from(value, _CHUNK.size)[0] if rest else 0
+    return row._replace(patches=patches, base=base)
+
+
+def chunk_base(value: bytes) -> bytes:
+    """The base in a chunk's row; b"" of one that is stored whole."""
+    return value[-CHUNK_ID_BYTES:] if len(value) >= _CHUNK.size + CHUNK_ID_BYTES else b""
 
 
 def applied(tables: Tables) -> tuple[int, bytes]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from storage.heartbeats import Observer, beat
 from tests.crash_world import World
-from tests.store import CHUNK, Saved, image_of
+from tests.store import CHUNK, Saved, edited, image_of, patches
 
 Step = Callable[[World], object]
 
@@ -24,6 +24,13 @@ def noise(seed: int, chunks: int) -> bytes:
     """Chunks that do not compress: packs fill up and are repacked."""
     source = random.Random(seed)
     return b"".join(source.randbytes(1500) + bytes(CHUNK - 1500) for _ in range(chunks))
+
+
+# Small changes of noise(1, 6), which are stored as patches: of whole chunks, then of chunks that
+# are patches themselves, and beside what makes their packs sparse.
+SMALL = edited(noise(1, 6), 5, 20, 40)
+SMALLER = edited(SMALL, 6, 40, seed=2)
+BESIDE = SMALLER[: 4 * CHUNK] + noise(3, 2)
 
 
 def saved(world: World, number: int, at: int = 0) -> Saved:
@@ -88,6 +95,16 @@ def take_over(*numbers: int) -> Step:
     return lambda world: world.take_over(*[saved(world, number) for number in numbers])
 
 
+def patched(least: int, most: int, at: int = 0) -> Step:
+    """That many chunks are patches now: else the script is about something else."""
+
+    def step(world: World) -> None:
+        found = len(patches(world.domain(at)))
+        assert least <= found <= most, found
+
+    return step
+
+
 def rebuild(world: World) -> None:
     world.domain().rebuild()
 
@@ -145,6 +162,31 @@ SCRIPTS: dict[str, list[Step]] = {
         reclaim(host="h1"),
         restore(1, 0, "h2"),
         observed,
+    ],
+    "patches": [
+        save(noise(1, 6)),
+        save(SMALL, 0),
+        save(SMALLER, 1),
+        patched(3, 6),
+        restore(2),
+        forget(0, 1),
+        reclaim(),
+        restore(0),
+        reopen_without_view,
+        save(BESIDE, 0),
+        forget(0),
+        reclaim(),
+    ],
+    "patches taken over": [
+        save(noise(1, 3) + noise(5, 1)),
+        save(SMALL[: 3 * CHUNK] + noise(6, 1), 0),
+        save(SMALL[: 3 * CHUNK], at=1),
+        save(SMALLER[: 3 * CHUNK], 0, at=1),
+        take_over(1),
+        patched(1, 4, at=1),
+        forget(0, 1),
+        reclaim(),
+        restore(2, 1),
     ],
     "failing": [save(FULL), abandoned, beats, reopen],
 }

@@ -43,7 +43,8 @@ class Sealed:
     table_offset: int | None = None
     count: int | None = None
     file_size: int | None = None
-    zero: int = 0
+    annex: bytes = b""
+    annex_size: int | None = None
 
     def but(self, **changes: object) -> Sealed:
         return replace(self, **changes)  # type: ignore[arg-type]
@@ -54,9 +55,11 @@ class Sealed:
         table = b"".join(self.rows)
         offset = _or(self.table_offset, 64 + len(self.items))
         signed = struct.pack("<QII", offset, _or(self.count, len(self.rows)), self.row_size)
-        size = _or(self.file_size, len(header) + len(self.items) + len(table) + 48)
-        rest = digest16(header + table + signed) + struct.pack("<QI", size, self.zero) + b"VKEN"
-        return header + self.items + table + signed + rest
+        behind = table + self.annex
+        size = _or(self.file_size, len(header) + len(self.items) + len(behind) + 48)
+        annex_size = _or(self.annex_size, len(self.annex))
+        rest = digest16(header + behind + signed) + struct.pack("<QI", size, annex_size) + b"VKEN"
+        return header + self.items + behind + signed + rest
 
 
 def frame(chunk_id: bytes, codec: int, raw_len: int, payload: bytes, flags: int = 0) -> bytes:
@@ -71,8 +74,8 @@ def pack_row(
     return start + chunk_id + struct.pack("<Q", xxh3_64_intdigest(payload))
 
 
-def pack(items: bytes, rows: Sequence[bytes]) -> Sealed:
-    return Sealed(b"VKPK", bytes(32), items, rows, 56)
+def pack(items: bytes, rows: Sequence[bytes], bases: bytes = b"") -> Sealed:
+    return Sealed(b"VKPK", bytes(32), items, rows, 56, annex=bases)
 
 
 def page_row(page_no: int, entries: int, offset: int, page: bytes) -> bytes:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from storage import tables
-from storage.chunks import ZERO_MARK, Encoder
+from storage.chunks import ZERO_MARK, Encoder, Frame
 from storage.domain import Domain
 from storage.fs import Fs
+from storage.patches import PatchEncoder
 from storage.point import ClusterLabel, Point
-from storage.reader import MAX_RUN_BYTES, plan_reads
+from storage.reader import MAX_RUN_BYTES, plan_chunks, plan_reads
 from storage.session import NewBackup, Session
+from storage.tables import unpack_chunk_row
 
 CHUNK = 64 << 10
 PACK = 1 << 20
@@ -65,8 +69,45 @@ def changed_entries(
         if parent.get(at) != chunk_id:
             entries[at] = chunk_id
             if not session.known([chunk_id])[0]:
-                session.store([encoder.encode(chunk_id, chunk)])
+                frame = _patch(session, domain, chunk_id, chunk, parent.get(at, b""))
+                session.store([frame or encoder.encode(chunk_id, chunk)])
     return entries
+
+
+def _patch(
+    session: Session, domain: Domain, chunk_id: bytes, chunk: bytes, before: bytes
+) -> Frame | None:
+    """The chunk as a patch of what the parent has at this place, if that pays."""
+    base = session.bases({chunk_id: before}).get(chunk_id) if before else None
+    if base is None:
+        return None
+    content = read_chunk(domain, base.chunk_id)
+    view = memoryview(chunk)
+    return PatchEncoder().encode(chunk_id, view, base.chunk_id, content, base.stored_len)
+
+
+def read_chunk(domain: Domain, chunk_id: bytes) -> bytes:
+    """A chunk by its id; ChunkDamaged."""
+    buffer = memoryview(bytearray(MAX_RUN_BYTES + CHUNK + 4096))
+    with contextlib.closing(domain.reader()) as reader:
+        (run,) = plan_chunks(domain, [chunk_id])
+        ((_, content),) = reader.read(run, buffer)
+        return bytes(content)
+
+
+def edited(image: bytes, *blocks: int, seed: int = 1) -> bytes:
+    """The image with other bytes at the start of some 4 KiB blocks."""
+    changed = bytearray(image)
+    for block in blocks:
+        changed[block * 4096 : block * 4096 + 64] = random.Random(seed + block).randbytes(64)
+    return bytes(changed)
+
+
+def patches(domain: Domain) -> dict[bytes, bytes]:
+    """The chunks that are placed as patches, and what they stand on."""
+    with domain.view.read() as state:
+        rows = {c: unpack_chunk_row(row) for c, row in state.table("chunks").scan()}
+    return {chunk: row.base for chunk, row in rows.items() if row.base}
 
 
 def write_disk(session: Session, domain: Domain, image: bytes, disk: str, parent: str) -> None:

@@ -14,7 +14,7 @@ from storage.errors import ChunkDamaged, StorageError
 from storage.heartbeats import beat
 from storage.point import ClusterLabel, Point
 from storage.reader import MAX_RUN_BYTES, plan_reads
-from tests.store import CHUNK, Saved, cluster, open_domain, save
+from tests.store import CHUNK, Saved, cluster, edited, open_domain, patches, save
 
 HOST = "host-1"
 
@@ -85,6 +85,7 @@ def make_site(where: Path) -> Site:
     first = full(12)
     first[5] = bytes(CHUNK)
     second = [*first[:3], *full(2), bytes(CHUNK), *first[6:]]
+    second[6], second[9] = edited(second[6], 5), edited(second[9], 1, 15)  # stored as patches
     third = [*full(4), *first[:2]]
     images: list[Image] = []
     domain = open_domain(point, label, HOST)
@@ -93,8 +94,9 @@ def make_site(where: Path) -> Site:
     tail = b"".join(third) + chance.randbytes(1000)
     images.append(Image(save(domain, tail), tail))
     domain.checkpoint()
-    last = b"".join([*second[:-1], *full(1)])
+    last = edited(b"".join([*second[:-1], *full(1)]), 9 * 16 + 3)  # another one on the same base
     images.append(Image(save(domain, last, images[1].saved), last))
+    assert len(patches(domain)) == 3
     beat(domain, 1)
     domain.close()
     other = open_domain(point, cluster("other"), "host-2")

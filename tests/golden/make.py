@@ -15,7 +15,7 @@ from pathlib import Path
 
 from storage.framing import FORMAT
 from storage.point import ClusterLabel, Point
-from tests.store import CHUNK, image_of, load, open_domain, save
+from tests.store import CHUNK, image_of, load, open_domain, patches, save
 
 HERE = Path(__file__).parent
 CLUSTER = ClusterLabel(
@@ -28,7 +28,8 @@ def images() -> list[bytes]:
     source = random.Random(1)
     dense, sparse = source.randbytes(3000) * 22, source.randbytes(64) * 1024
     first = image_of(dense[:CHUNK], 0, sparse, 7) + b"odd tail"
-    second = image_of(dense[:CHUNK], sparse, 0, 8) + b"odd tail"
+    patched = dense[: 3 * 4096] + bytes(4096) + dense[4 * 4096 : CHUNK]
+    second = image_of(patched, sparse, 0, 8) + b"odd tail"
     third = image_of(8, 8, sparse)
     return [first, second, third]
 
@@ -50,6 +51,7 @@ def main() -> int:
     domain.reclaim()
     domain.checkpoint()
     assert load(domain, last) == third
+    assert len(patches(domain)) == 1
     domain.close()
     for made_anew in ("views", "tmp", "checkpoints"):
         shutil.rmtree(target / "domains" / CLUSTER.cluster_uuid / made_anew)

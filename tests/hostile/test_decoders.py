@@ -24,11 +24,12 @@ from engine.labels import UNREADABLE_NAME, decode_label, encode_label
 from engine.model import BackupLabel, DiskBackup
 from storage.chunks import MAX_CHUNK_BYTES, ChunkHasher, Decoder, Encoder
 from storage.errors import Damaged, PointNewerFormat, Refused
-from storage.fs import OsFs
+from storage.fs import Buffer, OsFs
 from storage.heartbeats import Heartbeat, check_beat
 from storage.listing import BackupRow, DiskRow
 from storage.manifests import ManifestReader, decode_page, encode_page
-from storage.packs import MAX_PACK_ROWS, parse_frame, read_footer
+from storage.packs import MAX_PACK_ROWS, FrameView, parse_frame, read_footer, require_entry
+from storage.patches import patched
 from storage.point import ClusterLabel, Point, PointLabel
 from storage.record import (
     BackupSeal,
@@ -53,6 +54,10 @@ MIB = 1 << 20
 HASHER = ChunkHasher(bytes(32))
 SESSION = "ab" * 16
 CONTENTS = [b"compressible " * 90, b"raw one", b"z" * 700, random.Random(1).randbytes(300)]
+BASE = random.Random(2).randbytes(5 * 4096 + 7)
+PATCHED = BASE[:4096] + b"changed" * 700 + BASE[4096 + 4900 :]
+# As docs/design.md §4.2 has it: the base's id, one byte of bitmap, the second and third block.
+PATCH = HASHER.full(BASE) + b"\x06" + PATCHED[4096 : 3 * 4096]
 FILE = FileSeal(n=1, size_bytes=1000, count=3, digest=bytes(16))
 UUID = new_uuid()
 RECORD = Record(
@@ -107,7 +112,10 @@ def pack_bytes() -> bytes:
         place = (frame.chunk_id, frame.codec, len(content), payload)
         rows.append(forging.pack_row(64 + len(items), *place))
         items += forging.frame(*place)
-    return forging.pack(items, rows).encoded()
+    place = (HASHER.full(PATCHED), 2, len(PATCHED), PATCH)
+    rows.append(forging.pack_row(64 + len(items), *place))
+    items += forging.frame(*place)
+    return forging.pack(items, rows, PATCH[:32]).encoded()
 
 
 def manifest_sealed(capacity: int = 3 << 40) -> forging.Sealed:
@@ -258,9 +266,15 @@ def read_pack(content: bytes, place: Path) -> None:
     whole = memoryview(content)
     for entry in read_footer(OsFs(), str(place))[1]:
         found = parse_frame(whole[entry.offset :], CHUNK_SIZE, "here")
-        raw = Decoder().decode(found.codec, found.payload, found.raw_len)
-        if HASHER.full(raw) != found.chunk_id:
+        require_entry(found, entry, "here")
+        if HASHER.full(decoded(found)) != found.chunk_id:
             raise Damaged("not its id")
+
+
+def decoded(found: FrameView) -> Buffer:
+    if found.codec == 2:
+        return patched(found.payload, found.raw_len, BASE, Decoder())
+    return Decoder().decode(found.codec, found.payload, found.raw_len)
 
 
 def read_manifest(content: bytes, place: Path) -> None:
@@ -300,7 +314,10 @@ def test_sealed_files(kind: str, seal: Callable[[bytes], bytes], place: Path) ->
         {"row_size": 0xFFFFFFFF},
         {"version": 2},
         {"flags": 1},
-        {"zero": 1},
+        {"annex_size": 1},
+        {"annex_size": 0xFFFFFFFF},
+        {"annex": b"x" * 32},
+        {"annex": b"x" * 33},
     ],
     ids=str,
 )
@@ -343,8 +360,7 @@ def test_a_manifest_of_2_to_the_60_entries(place: Path) -> None:
 
 
 def decoded_frame(content: bytes) -> None:
-    found = parse_frame(memoryview(content), CHUNK_SIZE, "here")
-    Decoder().decode(found.codec, found.payload, found.raw_len)
+    decoded(parse_frame(memoryview(content), CHUNK_SIZE, "here"))
 
 
 def test_frames() -> None:
@@ -360,9 +376,38 @@ def test_frames() -> None:
         only_named(partial(decoded_frame, forged))
 
 
+def test_patches() -> None:
+    sample = forging.frame(HASHER.full(PATCHED), 2, len(PATCHED), PATCH)
+    decoded_frame(sample)
+    refused = sum(only_named(partial(decoded_frame, mutant)) for mutant in mutants(sample, 4))
+    assert refused > 50
+    compressed = PATCH[:33] + zstandard.compress(PATCH[33:])
+    for payload in (*mutants(PATCH, 5), *mutants(compressed, 6)):
+        forged = forging.frame(bytes(31) + b"x", 2, len(PATCHED), payload[: len(PATCHED) - 1])
+        only_named(partial(decoded_frame, forged))
+
+
+@pytest.mark.parametrize("base", [HASHER.full(PATCHED), bytes(32)], ids=["itself", "zero mark"])
+def test_bases_that_can_not_be(base: bytes, place: Path) -> None:
+    chunk = (HASHER.full(PATCHED), 2, len(PATCHED), base + PATCH[32:])
+    with pytest.raises(Damaged):
+        parse_frame(memoryview(forging.frame(*chunk)), CHUNK_SIZE, "here")
+    pack = forging.pack(forging.frame(*chunk), [forging.pack_row(64, *chunk)], base)
+    place.write_bytes(pack.encoded())
+    with pytest.raises(Damaged):
+        read_footer(OsFs(), str(place))
+
+
+def test_a_footer_that_names_another_base(place: Path) -> None:
+    chunk = (HASHER.full(PATCHED), 2, len(PATCHED), PATCH)
+    pack = forging.pack(forging.frame(*chunk), [forging.pack_row(64, *chunk)], bytes(31) + b"x")
+    with pytest.raises(Damaged):
+        read_pack(pack.encoded(), place)
+
+
 @pytest.mark.parametrize("length", [CHUNK_SIZE + 1, 1 << 31, 0xFFFFFFFF, 0])
 def test_frames_that_claim_much(length: int) -> None:
-    for codec in (0, 1):
+    for codec in (0, 1, 2):
         sample = forging.frame(bytes(32), codec, length, b"x" * 10)
         decode = partial(decoded_frame, sample)
         assert peak_bytes(partial(only_named, decode)) < MIB

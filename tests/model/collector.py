@@ -181,8 +181,12 @@ class _RetireOps:
 
 
 def _placed(state: MemoryTables, file: File, number: int) -> list[bytes]:
-    rows = state.table("chunks").get_many(file.chunks)
-    return [chunk for chunk in file.chunks if chunk in rows and _pack_of(rows[chunk]) == number]
+    rows = state.table("chunks").get_many([chunk[:32] for chunk in file.chunks])
+    return [
+        chunk
+        for chunk in file.chunks
+        if chunk[:32] in rows and _pack_of(rows[chunk[:32]]) == number
+    ]
 
 
 def _pack_of(row: bytes) -> int:

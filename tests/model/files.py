@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeAlias
 
 from blake3 import blake3
 
+from storage.chunks import CODEC_PATCH, CODEC_RAW
 from storage.errors import Damaged, FileGone
 from storage.packs import PackEntry
 from storage.record import FileSeal, file_id
@@ -24,7 +25,8 @@ Pages: TypeAlias = tuple[tuple[int, bytes], ...]
 
 
 class File(NamedTuple):
-    """`chunks` of a pack, or `pages` of a manifest. `bit` is its place in a disk's integer."""
+    """`chunks` of a pack, each its id and, for a patch, its base's; or `pages` of a manifest. `bit`
+    is its place in a disk's integer."""
 
     domain: int
     kind: str  # "packs" or "manifests"
@@ -130,7 +132,16 @@ class DiskContents:
     def footer(self, pack: str, digest: bytes) -> Sequence[PackEntry]:
         chunks = self._file("packs", pack, digest).chunks
         return [
-            PackEntry(HEADER_BYTES + k * FRAME_BYTES, CHUNK_BYTES, STORED_BYTES, 0, 0, chunk, 0)
+            PackEntry(
+                HEADER_BYTES + k * FRAME_BYTES,
+                CHUNK_BYTES,
+                STORED_BYTES,
+                CODEC_PATCH if chunk[32:] else CODEC_RAW,
+                0,
+                chunk[:32],
+                0,
+                chunk[32:],
+            )
             for k, chunk in enumerate(chunks)
         ]
 

@@ -98,15 +98,21 @@ def restores(
 
 def _places(state: MemoryTables, contents: Contents, counted: Counter[bytes]) -> None:
     rows = {chunk: unpack_chunk_row(value) for chunk, value in state.table("chunks").scan()}
-    must(rows.keys() == counted.keys(), "I1: the index has other chunks than the pages name")
+    on_bases = Counter(row.base for row in rows.values() if row.base)
+    counted = counted + on_bases
+    must(
+        rows.keys() == counted.keys(), "I1: the index has other chunks than pages and patches name"
+    )
     live: Counter[int] = Counter()
     for chunk, row in rows.items():
         pack = state.table("pack_ids").get(row.pack.to_bytes(4, "big"))
         must(pack is not None, "I1: a chunk lies in a pack that is not live")
         name = (pack or b"").decode()
         digest = tables.packs.require(state, name).digest
-        at = {entry.offset: entry.chunk_id for entry in contents.footer(name, digest)}
-        must(at.get(row.offset) == chunk, "I1: a chunk is not where the index says")
+        at = {entry.offset: entry.chunk_id + entry.base for entry in contents.footer(name, digest)}
+        must(at.get(row.offset) == chunk + row.base, "I1: a chunk is not where the index says")
+        must(not (row.base and row.patches), "I1: a base is a patch itself")
+        must(row.patches == on_bases[chunk], "I8: a count of patches is wrong")
         must(row.references == counted[chunk], "I8: a reference count is wrong")
         live[row.pack] += 1
     for _, pack_row in tables.packs.scan(state):

@@ -17,6 +17,7 @@ import msgspec
 from storage import gc, index, tables
 from storage.fold import _Step
 from storage.index import Index
+from storage.packs import PackEntry
 from storage.record import FileSeal, Rebase
 from storage.session import FoldedChain
 from storage.tables import ManifestState, SessionRow
@@ -51,13 +52,13 @@ def _in_place_of(owner: object, name: str, new: object) -> Patch:
     return lambda: patch.object(owner, name, new)
 
 
-_flush, _rebase, _place_pack = Index.flush, _Step._rebase, Index._place_pack
+_rebase, _place_pack = _Step._rebase, Index._place_pack
+_move, _footer = Index.move, Index._footer
 _merge, _fold_chains = index._merge, gc._fold_chains
 
 
-def _flush_all(self: Index) -> None:
+def _require_nothing(self: Index) -> None:
     self._missing.clear()
-    _flush(self)
 
 
 def _retire_any_pack(self: _Step, pack: str, own: dict[str, int]) -> None:
@@ -104,6 +105,19 @@ def _move_anything(self: Index, numbers: Mapping[str, int]) -> None:
     self.place(numbers)
 
 
+def _balance_nothing(self: Index) -> None:
+    self._on_bases.clear()
+
+
+def _move_as_whole(self: Index, numbers: Mapping[str, int]) -> None:
+    with patch.object(Index, "_footer", _footer_without_bases):
+        _move(self, numbers)
+
+
+def _footer_without_bases(self: Index, pack: str) -> Sequence[PackEntry]:
+    return [entry._replace(base=b"") for entry in _footer(self, pack)]
+
+
 def _merge_upside_down(
     under: Mapping[int, bytes], over: Mapping[int, bytes], *, root: bool
 ) -> dict[int, bytes]:
@@ -122,6 +136,8 @@ CHAIN = ("b1", "forget-p", "gc")
 ORPHANS = ("b2", "sweeper", "reaper")
 RESTORE = ("restore", "forget-q", "gc")
 IMPORT = ("import", "forget-q", "gc")
+PATCHES = ("b4", "b5", "forget-4", "gc")
+BASES = ("b4", "b6", "b7")
 GENERATIONS = ("b1", "b3", "forget-1", "forget-p", "gc")
 
 
@@ -146,7 +162,7 @@ MUTATIONS = (
         "COMMIT does not look its chunks up",
         "I1: ",
         DEDUP,
-        _in_place_of(Index, "flush", _flush_all),
+        _in_place_of(Index, "_require_all", _require_nothing),
     ),
     _fold(
         "RETIRE believes a gc that has copied nothing", "I1: ", DEDUP, COPIES_NOTHING, RETIRES_ANY
@@ -205,6 +221,24 @@ MUTATIONS = (
         "I1: ",
         CHAIN,
         _in_place_of(index, "_merge", _merge_upside_down),
+    ),
+    _fold(
+        "a base goes with its last entry, though patches stand on it",
+        "I",
+        ("b4", "forget-p"),
+        _in_place_of(Index, "balance", _balance_nothing),
+    ),
+    _fold(
+        "a moved patch refers to no base any more",
+        "I",
+        PATCHES,
+        _in_place_of(Index, "move", _move_as_whole),
+    ),
+    _fold(
+        "a base may become a patch",
+        "I1: a base is a patch",
+        BASES,
+        _in_place_of(Index, "_baseless", lambda *_: set()),
     ),
     # A defect that the model found: a gc failed as if the view were damaged.
     _fold(

@@ -21,20 +21,27 @@ from tests.model.takers import Import, Restore
 from tests.model.world import Model, Process, Rules, World
 from tests.model.writers import Backup, Delete, disk_of
 
-A, B, C, D, E, F, N = (bytes([letter]) * 32 for letter in b"abcdefn")
+A, B, C, D, E, F, G, N, X, Y = (bytes([letter]) * 32 for letter in b"abcdefgnxy")
 
 
 def _uuid(letter: str) -> str:
     return f"b0000000-0000-0000-0000-00000000000{letter}"
 
 
-P, Q, R, ONE, TWO, THREE = (_uuid(letter) for letter in "012345")
+P, Q, R, ONE, TWO, THREE, FOUR, FIVE, SIX, SEVEN = (_uuid(letter) for letter in "0123456789")
 
 # b1 changes P: a chunk that only Q has, and a new one. b2 is full and shares with all. b3 changes
 # b1, to a chunk that lies in a pack but is dead, and to zeros.
 CHANGES_ONE = {1: C, 2: N}
 CHANGES_TWO = {0: C, 1: N, 2: B}
 CHANGES_THREE = {0: D, 2: ZERO_MARK}
+# Patches: b4 changes P, X being a patch of B; b5 changes b4, Y being a patch of X or of what X is
+# one of, and leaves X alone in its pack, which is sparse then. b6 has X from somewhere else, whole;
+# b7 changes b6, Y being a patch of X.
+CHANGES_FOUR = {0: N, 1: X, 2: G}
+CHANGES_FIVE = {0: ZERO_MARK, 2: ZERO_MARK, 3: Y}
+CHANGES_SIX = {0: X}
+CHANGES_SEVEN = {1: Y}
 IMAGES: Mapping[str, Mapping[int, bytes]] = {
     P: {0: A, 1: B},
     Q: {0: C},
@@ -42,6 +49,10 @@ IMAGES: Mapping[str, Mapping[int, bytes]] = {
     ONE: {0: A, 1: C, 2: N},
     TWO: {0: C, 1: N, 2: B},
     THREE: {0: D, 1: C},
+    FOUR: {0: N, 1: X, 2: G},
+    FIVE: {1: X, 3: Y},
+    SIX: {0: X},
+    SEVEN: {0: X, 1: Y},
 }
 
 Cast = Callable[[Model], Process]
@@ -49,6 +60,11 @@ CAST: Mapping[str, Cast] = {
     "b1": lambda m: Backup(m, "b1", 0, ONE, CHANGES_ONE, P),
     "b2": lambda m: Backup(m, "b2", 1, TWO, CHANGES_TWO),
     "b3": lambda m: Backup(m, "b3", 0, THREE, CHANGES_THREE, ONE),
+    "b4": lambda m: Backup(m, "b4", 0, FOUR, CHANGES_FOUR, P, {X: B}),
+    "b5": lambda m: Backup(m, "b5", 0, FIVE, CHANGES_FIVE, FOUR, {Y: X}),
+    "b6": lambda m: Backup(m, "b6", 1, SIX, CHANGES_SIX),
+    "b7": lambda m: Backup(m, "b7", 1, SEVEN, CHANGES_SEVEN, SIX, {Y: X}),
+    "forget-4": lambda m: Delete(m, "forget-4", 1, FOUR),
     "forget-q": lambda m: Delete(m, "forget-q", 0, Q),
     "forget-p": lambda m: Delete(m, "forget-p", 1, P),
     "forget-1": lambda m: Delete(m, "forget-1", 1, ONE),
@@ -142,6 +158,8 @@ SMALL = (
     _scenario("restore", 14_000, "restore", "b1", "forget-q", "gc"),
     _scenario("held", 9_000, "restore-p", "b1", "forget-p", "forget-1", "gc"),
     _scenario("import", 8_000, "import", "forget-q", "gc", "sweeper"),
+    _scenario("patches", 6_000, "b4", "b5", "forget-4", "forget-p", "gc"),
+    _scenario("bases", 15_000, "b4", "b6", "b7", "forget-4", "gc"),
     _scenario("orphans", 1_800, "b2", "sweeper-0", "sweeper", "reaper"),
 )
 FULL = (

@@ -75,6 +75,8 @@ class Restore:
         except NotOnPoint as error:
             return self._failed(world, str(error))
         chunks = [chunk for _, page in disk_map.pages() for chunk in page.values()]
+        rows = state.table("chunks").get_many(chunks)
+        chunks += [base for row in rows.values() if (base := unpack_chunk_row(row).base)]
         places = _places(state, chunks)
         if len(places) != len(chunks):
             return self._failed(world, "a chunk is nowhere")
@@ -101,7 +103,10 @@ class Restore:
 
     def _holds(self, disk: int, pack: str, chunk: bytes) -> bool:
         own = disk & self.model.files.domains[0]
-        return any(file.name == pack and chunk in file.chunks for file in self.model.files.of(own))
+        return any(
+            file.name == pack and any(held.startswith(chunk) for held in file.chunks)
+            for file in self.model.files.of(own)
+        )
 
     def _failed(self, world: World, why: str) -> World:
         self.model.fail(world, self.session, why)

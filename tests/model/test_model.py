@@ -15,6 +15,8 @@ MOMENTS = {
     "b1.commit: chunk_missing",
     "b1: store again",
     "b2.commit: session_ended",
+    "b4.commit: chunk_missing",
+    "b4: store again",
     "b1.commit: settled",
     "b1.commit: raced",
     "gc: fold",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeAlias, cast
 
 from storage.chunks import ZERO_MARK
@@ -10,7 +11,7 @@ from storage.errors import ChunkMissing, StorageError
 from storage.manifests import encode_page
 from storage.record import Forget, Op, Open, SessionKind
 from storage.session import NewBackup
-from storage.tables import MemoryTables
+from storage.tables import MemoryTables, unpack_chunk_row
 from tests.model.chain import Edge
 from tests.model.drafts import Draft
 from tests.model.files import Pages
@@ -41,7 +42,10 @@ def then_unlink(mask: int, after: Local) -> Local:
 
 
 class Backup:
-    """One backup: `changes` (chunk index -> id) against `parent` once that is there, or in full."""
+    """One backup: `changes` (chunk index -> id) against `parent` once that is there, or in full.
+
+    `before`: the predecessors of chunks that it stores as patches, if it may.
+    """
 
     domain = 0
     start = Local("open")
@@ -54,6 +58,7 @@ class Backup:
         backup: str,
         changes: Mapping[int, bytes],
         parent: str = "",
+        before: Mapping[bytes, bytes] = MappingProxyType({}),
     ) -> None:
         self.model = model
         self.name = name
@@ -64,6 +69,7 @@ class Backup:
         self.parent = parent
         self._parent_bit = model.names.backup(0, parent)
         self.session = model.new_session()
+        self._before = before
         self._chunks = tuple(sorted(set(changes.values()) - {ZERO_MARK}))
         pages: Pages = ((0, encode_page(dict(changes))),)
         self._manifest = model.files.manifest(0, self.session, 0, pages)
@@ -102,9 +108,20 @@ class Backup:
     def _look(self, world: World) -> Step:
         """Session.known of all chunks, on the host's view as it is; then a pack with the rest."""
         live = self.model.view(world, self).state.table("chunks").get_many(self._chunks)
-        unknown = tuple(chunk for chunk in self._chunks if chunk not in live)
+        state = self.model.view(world, self).state
+        unknown = tuple(
+            chunk + self._base(state, chunk) for chunk in self._chunks if chunk not in live
+        )
         then = "manifest" if self.model.rules.manifest_before_commit else "commit"
         return f"{self.name}: store {len(unknown)}", self._store(world, (), unknown, then)
+
+    def _base(self, state: MemoryTables, chunk: bytes) -> bytes:
+        """As Session.bases; b"" to store it whole."""
+        predecessor = state.table("chunks").get(self._before.get(chunk, b"-"))
+        if predecessor is None:
+            return b""
+        base = unpack_chunk_row(predecessor).base or self._before[chunk]
+        return base if state.table("chunks").get(base) is not None else b""
 
     def _store(self, world: World, packs: tuple[Chunks, ...], chunks: Chunks, then: str) -> World:
         if not chunks:

@@ -213,7 +213,7 @@ def test_a_footer_that_lies_with_a_right_digest(tmp_path: Path, lie: forging.Sea
 
 
 def test_a_footer_of_a_newer_version(tmp_path: Path) -> None:
-    for codec, flags in ((0, 1), (0, 0x80), (2, 0)):
+    for codec, flags in ((0, 1), (0, 0x80), (1, 1)):
         row = forging.pack_row(64, ID, codec, 7, b"raw one", flags)
         (tmp_path / "p").write_bytes(forging.pack(FRAME, [row]).encoded())
         with pytest.raises(PointNewerFormat):
@@ -258,7 +258,7 @@ def test_a_frame_with_impossible_lengths_is_damage(offset: int, claim: bytes) ->
 
 
 def test_frames_of_a_newer_version() -> None:
-    for codec, flags in ((0, 1), (1, 2), (2, 0)):
+    for codec, flags in ((0, 1), (1, 2), (2, 1)):
         newer = forging.frame(ID, codec, 9, b"raw one", flags)
         with pytest.raises(PointNewerFormat):
             parse_frame(memoryview(newer), CHUNK_SIZE, "here")

@@ -200,7 +200,7 @@ def test_every_truncation_and_a_longer_file_are_noticed(tmp_path: Path) -> None:
         FORGED.but(row_size=16, count=1),
         FORGED.but(file_size=1 << 62),
         FORGED.but(file_size=0),
-        FORGED.but(zero=1),
+        FORGED.but(annex_size=1),
         FORGED.but(version=0),
         FORGED.but(magic=b"VKPK"),
         FORGED.but(chunk_size=0),

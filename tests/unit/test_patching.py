@@ -1,0 +1,121 @@
+"""engine.patching: what a backup stores as patches, and what it does when it can't."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from engine.backup import BackupFacts, run_backup
+from storage.chunks import FRAME_HEADER_BYTES
+from storage.packs import read_footer
+from tests.rig import Made, Rig, random_bytes, write_at
+from tests.store import patches
+
+CHUNK = 64 << 10
+BLOCK = 4096
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    with Rig(tmp_path, chunk_size=CHUNK) as made:
+        yield made
+
+
+@pytest.fixture
+def path(rig: Rig) -> Path:
+    found = rig.pool / "v"
+    found.write_bytes(random_bytes(40 * CHUNK + 5 * BLOCK))
+    return found
+
+
+def stored(made: Made) -> int:
+    return made.context.progress().bytes_stored
+
+
+def same(rig: Rig, made: Made, path: Path) -> bool:
+    return rig.restore(made).read_bytes() == path.read_bytes()
+
+
+def scatter(path: Path, count: int, seed: int) -> None:
+    """Writes a block into as many chunks."""
+    for at in range(count):
+        write_at(path, at * CHUNK + 3 * BLOCK, random_bytes(BLOCK, seed + at))
+
+
+def test_scattered_writes_are_stored_as_what_they_are(rig: Rig, path: Path) -> None:
+    full = rig.back_up(path)
+    scatter(path, 30, 100)
+    made = rig.back_up(path, parent=full)
+    assert 30 * BLOCK < stored(made) < 30 * (BLOCK + 200)
+    assert same(rig, made, path)
+    before = path.read_bytes()
+    scatter(path, 10, 200)  # the same blocks: not more than one differs from the base
+    again = rig.back_up(path, parent=made)
+    assert stored(again) < 10 * (BLOCK + 200)
+    assert same(rig, again, path)
+    assert rig.restore(made).read_bytes() == before
+    assert len(patches(rig.domain)) == 40
+
+
+def test_what_has_changed_for_the_most_part_is_stored_whole(rig: Rig, path: Path) -> None:
+    full = rig.back_up(path)
+    write_at(path, 0, random_bytes(CHUNK // 2, 5))
+    made = rig.back_up(path, parent=full)
+    assert stored(made) == CHUNK + FRAME_HEADER_BYTES
+    assert patches(rig.domain) == {}
+
+
+def test_a_full_backup_makes_no_patches(rig: Rig, path: Path) -> None:
+    rig.back_up(path)
+    scatter(path, 1, 1)
+    rig.back_up(path)
+    assert patches(rig.domain) == {}
+
+
+def test_a_damaged_base_is_no_base(rig: Rig, path: Path) -> None:
+    """The chunks are stored whole, the backup says so, and it restores."""
+    full = rig.back_up(path)
+    with rig.domain.view.read() as state:
+        (pack,) = [key.decode() for key, _ in state.table("packs").scan()]
+    file = Path(rig.domain.paths.pack(pack))
+    entry = read_footer(rig.domain.fs, str(file))[1][0]
+    os.chmod(file, 0o600)
+    write_at(file, entry.offset + FRAME_HEADER_BYTES + 5, b"damage")
+    scatter(path, 40, 1)  # all whole chunks of the disk: nothing else is needed of the damaged one
+    made = rig.back_up(path, parent=full)
+    assert made.result is not None
+    notes = " ".join(made.result.facts.notes)
+    assert "1 of the parent's are damaged" in notes
+    assert 39 * BLOCK + CHUNK < stored(made) < 39 * (BLOCK + 200) + CHUNK + 200
+    assert same(rig, made, path)
+    assert rig.domain.distrusted() == {pack: frozenset({entry.chunk_id})}
+
+
+def test_a_base_that_goes_before_the_commit(rig: Rig, path: Path) -> None:
+    """Its patch is stored whole, from the snapshot, and the backup is made."""
+    full = rig.back_up(path)
+    scatter(path, 1, 1)
+    middle = rig.back_up(path, parent=full)
+    copy = rig.pool / "w"
+    copy.write_bytes(path.read_bytes())
+    scatter(path, 1, 2)
+    work, made = rig.plan(path, parent=middle)
+
+    def meanwhile(facts: BackupFacts) -> bytes:
+        """Another backup stores the middle one's chunks whole, and what they stood on goes."""
+        assert len(patches(rig.domain)) == 1
+        rig.domain.forget([full.backup])
+        with rig.domain.view.read() as state:
+            packs = [key.decode() for key, _ in state.table("packs").scan()]
+        for pack in packs:
+            rig.domain.distrust(pack)
+        rig.back_up(copy)
+        return work.make_label(facts)
+
+    run_backup(replace(work, make_label=meanwhile), made.context)
+    assert patches(rig.domain) == {}
+    assert same(rig, made, path)
