@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 
 from engine import backups, remote, restores, upkeep, vms
+from engine.baselines import Baselines
 from engine.catalogue import Catalogue
 from engine.config import Config
 from engine.core import Core
@@ -43,6 +44,7 @@ from engine.recovery import recover
 from engine.scopes import ranges
 from engine.seed import settle_places, settle_vms
 from engine.state import State
+from engine.tending import Tending, tend
 from engine.views import (
     BackupPage,
     BackupQuery,
@@ -65,10 +67,11 @@ STOP_SHARE_OF_JOBS = 0.7  # of the time to stop in; the points get the rest
 class Engine:
     """Made by `start`, ended by `stop`."""
 
-    def __init__(self, host: Host, core: Core, operations: OperationLog) -> None:
+    def __init__(self, host: Host, core: Core, operations: OperationLog, tending: Tending) -> None:
         self._host = host
         self._core = core
         self._operations = operations
+        self._tending = tending
         self._stopped = False
 
     # Life -----------------------------------------------------------------------------------
@@ -102,11 +105,13 @@ class Engine:
             if not config.points:
                 core.points.make_default(host.default_point_path)
             core.jobs.start()
+            tending = Tending(core)
+            tending.start()
         except BaseException:
             core.points.stop(1.0)
             core.inventory.stop()
             raise
-        return cls(host, core, OperationLog(state, core.clock))
+        return cls(host, core, OperationLog(state, core.clock), tending)
 
     def stop(self, timeout_s: float = 8.0) -> None:
         """Ends all jobs at their next batch, closes everything; returns within `timeout_s`.
@@ -118,6 +123,7 @@ class Engine:
         self._stopped = True
         deadline_s = time.monotonic() + timeout_s
         self._core.jobs.stop(timeout_s * STOP_SHARE_OF_JOBS)
+        self._tending.stop(max(deadline_s - time.monotonic(), 0.1) / 2)
         self._core.points.stop(max(deadline_s - time.monotonic(), 0.1))
         self._core.inventory.stop()
         self._core.state.close()
@@ -278,6 +284,7 @@ class Engine:
         if erase:
             self._core.points.erase(uuid)
         self._core.points.detach(uuid)
+        tend(self._core)
 
     def start_maintenance(self, kind: Maintenance, point_uuid: str, deep: bool) -> str:
         """The job's uuid. See engine.upkeep."""
@@ -340,6 +347,7 @@ def _assemble(host: Host, state: State, config: Config) -> Core:
         catalogue=catalogue,
         jobs=Jobs(state, max_running=config.limits.max_jobs),
         points=Points(state, around, probes),
+        baselines=Baselines(state, time.time, reserve_share=config.tracking.pool_reserve_share),
         probes=probes,
     )
 
