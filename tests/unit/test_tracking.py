@@ -97,12 +97,12 @@ class TestChanges:
     def test_the_map_of_a_live_file_shows_them_too(self, rig: TrackedRig) -> None:
         with rig.volume.open("r+b", buffering=0) as file:
             os.fsync(file.fileno())
-            clone_fd = os.open(rig.pool, os.O_TMPFILE | os.O_RDWR)
-            clone_into(clone_fd, file.fileno())
-            file.seek(CHUNK)
-            file.write(b"dirty")
-            assert extent_map(file.fileno(), SIZE) != extent_map(clone_fd, SIZE)
-            os.close(clone_fd)
+            with os.fdopen(os.open(rig.pool, os.O_TMPFILE | os.O_RDWR), "r+b") as clone:
+                clone_into(clone.fileno(), file.fileno())
+                file.seek(CHUNK)
+                file.write(b"dirty")
+                maps = [extent_map(one.fileno(), SIZE) for one in (file, clone)]
+        assert maps[0] != maps[1]
 
     def test_preallocated_blocks_that_are_written_later(self, rig: TrackedRig) -> None:
         rig.volume.write_bytes(b"")
