@@ -43,6 +43,7 @@ from engine.probes import Probes
 from engine.recovery import recover
 from engine.scopes import ranges
 from engine.seed import settle_places, settle_vms
+from engine.stalls import StallState
 from engine.state import State
 from engine.tending import Tending, tend
 from engine.views import (
@@ -55,6 +56,7 @@ from engine.views import (
     RemoteBackup,
     RestoreTarget,
     Scope,
+    TrackingState,
 )
 from engine.volumes import bounded_volume_size, pool_room, volume_path
 
@@ -248,6 +250,25 @@ class Engine:
     ) -> list[RemoteBackup]:
         """Slow. See engine.remote.import_backups."""
         return remote.import_backups(self._core, cluster_uuid, wanted)
+
+    # Tracking -------------------------------------------------------------------------------
+
+    def tracking(self) -> list[TrackingState]:
+        """Of all disks that were ever cloned for a backup, and are still some VM's."""
+        return [
+            TrackingState(row.vm_uuid, row.target_device, row.volume, row.off, row.why)
+            for row in self._core.baselines.rows()
+        ]
+
+    def turn_tracking_on(self, vm_uuid: str) -> None:
+        """Of all disks of a VM: the operator knows why it was ended. NotFound."""
+        vm = self.vm(vm_uuid)
+        for disk in vm.disks:
+            self._core.baselines.turn_on(vm.uuid, disk.target_device)
+
+    def stalls(self) -> StallState:
+        """How long VMs stood still for their snapshots."""
+        return self._core.stalls.state
 
     # Points ---------------------------------------------------------------------------------
 

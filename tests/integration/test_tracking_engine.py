@@ -109,3 +109,20 @@ def test_without_tracking_there_are_none(rig: EngineRig) -> None:
     backup = rig.back_up(vm)
     assert "changes found by: sda scan" in backup.label.notes
     assert rig.restore(backup, "copy") == [content]
+
+
+def test_an_alert_stands_until_an_operator_turns_tracking_on(
+    rig: EngineRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = rig.make_vm("web", random_bytes(SIZE))
+    rig.back_up(vm)
+    change(rig, vm)
+    with monkeypatch.context() as patch:
+        patch.setattr("engine.tracking.differences", lambda *_: [])
+        patch.setattr("engine.sampling.FEWEST_CHUNKS", 1000)
+        rig.back_up(vm)
+    (state,) = rig.engine.tracking()
+    assert "was not seen" in state.off
+    rig.engine.turn_tracking_on(vm.uuid)
+    (state,) = rig.engine.tracking()
+    assert state.off == ""
