@@ -62,6 +62,7 @@ soak: .venv/.test
 	$(BIN)/python -m tests.model.search --full
 	$(BIN)/python -m tests.crash_sweep --points 1000000
 	$(BIN)/python -m tests.fire.sweep --stride 1
+	$(BIN)/python -m tests.reflink_sweep --rounds 10000
 	$(BIN)/python -m tests.fire.plug --count 5000
 	$(BIN)/python -m bench.soak_two --rounds 1000 --hosts-rounds 200
 	VMKEEP_DAMAGE=20000 $(BIN)/python -m pytest tests/damage/test_point_damage.py

@@ -9,7 +9,7 @@ from collections import Counter as Tally
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import GaugeMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.registry import Collector
 
 from engine.model import BACKUP_DONE, BACKUP_FAILED, BACKUP_RUNNING
@@ -61,6 +61,7 @@ class _EngineCollector(Collector):
         yield self._jobs()
         yield self._backups()
         yield from self._points()
+        yield from self._tracking()
 
     def _jobs(self) -> Metric:
         family = GaugeMetricFamily("vmkeep_jobs", "Jobs by state.", labels=["state"])
@@ -80,6 +81,22 @@ class _EngineCollector(Collector):
         for status, name in _BACKUP_STATUSES.items():
             family.add_metric([name], tally[status])
         return family
+
+    def _tracking(self) -> Iterator[Metric]:
+        off = GaugeMetricFamily(
+            "vmkeep_tracking_off",
+            "1 = a sample proved the tracking of this disk's changes wrong; it is scanned.",
+            labels=["compute", "target_device"],
+        )
+        for state in self._engine.tracking():
+            off.add_metric([state.vm_uuid, state.target_device], float(bool(state.off)))
+        yield off
+        stalls = self._engine.stalls()
+        for name, stall in (("clone", stalls.clone), ("freeze", stalls.freeze)):
+            text = f"How long VMs stood still for a {name}."
+            yield SummaryMetricFamily(f"vmkeep_{name}_seconds", text, stall.count, stall.sum_s)
+            longest = f"vmkeep_{name}_longest_seconds"
+            yield GaugeMetricFamily(longest, "The longest since the start.", stall.longest_s)
 
     def _points(self) -> Iterator[Metric]:
         states = self._engine.points()

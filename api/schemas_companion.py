@@ -85,6 +85,10 @@ class ComputeDelete(ScopeMembers, frozen=True, kw_only=True):
     delete_volumes: bool = False
 
 
+class ComputeTrack(Request, frozen=True, kw_only=True):
+    compute_uuid: Id
+
+
 class ComputeCreated(Answer, frozen=True, kw_only=True):
     compute_uuid: str
 
@@ -113,6 +117,7 @@ class ComputeRow(Answer, frozen=True, kw_only=True):
     state: str
     action: VmAction
     disks: list[ComputeDiskRow]
+    alerts: Annotated[list[str], Meta(description="Defects that somebody has to look into.")]
     last_error: str
     host: Annotated[str, Meta(description="The libvirt that has it.")]
 

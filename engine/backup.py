@@ -20,8 +20,9 @@ from engine.pages import Ranges
 from engine.patching import Bases
 from engine.pipeline import scan_disk, store_again
 from engine.sampling import try_unchanged
-from engine.snapshot import Snapshot, SnapshotFacts, take_snapshot
+from engine.snapshot import NO_LIMITS, CloneLimits, Snapshot, SnapshotFacts, take_snapshot
 from engine.sources import DiskFile, DiskSource, FoundBy
+from engine.tracking import Tracker
 from storage.domain import Domain
 from storage.errors import (
     ChunkMissing,
@@ -79,6 +80,8 @@ class BackupWork:
     parent: str = ""
     workers: int = 3
     freeze: FreezeHook = NO_HOOK
+    limits: CloneLimits = NO_LIMITS
+    tracker: Tracker | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +116,8 @@ def run_backup(work: BackupWork, ctx: JobContext) -> BackupResult:
 
 
 def _make(work: BackupWork, session: Session, parent: str, ctx: JobContext) -> BackupResult:
-    with take_snapshot([disk.file for disk in work.disks], work.freeze) as snapshot:
+    files = [disk.file for disk in work.disks]
+    with take_snapshot(files, work.freeze, work.limits) as snapshot:
         ctx.set_total(sum(snapshot.facts.capacities.values()))
         facts = _facts(work, parent, snapshot.facts)
         for disk in work.disks:
@@ -127,6 +131,7 @@ def _make(work: BackupWork, session: Session, parent: str, ctx: JobContext) -> B
         )
         _commit(work, new, snapshot, session, ctx)
         snapshot.committed()
+        _keep_baselines(work, snapshot)
     return BackupResult(new.parent, facts, label)
 
 
@@ -183,7 +188,9 @@ def _scanned(
     parent = work.domain.disk_map(base) if base else None
     changed, note = None, ""
     if parent is not None:
-        changed, note = _trusted_changes(work, source, parent, ctx)
+        note = _compare(work, disk, snapshot)
+        if not note:
+            changed, note = _trusted_changes(work, disk, source, parent, ctx)
     with Bases(work.domain) as bases:
         scan_disk(
             source,
@@ -198,17 +205,35 @@ def _scanned(
             bases=bases,
         )
     found_by: FoundBy = "scan" if changed is None else source.found_by
+    notes = [f"scanned: {note}"] if note else []
+    notes += [bases.note] if bases.note else []
     return replace(
         facts,
         found_by={**facts.found_by, target: found_by},
-        notes=(*facts.notes, *(f"{target} {said}" for said in (note, bases.note) if said)),
+        notes=(*facts.notes, *(f"{target} {said}" for said in notes)),
     )
 
 
+def _compare(work: BackupWork, disk: DiskWork, snapshot: Snapshot) -> str:
+    """Has the clone, if it is one, told what changed; why not, if that can't be."""
+    clone = snapshot.clones.get(disk.file.target_device)
+    if clone is None or work.tracker is None:
+        return ""
+    return work.tracker.compare(disk.file.target_device, disk.parent_disk, clone)
+
+
+def _keep_baselines(work: BackupWork, snapshot: Snapshot) -> None:
+    """After the commit: the clones are what the next backup is compared with."""
+    for disk in work.disks:
+        clone = snapshot.clones.get(disk.file.target_device)
+        if clone is not None and work.tracker is not None:
+            work.tracker.keep(disk.file, disk.disk_uuid, clone)
+
+
 def _trusted_changes(
-    work: BackupWork, source: DiskSource, parent: DiskMap, ctx: JobContext
+    work: BackupWork, disk: DiskWork, source: DiskSource, parent: DiskMap, ctx: JobContext
 ) -> tuple[Ranges | None, str]:
-    """(what changed since the parent, a note on it); None when that is not known for sure."""
+    """(what changed since the parent, or None and why not)."""
     changed = source.changed_ranges()
     if changed is None:
         return None, ""
@@ -224,9 +249,10 @@ def _trusted_changes(
     if sample.sound:
         return source.changed_ranges(), ""
     log.error("tracking_wrong", extra={"backup": work.backup_uuid, "chunk": sample.wrong_chunk})
+    if work.tracker is not None and source.found_by == "reflink":
+        work.tracker.missed(disk.file, sample.wrong_chunk)
     return None, (
-        f"scanned: {source.found_by} missed a change in chunk {sample.wrong_chunk}, "
-        "as a sample of the rest showed"
+        f"{source.found_by} missed a change in chunk {sample.wrong_chunk}, as a sample showed"
     )
 
 

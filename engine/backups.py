@@ -33,7 +33,10 @@ from engine.model import (
     Vm,
 )
 from engine.qemu.bitmaps import bitmap_name
+from engine.snapshot import CloneLimits, SnapshotFacts
 from engine.sources import BitmapPlan, DiskFile
+from engine.tending import tend
+from engine.tracking import Tracker
 from engine.views import Scope
 from engine.volumes import volume_path
 from storage.errors import NotOnPoint
@@ -104,6 +107,7 @@ def delete_backup(core: Core, scope: Scope, backup_uuid: str) -> None:
     core.catalogue.remove(row)
     if row.status == BACKUP_DONE:
         core.points.reclaim(row.point_uuid, RECLAIM_TIMEOUT_S)
+        tend(core)
     log.info("backup_deleted", extra={"backup": row.uuid})
 
 
@@ -128,9 +132,12 @@ class _BackupRun:
                 parent=parent.uuid if parent else "",
                 workers=core.config.worker_count,
                 freeze=self._freeze_hook(),
+                limits=self._clone_limits(),
+                tracker=self._tracker(),
             ),
             ctx,
         )
+        core.stalls.add(result.facts.snapshot.clone_s, result.facts.snapshot.freeze_s)
         self._row = replace(self._row, parent=result.parent)
         return self._row.label.notes
 
@@ -186,7 +193,7 @@ class _BackupRun:
     def _label_bytes(self, facts: BackupFacts) -> bytes:
         """The label as the backup turned out."""
         label = self._row.label
-        notes = [f"snapshot: {facts.snapshot.method}", *_changes_notes(facts), *facts.notes]
+        notes = [*_snapshot_notes(facts.snapshot), *_changes_notes(facts), *facts.notes]
         told = any(note.startswith("full: ") for note in notes)
         if facts.full and not self._full_wanted and not told:
             notes.insert(0, NOTHING_TO_BUILD_ON)
@@ -198,6 +205,15 @@ class _BackupRun:
         self._row = replace(self._row, label=label)
         return encode_label(label)
 
+    def _tracker(self) -> Tracker | None:
+        if not self._core.config.tracking.enabled:
+            return None
+        return Tracker(self._core.baselines, self._vm.uuid, self._row.uuid)
+
+    def _clone_limits(self) -> CloneLimits:
+        clone = self._core.config.clone
+        return CloneLimits(frozen=clone.most_frozen_extents, cloned=clone.most_extents)
+
     def _freeze_hook(self) -> FreezeHook:
         freeze = self._core.config.freeze
         return FreezeHook(
@@ -206,6 +222,16 @@ class _BackupRun:
             timeout_s=freeze.timeout_s,
             hold_s=freeze.hold_s,
         )
+
+
+def _snapshot_notes(held: SnapshotFacts) -> list[str]:
+    """How the disks were held still, and how long that kept the VM from writing."""
+    notes = [f"snapshot: {held.method}"]
+    if held.clone_s:
+        notes.append(f"cloned in {held.clone_s:.3f} s")
+    if held.freeze_s:
+        notes.append(f"frozen for {held.freeze_s:.3f} s")
+    return notes
 
 
 def _changes_notes(facts: BackupFacts) -> list[str]:

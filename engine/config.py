@@ -64,6 +64,24 @@ class Freeze(Section, frozen=True):
     hold_s: Annotated[float, Meta(gt=0, le=600)] = 10.0  # thawed after this, come what may
 
 
+class Clone(Section, frozen=True):
+    """How many extents a VM's disks may have, all together; 0 = any number.
+
+    A clone takes some 20 µs an extent, and the disk's writers stand still meanwhile.
+    """
+
+    most_frozen_extents: Annotated[int, Meta(ge=0)] = 200_000  # with more: cloned without a freeze
+    most_extents: Annotated[int, Meta(ge=0)] = 0  # with more: not cloned, but read directly
+
+
+class Tracking(Section, frozen=True):
+    """Finding changes by comparing clones, on XFS and btrfs."""
+
+    enabled: bool = True
+    pool_reserve_share: Annotated[float, Meta(ge=0, le=1)] = 0.1  # less free: baselines are dropped
+    look_every_s: Annotated[float, Meta(gt=0, le=3600)] = 30.0  # at the room in the pools
+
+
 class Log(Section, frozen=True):
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     form: Literal["json", "text"] = "json"
@@ -171,6 +189,8 @@ class Config(Section, frozen=True):
     limits: Limits = Limits()
     gc: Gc = Gc()
     freeze: Freeze = Freeze()
+    clone: Clone = Clone()
+    tracking: Tracking = Tracking()
     log: Log = Log()
     clusters: tuple[ClusterConfig, ...] = ()
     tenants: tuple[TenantConfig, ...] = ()

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from engine.baselines import Baselines
 from engine.catalogue import Catalogue
 from engine.config import Config
 from engine.errors import NotFound
@@ -17,6 +18,7 @@ from engine.points import Points
 from engine.probes import Probes
 from engine.rooms import Rooms
 from engine.scopes import covers
+from engine.stalls import Stalls
 from engine.state import State
 from engine.views import Scope
 
@@ -31,8 +33,10 @@ class Core:
     catalogue: Catalogue
     jobs: Jobs
     points: Points
+    baselines: Baselines
     probes: Probes = field(default_factory=Probes)
     rooms: Rooms = field(default_factory=Rooms)
+    stalls: Stalls = field(default_factory=Stalls)
     clock: Callable[[], float] = time.time
 
     def vm_in(self, scope: Scope, uuid: str) -> Vm:

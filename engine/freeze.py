@@ -17,6 +17,7 @@ import logging
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -75,6 +76,7 @@ class Freeze:
     """What came of it. `held` and `notes` are final once the `frozen` block has ended."""
 
     held: bool = False
+    held_s: float = 0.0  # from asking for the freeze to the end of the thaw
     notes: list[str] = field(default_factory=list)
 
 
@@ -86,6 +88,7 @@ def frozen(hook: FreezeHook) -> Iterator[Freeze]:
     if watchdog is None:
         yield freeze
         return
+    began_s = time.monotonic()
     try:
         freeze.held = _run(hook, "freeze")
         if freeze.held:
@@ -95,6 +98,7 @@ def frozen(hook: FreezeHook) -> Iterator[Freeze]:
         yield freeze
     finally:
         thawed = _thaw(hook)
+        freeze.held_s = time.monotonic() - began_s if freeze.held else 0.0
         if _dismiss(watchdog, thawed, hook) == _FROZE_TOO_LONG and freeze.held:
             freeze.held = False
             freeze.notes.append(

@@ -194,6 +194,32 @@ class PackRead(Row, frozen=True):
     at: float
 
 
+class Baseline(Row, frozen=True):
+    """What is known of a disk's baseline: the clone that its newest backup was read from.
+
+    `file` is its path, "" when there is none, and `why` says why not. `off`, once it is set, is why
+    the disk's changes are not tracked any more.
+    """
+
+    vm_uuid: str
+    target_device: str
+    volume: str  # the volume's path
+    backup_uuid: str = ""
+    disk_uuid: str = ""
+    size_bytes: int = 0
+    inode: int = 0  # of the volume
+    generation: int = 0
+    file: str = ""
+    file_system: str = ""
+    file_inode: int = 0
+    file_generation: int = 0
+    file_mtime_ns: int = 0
+    file_ctime_ns: int = 0
+    why: str = ""
+    off: str = ""
+    off_at: float = 0.0
+
+
 class Operation(Row, frozen=True):
     """One line of the operation log."""
 

@@ -34,11 +34,20 @@ def recover(core: Core) -> None:
         if vm.action == "restoring":
             _bounded(core, f"undo {vm.uuid}", partial(_remove_volumes, core, vm))
     vms = core.inventory.end_all_actions(_ended)
+    kept = _settled_baselines(core)
     for pool in core.inventory.places.pools:
-        _bounded(core, f"clear {pool.uuid}", partial(clear_leftovers, pool.path))
+        _bounded(core, f"clear {pool.uuid}", partial(clear_leftovers, pool.path, kept))
     if jobs or backups or vms:
         fields = {"jobs": len(jobs), "backups": len(backups), "vms": len(vms)}
         log.warning("recovered", extra=fields)
+
+
+def _settled_baselines(core: Core) -> frozenset[str]:
+    """The files of the baselines. Without tracking there are none; what is left of them goes."""
+    if not core.config.tracking.enabled:
+        for row in core.baselines.rows():
+            core.baselines.drop(row, "tracking was not enabled")
+    return core.baselines.files()
 
 
 def _ended(vm: Vm) -> Vm:

@@ -45,16 +45,17 @@ def try_unchanged(
     workers: int,
     *,
     chunk_size: int,
-    share: float = SHARE,
+    share: float | None = None,
 ) -> Sample:
-    """Compares `share` of the chunks outside of `changed`, and at least FEWEST_CHUNKS if there are.
+    """Compares `share` (SHARE) of the chunks outside of `changed`, and FEWEST_CHUNKS more.
 
     Counts what it reads as read. Raises Cancelled, PoolUnreachable, Conflict("volume_changed").
     """
     sample = Sample()
     plans = plan_pages(source.data_ranges(), chunk_size, parent.pages())
     unchanged = _unchanged(plans, by_page(changed, chunk_size))
-    line = page_line(_drawn(unchanged, share, sample), source, chunk_size, ignore_page, workers)
+    drawn = _drawn(unchanged, SHARE if share is None else share, sample)
+    line = page_line(drawn, source, chunk_size, ignore_page, workers)
 
     def work() -> None:
         bench = Bench(source, chunk_size)

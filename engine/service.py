@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 
 from engine import backups, remote, restores, upkeep, vms
+from engine.baselines import Baselines
 from engine.catalogue import Catalogue
 from engine.config import Config
 from engine.core import Core
@@ -42,7 +43,9 @@ from engine.probes import Probes
 from engine.recovery import recover
 from engine.scopes import ranges
 from engine.seed import settle_places, settle_vms
+from engine.stalls import StallState
 from engine.state import State
+from engine.tending import Tending, tend
 from engine.views import (
     BackupPage,
     BackupQuery,
@@ -53,6 +56,7 @@ from engine.views import (
     RemoteBackup,
     RestoreTarget,
     Scope,
+    TrackingState,
 )
 from engine.volumes import bounded_volume_size, pool_room, volume_path
 
@@ -65,10 +69,11 @@ STOP_SHARE_OF_JOBS = 0.7  # of the time to stop in; the points get the rest
 class Engine:
     """Made by `start`, ended by `stop`."""
 
-    def __init__(self, host: Host, core: Core, operations: OperationLog) -> None:
+    def __init__(self, host: Host, core: Core, operations: OperationLog, tending: Tending) -> None:
         self._host = host
         self._core = core
         self._operations = operations
+        self._tending = tending
         self._stopped = False
 
     # Life -----------------------------------------------------------------------------------
@@ -102,11 +107,13 @@ class Engine:
             if not config.points:
                 core.points.make_default(host.default_point_path)
             core.jobs.start()
+            tending = Tending(core)
+            tending.start()
         except BaseException:
             core.points.stop(1.0)
             core.inventory.stop()
             raise
-        return cls(host, core, OperationLog(state, core.clock))
+        return cls(host, core, OperationLog(state, core.clock), tending)
 
     def stop(self, timeout_s: float = 8.0) -> None:
         """Ends all jobs at their next batch, closes everything; returns within `timeout_s`.
@@ -118,6 +125,7 @@ class Engine:
         self._stopped = True
         deadline_s = time.monotonic() + timeout_s
         self._core.jobs.stop(timeout_s * STOP_SHARE_OF_JOBS)
+        self._tending.stop(max(deadline_s - time.monotonic(), 0.1) / 2)
         self._core.points.stop(max(deadline_s - time.monotonic(), 0.1))
         self._core.inventory.stop()
         self._core.state.close()
@@ -243,6 +251,25 @@ class Engine:
         """Slow. See engine.remote.import_backups."""
         return remote.import_backups(self._core, cluster_uuid, wanted)
 
+    # Tracking -------------------------------------------------------------------------------
+
+    def tracking(self) -> list[TrackingState]:
+        """Of all disks that were ever cloned for a backup, and are still some VM's."""
+        return [
+            TrackingState(row.vm_uuid, row.target_device, row.volume, row.off, row.why)
+            for row in self._core.baselines.rows()
+        ]
+
+    def turn_tracking_on(self, vm_uuid: str) -> None:
+        """Of all disks of a VM: the operator knows why it was ended. NotFound."""
+        vm = self.vm(vm_uuid)
+        for disk in vm.disks:
+            self._core.baselines.turn_on(vm.uuid, disk.target_device)
+
+    def stalls(self) -> StallState:
+        """How long VMs stood still for their snapshots."""
+        return self._core.stalls.state
+
     # Points ---------------------------------------------------------------------------------
 
     def points(self) -> list[PointState]:
@@ -278,6 +305,7 @@ class Engine:
         if erase:
             self._core.points.erase(uuid)
         self._core.points.detach(uuid)
+        tend(self._core)
 
     def start_maintenance(self, kind: Maintenance, point_uuid: str, deep: bool) -> str:
         """The job's uuid. See engine.upkeep."""
@@ -340,6 +368,7 @@ def _assemble(host: Host, state: State, config: Config) -> Core:
         catalogue=catalogue,
         jobs=Jobs(state, max_running=config.limits.max_jobs),
         points=Points(state, around, probes),
+        baselines=Baselines(state, time.time, reserve_share=config.tracking.pool_reserve_share),
         probes=probes,
     )
 

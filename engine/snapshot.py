@@ -8,9 +8,14 @@ way; all of them are cloned, or marked, within one freeze, so they show one inst
 What takes time is done before the freeze: opening, flushing dirty pages, making the clones' empty
 files. Whether a pool can clone is found out by cloning a small file there.
 
-A clone lives in `<pool>/.vmkeep-snapshots/<random>/` and loses its name as soon as it is made: its
-blocks go when the last descriptor does, also when we are killed. On NFS the name that the client
+A clone has no name (O_TMPFILE): its blocks go when the last descriptor does, also when we are
+killed, unless it is kept as a baseline (engine/baselines.py). Where there is no O_TMPFILE it gets a
+name in `<pool>/.vmkeep-snapshots/<random>/` and loses it at once. On NFS the name that the client
 keeps for an open file goes with `close`, or with `clear_leftovers`.
+
+Writers of a volume stand still while it is cloned, for longer the more extents it has (some 20 µs
+each). `CloneLimits` bounds that: above one count of extents the guest is not frozen for it, above
+another the volume is read directly. How long it took is in the facts.
 """
 
 from __future__ import annotations
@@ -21,18 +26,20 @@ import fcntl
 import logging
 import os
 import secrets
-import struct
-from collections.abc import Sequence
+import time
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, TypeAlias
 
 from engine.errors import DiskServerRefused
-from engine.freeze import NO_HOOK, FreezeHook, frozen
+from engine.extents import clone_into, count_extents, generation, share_cow_flag
+from engine.freeze import NO_HOOK, Freeze, FreezeHook, frozen
 from engine.qemu.stopped import Qcow2Source
 from engine.sources import (
     DiskFile,
     DiskSource,
+    Origin,
     VolumeSource,
     open_volume,
     pool_errors,
@@ -48,10 +55,6 @@ HeldVolume: TypeAlias = VolumeSource | Qcow2Source
 SNAPSHOTS = ".vmkeep-snapshots"
 RESTORES = ".vmkeep-restores"
 
-_FICLONE = 0x40049409
-_FS_IOC_GETFLAGS = 0x80086601
-_FS_IOC_SETFLAGS = 0x40086602
-_FS_NOCOW_FL = 0x00800000
 _PROBE_BYTES = 4096
 _CREATE_ATTEMPTS = 100
 _NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -65,6 +68,8 @@ class SnapshotFacts:
     capacities: dict[str, int]  # by target device, in bytes
     frozen: bool
     notes: tuple[str, ...] = ()
+    clone_s: float = 0.0  # how long the VM's writes stood still for the clones, at most
+    freeze_s: float = 0.0  # from frozen to thawed; 0 when it was not frozen
 
     @property
     def method(self) -> Method:
@@ -75,18 +80,39 @@ class SnapshotFacts:
 class Snapshot:
     """A VM's disks at one instant. A context manager; its end closes the sources."""
 
-    def __init__(self, volumes: dict[str, HeldVolume], held: bool, notes: Sequence[str]) -> None:
+    def __init__(
+        self,
+        volumes: dict[str, HeldVolume],
+        freeze: Freeze,
+        notes: Sequence[str] = (),
+        clone_s: float = 0.0,
+    ) -> None:
         self._volumes = volumes
         methods: dict[str, Method] = {
             target: "direct" if volume.guarded else "reflink" for target, volume in volumes.items()
         }
-        capacities = {target: volume.capacity for target, volume in volumes.items()}
-        self.facts = SnapshotFacts(methods, capacities, held, tuple(notes))
+        self.facts = SnapshotFacts(
+            methods=methods,
+            capacities={target: volume.capacity for target, volume in volumes.items()},
+            frozen=freeze.held,
+            notes=(*notes, *freeze.notes),
+            clone_s=clone_s,
+            freeze_s=freeze.held_s,
+        )
 
     @property
     def sources(self) -> dict[str, DiskSource]:
         """By target device."""
         return dict(self._volumes)
+
+    @property
+    def clones(self) -> dict[str, VolumeSource]:
+        """By target device: those that nobody else has."""
+        return {
+            target: volume
+            for target, volume in self._volumes.items()
+            if isinstance(volume, VolumeSource) and not volume.guarded
+        }
 
     @property
     def method(self) -> Method:
@@ -119,7 +145,23 @@ class Snapshot:
         self.close()
 
 
-def take_snapshot(disks: Sequence[DiskFile], freeze: FreezeHook) -> Snapshot:
+@dataclass(frozen=True, slots=True)
+class CloneLimits:
+    """How many extents a VM's disks may have, all together; 0 = any number.
+
+    `frozen`: for the guest to be frozen meanwhile. `cloned`: for its disks to be cloned at all.
+    """
+
+    frozen: int = 0
+    cloned: int = 0
+
+
+NO_LIMITS = CloneLimits()
+
+
+def take_snapshot(
+    disks: Sequence[DiskFile], freeze: FreezeHook, limits: CloneLimits = NO_LIMITS
+) -> Snapshot:
     """Holds all `disks` (of one VM) still.
 
     Raises PoolUnreachable; for qcow2 images also Conflict (volume_in_use, volume_changed) and the
@@ -134,16 +176,50 @@ def take_snapshot(disks: Sequence[DiskFile], freeze: FreezeHook) -> Snapshot:
                 sources[disk.target_device] = image
                 undo.callback(image.close)
         opened = [_open(disk, undo) for disk in disks if disk.format == "raw"]
-        # A freeze is worth it only for what lasts an instant: not for reading a volume directly.
-        hook = freeze if any(volume.clone_fd is not None for volume in opened) else NO_HOOK
+        hook, notes = _within(limits, opened, freeze)
         with frozen(hook) as outcome:
-            taken = [(volume, _try_clone(volume)) for volume in opened]
+            clones_s = 0.0
+            taken = []
+            for volume in opened:
+                cloned, clone_s = _try_clone(volume)
+                clones_s += clone_s
+                taken.append((volume, cloned))
             for volume, cloned in taken:
                 source = _source(volume, cloned)
                 sources[volume.disk.target_device] = source
                 undo.callback(source.close)
         undo.pop_all()
-    return Snapshot(sources, outcome.held, outcome.notes)
+    return Snapshot(sources, outcome, notes, clones_s)
+
+
+def _within(
+    limits: CloneLimits, opened: Sequence[_Opened], freeze: FreezeHook
+) -> tuple[FreezeHook, list[str]]:
+    """The hook to use; what is too much to clone is not going to be cloned."""
+    to_clone = [volume for volume in opened if volume.clone_fd is not None]
+    # A freeze is worth it only for what lasts an instant: not for reading a volume directly.
+    if not to_clone:
+        return NO_HOOK, []
+    extents = _extents(to_clone) if limits != NO_LIMITS else 0
+    if limits.cloned and extents > limits.cloned:
+        for volume in to_clone:
+            _give_up_clone(volume)
+        return NO_HOOK, [f"not cloned: {extents} extents, {limits.cloned} are the limit"]
+    if freeze.command and limits.frozen and extents > limits.frozen:
+        return NO_HOOK, [
+            f"not frozen: {extents} extents, {limits.frozen} are the limit: "
+            "the snapshot is crash-consistent"
+        ]
+    return freeze, []
+
+
+def _extents(volumes: Sequence[_Opened]) -> int:
+    """Of all volumes; what can't be counted counts as none."""
+    count = 0
+    for volume in volumes:
+        with contextlib.suppress(OSError):
+            count += count_extents(volume.fd)
+    return count
 
 
 def _image(disk: DiskFile) -> Qcow2Source:
@@ -169,9 +245,16 @@ def _open(disk: DiskFile, undo: contextlib.ExitStack) -> _Opened:
         pool_path = os.path.dirname(disk.path)
         if can_clone(pool_path):
             volume.clone_fd = _nameless_file(pool_path)
-            _share_cow_flag(volume.fd, volume.clone_fd)
+            with contextlib.suppress(OSError):
+                share_cow_flag(volume.fd, volume.clone_fd)
             os.fsync(volume.fd)
     return volume
+
+
+def _give_up_clone(volume: _Opened) -> None:
+    if volume.clone_fd is not None:
+        os.close(volume.clone_fd)
+        volume.clone_fd = None
 
 
 def _close_left(volume: _Opened) -> None:
@@ -180,16 +263,17 @@ def _close_left(volume: _Opened) -> None:
             os.close(fd)
 
 
-def _try_clone(volume: _Opened) -> bool:
-    """Whether the volume was cloned. If not, it will be read directly, which is sound as well."""
+def _try_clone(volume: _Opened) -> tuple[bool, float]:
+    """(whether the volume was cloned, seconds). If not, it is read directly, as sound as this."""
     if volume.clone_fd is None:
-        return False
+        return False, 0.0
+    began_s = time.monotonic()
     try:
-        fcntl.ioctl(volume.clone_fd, _FICLONE, volume.fd)
+        clone_into(volume.clone_fd, volume.fd)
     except OSError as error:
         log.warning("clone_failed", extra={"volume": volume.disk.path, "why": str(error)})
-        return False
-    return True
+        return False, time.monotonic() - began_s
+    return True, time.monotonic() - began_s
 
 
 def _source(volume: _Opened, cloned: bool) -> VolumeSource:
@@ -198,11 +282,21 @@ def _source(volume: _Opened, cloned: bool) -> VolumeSource:
     fd, spare_fd = (volume.clone_fd, volume.fd) if cloned else (volume.fd, volume.clone_fd)
     assert fd is not None
     with pool_errors(path):
-        source = VolumeSource(fd, path, None if cloned else settled_mark(fd))
+        if cloned:
+            source = VolumeSource(fd, path, origin=_origin(volume.fd))
+        else:
+            source = VolumeSource(fd, path, settled_mark(fd))
     if spare_fd is not None:
         os.close(spare_fd)
     volume.fd, volume.clone_fd = -1, None
     return source
+
+
+def _origin(volume_fd: int) -> Origin | None:
+    try:
+        return Origin(os.fstat(volume_fd).st_ino, generation(volume_fd))
+    except OSError:
+        return None  # a file system without generations
 
 
 def can_clone(pool_path: str) -> bool:
@@ -213,7 +307,7 @@ def can_clone(pool_path: str) -> bool:
             os.pwrite(source_fd, bytes(_PROBE_BYTES), 0)
             target_fd = _nameless_file(pool_path)
             try:
-                fcntl.ioctl(target_fd, _FICLONE, source_fd)
+                clone_into(target_fd, source_fd)
             finally:
                 os.close(target_fd)
         finally:
@@ -226,7 +320,13 @@ def can_clone(pool_path: str) -> bool:
 
 
 def _nameless_file(pool_path: str) -> int:
-    """A new empty file in the pool whose name is gone already. Raises OSError."""
+    """A new empty file in the pool that has no name. Raises OSError."""
+    try:
+        return os.open(pool_path, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        # EISDIR: from kernels and file systems that never heard of it.
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+            raise
     root = f"{pool_path}/{SNAPSHOTS}"
     for attempt in range(_CREATE_ATTEMPTS):
         try:
@@ -252,26 +352,20 @@ def _made_and_unlinked(root: str, place: str) -> int:
     return fd
 
 
-def _share_cow_flag(source_fd: int, target_fd: int) -> None:
-    """btrfs clones only between files that are both copy-on-write, or both not (libvirt's are)."""
-    with contextlib.suppress(OSError):
-        (flags,) = struct.unpack("i", fcntl.ioctl(source_fd, _FS_IOC_GETFLAGS, bytes(4)))
-        if flags & _FS_NOCOW_FL:
-            fcntl.ioctl(target_fd, _FS_IOC_SETFLAGS, struct.pack("i", _FS_NOCOW_FL))
-
-
-def clear_leftovers(pool_path: str) -> int:
+def clear_leftovers(pool_path: str, kept: Collection[str] = ()) -> int:
     """Deletes what backups and restores that were killed left in a pool; returns how many files.
 
-    Safe at any time: what somebody works on is locked (flock), or needs its name no more. Raises
-    nothing; what cannot be deleted is logged and stays.
+    `kept` are the paths of files that are no leftovers: baselines. Safe at any time: what somebody
+    works on is locked (flock), or needs its name no more. Raises nothing; what cannot be deleted is
+    logged and stays.
     """
     count = 0
     for root in (f"{pool_path}/{SNAPSHOTS}", f"{pool_path}/{RESTORES}"):
         if os.path.islink(root):
             continue
         for place, _, names in os.walk(root, topdown=False):
-            count += sum(_clear_file(f"{place}/{name}") for name in names)
+            paths = (f"{place}/{name}" for name in names)
+            count += sum(_clear_file(path) for path in paths if path not in kept)
             with contextlib.suppress(OSError):
                 os.rmdir(place)
     return count

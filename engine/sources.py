@@ -106,6 +106,14 @@ class Mark:
     ctime_ns: int
 
 
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Which file a clone was made of."""
+
+    inode: int
+    generation: int
+
+
 @contextlib.contextmanager
 def pool_errors(what: str) -> Iterator[None]:
     """Turns an OSError on a pool's files into an EngineError that names `what`."""
@@ -161,7 +169,11 @@ class VolumeSource:
     kernel writes them back; no hypervisor writes raw volumes that way.
     """
 
-    def __init__(self, fd: int, path: str, mark: Mark | None = None) -> None:
+    def __init__(
+        self, fd: int, path: str, mark: Mark | None = None, origin: Origin | None = None
+    ) -> None:
+        """`path` and `origin`, if that is known, are those of the volume, also for a clone."""
+        self.origin = origin
         self._fd = fd
         self._path = path
         self._mark = mark
@@ -172,6 +184,11 @@ class VolumeSource:
     @property
     def capacity(self) -> int:
         return self._capacity
+
+    @property
+    def fd(self) -> int:
+        """Open until `close`."""
+        return self._fd
 
     @property
     def guarded(self) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 from engine.model import (
     Backup,
     BackupPoint,
+    Baseline,
     Cluster,
     Distrust,
     Job,
@@ -97,6 +98,7 @@ _jobs = Table("jobs", Job)
 _operations = Table("operations", Operation)
 _distrusts = Table("distrusts", Distrust)
 _pack_reads = Table("pack_reads", PackRead)
+_baselines = Table("baselines", Baseline)
 
 _TABLES: tuple[Table[Any], ...] = (
     _clusters,
@@ -112,6 +114,7 @@ _TABLES: tuple[Table[Any], ...] = (
     _operations,
     _distrusts,
     _pack_reads,
+    _baselines,
 )
 
 
@@ -136,6 +139,8 @@ class State:
             store, _distrusts, lambda row: f"{row.point_uuid}/{row.cluster_uuid}/{row.pack}"
         )
         self.pack_reads = Rows(store, _pack_reads, lambda row: f"{row.point_uuid}/{row.pack}")
+
+        self.baselines = Rows(store, _baselines, lambda row: f"{row.vm_uuid}/{row.target_device}")
 
     def close(self) -> None:
         """Ends it; every later call is a StorageError."""

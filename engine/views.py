@@ -75,6 +75,20 @@ class PoolState:
 
 
 @dataclass(frozen=True, slots=True)
+class TrackingState:
+    """How the changes of a disk are found. `off`: why tracking was ended; an operator has to look.
+
+    `why`: why there is no baseline just now, "" when there is one.
+    """
+
+    vm_uuid: str
+    target_device: str
+    volume: str
+    off: str = ""
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class PointState:
     """An attached point as last seen. Sizes and counts are those of the managed clusters."""
 

@@ -17,6 +17,7 @@ from engine.ids import new_id, normal
 from engine.inventory import find, find_or_default, require_addable
 from engine.model import Disk, Pool, Vm
 from engine.scopes import landing
+from engine.tending import tend
 from engine.views import NewDisk, Scope
 from engine.volumes import (
     MOST_CAPACITY_BYTES,
@@ -88,6 +89,7 @@ def delete_vm(core: Core, uuid: str, delete_volumes: bool) -> None:
         log.info("vm_deleted", extra={"vm": vm.uuid})
         if delete_volumes:
             _remove_volumes(core, vm)
+    tend(core)
 
 
 def _plan_disks(disks: Sequence[NewDisk], pools: Sequence[Pool]) -> list[_Planned]:

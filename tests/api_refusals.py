@@ -182,6 +182,11 @@ async def unknown_vm_deleted(site: Site) -> Sent:
     return site.post("compute/delete", {"compute_uuid": UNKNOWN})
 
 
+@provokes("vm_not_found")
+async def unknown_vm_tracked(site: Site) -> Sent:
+    return site.post("compute/track", {"compute_uuid": UNKNOWN})
+
+
 @provokes("backup_not_found")
 async def unknown_backup(site: Site) -> Sent:
     return site.get("compute/backup/inspect", backup_uuid=UNKNOWN)

@@ -24,7 +24,7 @@ from engine.config import Config, Limits
 from engine.freeze import FreezeHook
 from engine.model import Job
 from engine.service import Engine
-from engine.snapshot import Snapshot, take_snapshot
+from engine.snapshot import CloneLimits, Snapshot, take_snapshot
 from engine.sources import DiskFile
 
 MIB = 1 << 20
@@ -200,9 +200,11 @@ class Gate:
     def open_for_all(self) -> None:
         self._places.release(1000)
 
-    def _take_snapshot(self, disks: Sequence[DiskFile], freeze: FreezeHook) -> Snapshot:
+    def _take_snapshot(
+        self, disks: Sequence[DiskFile], freeze: FreezeHook, limits: CloneLimits
+    ) -> Snapshot:
         assert self._places.acquire(timeout=JOB_TIMEOUT_S)
-        return take_snapshot(disks, freeze)
+        return take_snapshot(disks, freeze, limits)
 
     def __enter__(self) -> Gate:
         self._patch.start()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import random
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from engine.backup import BackupResult, BackupWork, DiskWork
 from engine.backup import run_backup as run
@@ -15,6 +16,7 @@ from engine.freeze import NO_HOOK, FreezeHook
 from engine.jobs import JobContext
 from engine.restore import RestoreDisk, run_restore
 from engine.sources import DiskFile
+from engine.tracking import Tracker
 from storage.point import ClusterLabel, Point
 
 DEFAULT_CHUNK_BYTES = 1 << 20
@@ -46,9 +48,10 @@ class Rig:
         self.point = Point.create(str(self.point_path), "rig", chunk_size=chunk_size)
         label = ClusterLabel(cluster_uuid=str(uuid.uuid4()), cluster_name="rig")
         self.domain = self.point.domain(label, str(uuid.uuid4()), str(root / "views"))
+        self.tracker_of: Callable[[str], Tracker | None] = lambda _: None
         self._restored = 0
 
-    def __enter__(self) -> Rig:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -83,6 +86,7 @@ class Rig:
             parent=new.parent,
             workers=workers,
             freeze=freeze,
+            tracker=self.tracker_of(new.backup),
         )
         return work, new
 

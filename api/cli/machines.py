@@ -19,6 +19,7 @@ from api.schemas_companion import (
     ComputeInspectQuery,
     ComputeListQuery,
     ComputeRow,
+    ComputeTrack,
     NewDiskMembers,
 )
 
@@ -44,6 +45,18 @@ def inspect(here: Here, *, name: str) -> None:
     """One VM and its disks."""
     query = ComputeInspectQuery(compute_uuid=names.pick(here.client, "VM", name, names.vms))
     here.screen.answer(here.client.get("compute/inspect", ComputeRow, query), _card)
+
+
+@vm.command("track")
+@click.argument("name", metavar="VM")
+@remote
+def track(here: Here, *, name: str) -> None:
+    """Track a VM's changes again, after its alert was looked into."""
+    uuid = names.pick(here.client, "VM", name, names.vms)
+    body = ComputeTrack(compute_uuid=uuid)
+    here.screen.answer(
+        here.client.post("compute/track", Empty, body), lambda _: f"tracking VM {uuid}"
+    )
 
 
 @vm.command("create")
@@ -130,6 +143,7 @@ def _card(row: ComputeRow) -> Table:
         ("state", row.state),
         ("action", row.action),
         ("last error", row.last_error),
+        *(("alert", alert) for alert in row.alerts),
     ]
     disks = (
         (disk.target_device, f"{units.size(disk.capacity)} {disk.usd_type} {disk.path}")

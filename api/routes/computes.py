@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from api.calls import AnyCall, Call, Reply, scope_of
 from api.schemas import Empty, RowList
 from api.schemas_companion import (
@@ -12,6 +14,7 @@ from api.schemas_companion import (
     ComputeInspectQuery,
     ComputeListQuery,
     ComputeRow,
+    ComputeTrack,
     NewDiskMembers,
 )
 from engine.model import Vm
@@ -20,12 +23,13 @@ from engine.views import NewDisk
 
 
 def _list(engine: Engine, query: ComputeListQuery) -> Reply[RowList[ComputeRow]]:
-    rows = [_row(engine, vm) for vm in engine.vms(scope_of(query))]
+    alerts = _alerts(engine)
+    rows = [_row(engine, vm, alerts) for vm in engine.vms(scope_of(query))]
     return Reply(RowList(rows=rows, total_count=len(rows)))
 
 
 def _inspect(engine: Engine, query: ComputeInspectQuery) -> Reply[ComputeRow]:
-    return Reply(_row(engine, engine.vm(query.compute_uuid)))
+    return Reply(_row(engine, engine.vm(query.compute_uuid), _alerts(engine)))
 
 
 def _create(engine: Engine, body: ComputeCreate) -> Reply[ComputeCreated]:
@@ -56,7 +60,22 @@ def _new_disk(disk: NewDiskMembers) -> NewDisk:
     )
 
 
-def _row(engine: Engine, vm: Vm) -> ComputeRow:
+def _track(engine: Engine, body: ComputeTrack) -> Reply[Empty]:
+    engine.turn_tracking_on(body.compute_uuid)
+    return Reply(Empty())
+
+
+def _alerts(engine: Engine) -> Mapping[str, list[str]]:
+    """By VM."""
+    found: dict[str, list[str]] = {}
+    for one in engine.tracking():
+        if one.off:
+            text = f"changes of {one.target_device} are not tracked any more: {one.off}"
+            found.setdefault(one.vm_uuid, []).append(text)
+    return found
+
+
+def _row(engine: Engine, vm: Vm, alerts: Mapping[str, list[str]]) -> ComputeRow:
     return ComputeRow(
         compute_uuid=vm.uuid,
         compute_name=vm.name,
@@ -82,6 +101,7 @@ def _row(engine: Engine, vm: Vm) -> ComputeRow:
             )
             for disk in vm.disks
         ],
+        alerts=alerts.get(vm.uuid, []),
         last_error=vm.last_error,
         host=vm.host,
     )
@@ -117,6 +137,16 @@ CALLS: tuple[AnyCall, ...] = (
         pace="slow",
         target="compute_name",
         named="compute_name",
+    ),
+    Call(
+        method="POST",
+        path="/v1/compute/track",
+        summary="Track the changes of a VM's disks again, after an alert was looked into.",
+        tag="compute",
+        request=ComputeTrack,
+        answer=Empty,
+        run=_track,
+        target="compute_uuid",
     ),
     Call(
         method="POST",

@@ -335,6 +335,7 @@ async def test_metrics(site: Site) -> None:
     assert 'vmkeep_requests_total{route="unknown",scode="40400"} 1.0' in text
     assert 'vmkeep_request_seconds_count{route="/v1/compute/create"} 1.0' in text
     assert 'vmkeep_jobs{state="succeeded"} 1.0' in text
+    assert "vmkeep_clone_seconds_count" in text
     assert 'vmkeep_backups{status="done"} 1.0' in text
     stored = re.search(r"vmkeep_point_stored_bytes\{[^}]*\} (\S+)", text)
     assert stored is not None

@@ -1,0 +1,128 @@
+"""Baselines in a whole engine: they live as long as they are of use, over restarts too."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from engine.config import Config, PoolConfig, Tracking
+from engine.model import Vm
+from engine.snapshot import SNAPSHOTS
+from engine.tending import pinned_bytes, tend
+from engine.views import Scope
+from tests.conftest import LoopFs
+from tests.engine_rig import EngineRig
+from tests.rig import random_bytes, write_at
+
+pytestmark = pytest.mark.root
+
+SIZE = 8 << 20
+
+
+@pytest.fixture(params=["xfs", "btrfs"])
+def rig(request: pytest.FixtureRequest, loop_fs: LoopFs, tmp_path: Path) -> Iterator[EngineRig]:
+    pool = loop_fs(request.param, 400 << 20)
+    config = Config(
+        pools=(PoolConfig(name="fast", path=str(pool)),),
+        tracking=Tracking(pool_reserve_share=0.0),
+    )
+    with EngineRig(tmp_path / "data", config) as made:
+        yield made
+
+
+def kept(rig: EngineRig) -> list[str]:
+    place = rig.pool_path / SNAPSHOTS
+    return sorted(os.listdir(place)) if place.exists() else []
+
+
+def change(rig: EngineRig, vm: Vm) -> bytes:
+    path = rig.volume(vm.disks[0])
+    write_at(path, 3 << 20, os.urandom(4096))
+    return path.read_bytes()
+
+
+def test_an_incremental_reads_what_changed_also_after_a_restart(rig: EngineRig) -> None:
+    vm = rig.make_vm("web", random_bytes(SIZE))
+    rig.back_up(vm)
+    rig.restart()
+    content = change(rig, vm)
+    backup = rig.back_up(vm)
+    assert "changes found by: sda reflink" in backup.label.notes
+    assert any(note.startswith("cloned in ") for note in backup.label.notes)
+    assert rig.core.stalls.state.clone.count == 1  # in this process
+    assert rig.restore(backup, "copy") == [content]
+
+
+def test_what_the_vm_overwrites_is_pinned(rig: EngineRig) -> None:
+    vm = rig.make_vm("web", random_bytes(SIZE))
+    rig.back_up(vm)
+    (row,) = rig.core.baselines.rows()
+    assert pinned_bytes(row) == 0
+    write_at(rig.volume(vm.disks[0]), 0, random_bytes(SIZE, seed=1))  # btrfs frees whole extents
+    os.sync()
+    assert pinned_bytes(row) == SIZE
+
+
+def test_without_room_they_go(rig: EngineRig) -> None:
+    vm = rig.make_vm("web", random_bytes(SIZE))
+    rig.back_up(vm)
+    tend(rig.core)
+    assert len(kept(rig)) == 1
+    rig.core.baselines._reserve_share = 1.0
+    tend(rig.core)
+    assert kept(rig) == []
+    backup = rig.back_up(vm)
+    assert any("the pool is short of room" in note for note in backup.label.notes)
+
+
+def test_they_go_with_their_backup(rig: EngineRig) -> None:
+    vm = rig.make_vm("web", random_bytes(SIZE))
+    rig.back_up(vm)
+    newest = rig.back_up(vm)
+    rig.engine.delete_backup(Scope(), newest.uuid)
+    assert kept(rig) == []
+    content = change(rig, vm)
+    backup = rig.back_up(vm)
+    assert "sda scanned: the baseline's backup was deleted" in backup.label.notes
+    assert rig.restore(backup, "copy") == [content]
+
+
+@pytest.mark.parametrize("with_volumes", [False, True])
+def test_they_go_with_their_vm(rig: EngineRig, with_volumes: bool) -> None:
+    vm = rig.make_vm("web", random_bytes(SIZE))
+    rig.back_up(vm)
+    rig.engine.delete_vm(vm.uuid, with_volumes)
+    assert kept(rig) == []
+    assert rig.core.baselines.rows() == []
+
+
+def test_without_tracking_there_are_none(rig: EngineRig) -> None:
+    vm = rig.make_vm("web", random_bytes(SIZE))
+    rig.back_up(vm)
+    rig.config = Config(pools=rig.config.pools, tracking=Tracking(enabled=False))
+    rig.restart()
+    assert kept(rig) == []
+    content = change(rig, vm)
+    backup = rig.back_up(vm)
+    assert "changes found by: sda scan" in backup.label.notes
+    assert rig.restore(backup, "copy") == [content]
+
+
+def test_an_alert_stands_until_an_operator_turns_tracking_on(
+    rig: EngineRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = rig.make_vm("web", random_bytes(SIZE))
+    rig.back_up(vm)
+    change(rig, vm)
+    with monkeypatch.context() as patch:
+        patch.setattr("engine.tracking.differences", lambda *_: [])
+        patch.setattr("engine.sampling.FEWEST_CHUNKS", 1000)
+        rig.back_up(vm)
+    (state,) = rig.engine.tracking()
+    assert "was not seen" in state.off
+    rig.engine.turn_tracking_on(vm.uuid)
+    (state,) = rig.engine.tracking()
+    assert state.off == ""
