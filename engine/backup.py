@@ -15,11 +15,12 @@ from dataclasses import dataclass, field, replace
 
 from engine.errors import Cancelled
 from engine.freeze import NO_HOOK, FreezeHook
+from engine.hold import Held, Hold
 from engine.jobs import JobContext
 from engine.pages import Ranges
 from engine.pipeline import scan_disk, store_again
 from engine.sampling import try_unchanged
-from engine.snapshot import Snapshot, SnapshotFacts, take_snapshot
+from engine.snapshot import SnapshotFacts, take_snapshot
 from engine.sources import DiskFile, DiskSource, FoundBy
 from storage.domain import Domain
 from storage.errors import (
@@ -78,6 +79,7 @@ class BackupWork:
     parent: str = ""
     workers: int = 3
     freeze: FreezeHook = NO_HOOK
+    hold: Hold | None = None  # a better way to hold the disks than take_snapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +114,7 @@ def run_backup(work: BackupWork, ctx: JobContext) -> BackupResult:
 
 
 def _make(work: BackupWork, session: Session, parent: str, ctx: JobContext) -> BackupResult:
-    with take_snapshot([disk.file for disk in work.disks], work.freeze) as snapshot:
+    with _hold(work, parent) as snapshot:
         ctx.set_total(sum(snapshot.facts.capacities.values()))
         facts = _facts(work, parent, snapshot.facts)
         for disk in work.disks:
@@ -127,6 +129,12 @@ def _make(work: BackupWork, session: Session, parent: str, ctx: JobContext) -> B
         _commit(work, new, snapshot, session, ctx)
         snapshot.committed()
     return BackupResult(new.parent, facts, label)
+
+
+def _hold(work: BackupWork, parent: str) -> Held:
+    if work.hold is not None:
+        return work.hold(parent)
+    return take_snapshot([disk.file for disk in work.disks], work.freeze)
 
 
 def _begin(work: BackupWork) -> tuple[Session, str]:
@@ -171,7 +179,7 @@ def _scanned(
     work: BackupWork,
     disk: DiskWork,
     facts: BackupFacts,
-    snapshot: Snapshot,
+    snapshot: Held,
     session: Session,
     ctx: JobContext,
 ) -> BackupFacts:
@@ -228,7 +236,7 @@ def _trusted_changes(
 
 
 def _commit(
-    work: BackupWork, new: NewBackup, snapshot: Snapshot, session: Session, ctx: JobContext
+    work: BackupWork, new: NewBackup, snapshot: Held, session: Session, ctx: JobContext
 ) -> None:
     """Commits; chunks that were deleted under us are read from the snapshot and stored again."""
     for attempt in range(COMMIT_ROUNDS + 1):

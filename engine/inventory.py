@@ -17,6 +17,7 @@ from typing import Protocol, TypeVar
 from msgspec.structs import replace
 
 from engine.errors import Conflict, NotFound, Thing
+from engine.hold import Hold, HoldWish
 from engine.model import (
     Cluster,
     Disk,
@@ -71,6 +72,10 @@ class Inventory(Protocol):
         """Durable; the row as it was. NotFound, Conflict (vm_busy, managed_by_libvirt)."""
         ...
 
+    def hold_for(self, vm: Vm, wish: HoldWish) -> Hold | None:
+        """How to hold the VM's disks for a backup; None: as engine/snapshot.py does."""
+        ...
+
     def begin_action(self, uuid: str, action: VmAction) -> Vm:
         """The VM, now in `action`. NotFound, HypervisorAway, Conflict(vm_busy) if it was in one."""
         ...
@@ -118,6 +123,9 @@ class EmbeddedInventory:
 
     def look_at(self, uuid: str) -> Vm:
         return self.vm(uuid)
+
+    def hold_for(self, vm: Vm, wish: HoldWish) -> Hold | None:
+        """Nobody else has the volumes that are ours to clone or to read."""
 
     def add_vm(self, vm: Vm) -> None:
         with self._state.store.write() as txn:

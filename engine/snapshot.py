@@ -22,13 +22,14 @@ import logging
 import os
 import secrets
 import struct
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal, TypeAlias
 
 from engine.errors import DiskServerRefused
 from engine.freeze import NO_HOOK, FreezeHook, frozen
+from engine.model import Machine
 from engine.qemu.stopped import Qcow2Source
 from engine.sources import (
     DiskFile,
@@ -41,7 +42,7 @@ from engine.sources import (
 
 log = logging.getLogger(__name__)
 
-Method: TypeAlias = Literal["reflink", "direct"]
+Method: TypeAlias = Literal["reflink", "direct", "live"]
 
 HeldVolume: TypeAlias = VolumeSource | Qcow2Source
 
@@ -65,11 +66,14 @@ class SnapshotFacts:
     capacities: dict[str, int]  # by target device, in bytes
     frozen: bool
     notes: tuple[str, ...] = ()
+    identities: Mapping[str, str] = field(default_factory=dict)  # of live disks, by target device
+    machine: Machine | None = None
 
     @property
     def method(self) -> Method:
-        """`reflink` only if all disks were cloned."""
-        return "direct" if "direct" in self.methods.values() else "reflink"
+        """`reflink` only if all disks were cloned, `live` only if QEMU held all of them."""
+        found = set(self.methods.values())
+        return "direct" if "direct" in found else found.pop() if len(found) == 1 else "reflink"
 
 
 class Snapshot:
@@ -87,6 +91,15 @@ class Snapshot:
     def sources(self) -> dict[str, DiskSource]:
         """By target device."""
         return dict(self._volumes)
+
+    @property
+    def clones(self) -> dict[str, VolumeSource]:
+        """By target device: those that nobody else has."""
+        return {
+            name: one
+            for name, one in self._volumes.items()
+            if isinstance(one, VolumeSource) and not one.guarded
+        }
 
     @property
     def method(self) -> Method:
