@@ -273,3 +273,22 @@ def test_qemu_is_killed(lab: Lab) -> None:
 def _checkpoint_of(lab: Lab, backup_uuid: str) -> str:
     (name,) = [name for name in lab.checkpoints() if name.endswith(backup_uuid)]
     return name
+
+
+def test_a_restored_domain_boots_with_the_same_contents(lab: Lab) -> None:
+    """The last test: the VM is destroyed, and comes back as another one."""
+    lab.write("/mnt/kept", 256)
+    truth = lab.guest.sha256("/mnt/kept")
+    backup = lab.back_up()
+    lab.guest.close()
+    lab.domain.destroy()
+    vm_uuid, job = lab.rig.ask_restore(backup, "revived")
+    lab.rig.succeed(job)
+    vm = lab.rig.engine.vm(vm_uuid)
+    assert (vm.host, vm.state, len(vm.disks)) == (lab.host.uri, "stopped", 2)
+    domain = lab.host.connection.lookupByUUIDString(vm_uuid)
+    assert domain.name() == "revived"
+    lab.guest = lab.host.boot(domain)
+    lab.guest.run("mount /dev/vda /mnt")
+    assert lab.guest.sha256("/mnt/kept") == truth
+    wait_for_vm(lab.rig, "revived", lambda vm: vm is not None and vm.state == "running")
