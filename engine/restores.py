@@ -248,16 +248,17 @@ class _RestoreRun:
             backup=row.uuid,
             allow_damaged=self._allow_damaged,
         )
-        notes = self._realize()
+        self._realize()
         devices = {disk.source.disk_uuid: disk.source.target_device for disk in self._plan.disks}
-        lines = [line for gaps in report.gaps for line in _gap_lines(devices[gaps.disk_uuid], gaps)]
-        return (*notes, *lines)
+        return tuple(
+            line for gaps in report.gaps for line in _gap_lines(devices[gaps.disk_uuid], gaps)
+        )
 
-    def _realize(self) -> tuple[str, ...]:
+    def _realize(self) -> None:
         """The volumes are complete; without a machine they are nobody's, and go again."""
         core, plan = self._core, self._plan
         try:
-            return core.inventory.realize(plan.vm, plan.backup.label)
+            core.inventory.realize(plan.vm, plan.backup.label)
         except EngineError:
             for planned in plan.disks:
                 remove_volume(planned.pool, planned.disk.volume_name)

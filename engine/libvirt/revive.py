@@ -121,10 +121,9 @@ def _set_paths(device: ET.Element, old_name: str, new_name: str) -> None:
 
 def _renamed(path: str, old_name: str, new_name: str) -> str:
     directory, base = os.path.split(path)
-    found = bool(old_name) and old_name in base
-    return os.path.join(
-        directory, base.replace(old_name, new_name) if found else f"{new_name}-{base}"
-    )
+    if old_name and old_name in base:
+        return os.path.join(directory, base.replace(old_name, new_name))
+    return os.path.join(directory, f"{new_name}-{base}")
 
 
 def _remove(parent: ET.Element, *names: str) -> None:
