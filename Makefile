@@ -12,10 +12,11 @@ TEST_TOOLS := qemu-img:qemu-utils nbdkit:nbdkit mkfs.xfs:xfsprogs mkfs.btrfs:btr
 	libvirtd:libvirt-daemon virt-qemu-run:libvirt-daemon-driver-qemu qemu-ga:qemu-guest-agent \
 	/usr/include/libvirt/libvirt.h:libvirt-dev pkg-config:pkg-config gcc:gcc
 
-.PHONY: help demo test test-deps check bench bench-quick soak lock clean
+.PHONY: help demo demo-libvirt test test-deps check bench bench-quick soak lock clean
 
 help:
 	@echo "make demo       a real VM disk: backed up, changed, backed up, restored, imported, compared"
+	@echo "make demo-libvirt   a VM backed up while it writes, destroyed, restored, booted again"
 	@echo "make test       the tests; ARGS='-k name' passes on to pytest"
 	@echo "make check      lint, types, layers and tests, as CI does"
 	@echo "make test-deps  Debian packages that the tests use (as root)"
@@ -39,6 +40,9 @@ help:
 
 demo: .venv/.runtime
 	$(BIN)/python -m bench.demo $(ARGS)
+
+demo-libvirt: .venv/.test .venv/.libvirt
+	$(BIN)/python -m bench.demo_libvirt
 
 test: .venv/.test .venv/.libvirt
 	$(BIN)/python -m pytest $(ARGS)

@@ -99,6 +99,13 @@ ERRORS: tuple[ErrorRow, ...] = (
     ErrorRow(
         "domain_busy", 40920, "libvirt runs another job on the VM", "虚拟机上有其他libvirt任务"
     ),
+    ErrorRow("domain_stopped", 40921, "the VM stopped during its backup", "备份期间虚拟机已停止"),
+    ErrorRow(
+        "format_not_readable",
+        40922,
+        "the disk can't be read in this state",
+        "当前状态无法读取该磁盘",
+    ),
     # 500: ours
     INTERNAL,
     ErrorRow("engine_failed", 50001, "the engine failed", "备份引擎错误"),
@@ -122,6 +129,7 @@ ERRORS: tuple[ErrorRow, ...] = (
     # 507: no room
     ErrorRow("point_full", 50700, "the backup point is full", "备份点空间不足"),
     ErrorRow("pool_full", 50701, "the pool is full", "存储池空间不足"),
+    ErrorRow("scratch_full", 50702, "the scratch directory is full", "临时目录空间不足"),
 )
 
 BY_NAME = {row.name: row for row in ERRORS}

@@ -15,12 +15,13 @@ from dataclasses import dataclass, field, replace
 
 from engine.errors import Cancelled
 from engine.freeze import NO_HOOK, FreezeHook
+from engine.hold import Held, Hold
 from engine.jobs import JobContext
 from engine.pages import Ranges
 from engine.patching import Bases
 from engine.pipeline import scan_disk, store_again
 from engine.sampling import try_unchanged
-from engine.snapshot import NO_LIMITS, CloneLimits, Snapshot, SnapshotFacts, take_snapshot
+from engine.snapshot import NO_LIMITS, CloneLimits, SnapshotFacts, take_snapshot
 from engine.sources import DiskFile, DiskSource, FoundBy
 from engine.tracking import Tracker
 from storage.domain import Domain
@@ -82,6 +83,7 @@ class BackupWork:
     freeze: FreezeHook = NO_HOOK
     limits: CloneLimits = NO_LIMITS
     tracker: Tracker | None = None
+    hold: Hold | None = None  # a better way to hold the disks than take_snapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +118,7 @@ def run_backup(work: BackupWork, ctx: JobContext) -> BackupResult:
 
 
 def _make(work: BackupWork, session: Session, parent: str, ctx: JobContext) -> BackupResult:
-    files = [disk.file for disk in work.disks]
-    with take_snapshot(files, work.freeze, work.limits) as snapshot:
+    with _hold(work, parent) as snapshot:
         ctx.set_total(sum(snapshot.facts.capacities.values()))
         facts = _facts(work, parent, snapshot.facts)
         for disk in work.disks:
@@ -133,6 +134,12 @@ def _make(work: BackupWork, session: Session, parent: str, ctx: JobContext) -> B
         snapshot.committed()
         _keep_baselines(work, snapshot)
     return BackupResult(new.parent, facts, label)
+
+
+def _hold(work: BackupWork, parent: str) -> Held:
+    if work.hold is not None:
+        return work.hold(parent)
+    return take_snapshot([disk.file for disk in work.disks], work.freeze, work.limits)
 
 
 def _begin(work: BackupWork) -> tuple[Session, str]:
@@ -177,7 +184,7 @@ def _scanned(
     work: BackupWork,
     disk: DiskWork,
     facts: BackupFacts,
-    snapshot: Snapshot,
+    snapshot: Held,
     session: Session,
     ctx: JobContext,
 ) -> BackupFacts:
@@ -214,7 +221,7 @@ def _scanned(
     )
 
 
-def _compare(work: BackupWork, disk: DiskWork, snapshot: Snapshot) -> str:
+def _compare(work: BackupWork, disk: DiskWork, snapshot: Held) -> str:
     """Has the clone, if it is one, told what changed; why not, if that can't be."""
     clone = snapshot.clones.get(disk.file.target_device)
     if clone is None or work.tracker is None:
@@ -222,7 +229,7 @@ def _compare(work: BackupWork, disk: DiskWork, snapshot: Snapshot) -> str:
     return work.tracker.compare(disk.file.target_device, disk.parent_disk, clone)
 
 
-def _keep_baselines(work: BackupWork, snapshot: Snapshot) -> None:
+def _keep_baselines(work: BackupWork, snapshot: Held) -> None:
     """After the commit: the clones are what the next backup is compared with."""
     for disk in work.disks:
         clone = snapshot.clones.get(disk.file.target_device)
@@ -257,7 +264,7 @@ def _trusted_changes(
 
 
 def _commit(
-    work: BackupWork, new: NewBackup, snapshot: Snapshot, session: Session, ctx: JobContext
+    work: BackupWork, new: NewBackup, snapshot: Held, session: Session, ctx: JobContext
 ) -> None:
     """Commits; chunks that were deleted under us are read from the snapshot and stored again."""
     for attempt in range(COMMIT_ROUNDS + 1):

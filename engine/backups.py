@@ -19,6 +19,7 @@ from engine.core import Core
 from engine.distrust import remember
 from engine.errors import Conflict, Invalid
 from engine.freeze import FreezeHook
+from engine.hold import HoldWish
 from engine.ids import new_id, normal
 from engine.inventory import find, pool_of, require_idle
 from engine.jobs import JobContext, new_job
@@ -29,6 +30,7 @@ from engine.model import (
     BACKUP_RUNNING,
     Backup,
     BackupLabel,
+    Disk,
     DiskBackup,
     Vm,
 )
@@ -121,19 +123,23 @@ class _BackupRun:
         self._full_wanted = full_wanted
 
     def __call__(self, ctx: JobContext) -> tuple[str, ...]:
-        core, row = self._core, self._row
+        core = self._core
+        self._see_vm()
+        row = self._row
         parent = None if self._full_wanted else _parent(core, row)
+        hold = core.inventory.hold_for(self._vm, self._wish(parent))
         result = run_backup(
             BackupWork(
                 domain=core.points.domain(row.point_uuid, row.cluster_uuid),
                 backup_uuid=row.uuid,
-                disks=self._disk_works(parent),
+                disks=self._disk_works(parent, by_path=hold is None),
                 make_label=self._label_bytes,
                 parent=parent.uuid if parent else "",
                 workers=core.config.worker_count,
                 freeze=self._freeze_hook(),
                 limits=self._clone_limits(),
                 tracker=self._tracker(),
+                hold=hold,
             ),
             ctx,
         )
@@ -153,21 +159,41 @@ class _BackupRun:
             self._core.inventory.end_action(self._vm.uuid)
             self._core.points.look_again(row.point_uuid)
 
-    def _disk_works(self, parent: Backup | None) -> list[DiskWork]:
+    def _see_vm(self) -> None:
+        """Its disks as they are now: it may have waited long for its turn."""
+        vm = self._core.inventory.look_at(self._vm.uuid)
+        if [disk.target_device for disk in vm.disks] != [
+            disk.target_device for disk in self._vm.disks
+        ]:
+            label = replace(self._row.label, disks=_disk_backups(vm))
+            self._row = replace(self._row, label=label)
+        self._vm = vm
+
+    def _wish(self, parent: Backup | None) -> HoldWish:
+        """What the inventory may have to know to hold the VM's disks."""
+        machine = parent.label.machine if parent else None
+        return HoldWish(
+            backup_uuid=self._row.uuid,
+            identities={d.target_device: d.identity for d in parent.label.disks} if parent else {},
+            checkpoint=machine.checkpoint if machine else b"",
+            kept=frozenset(backup.uuid for backup in self._elsewhere()),
+        )
+
+    def _disk_works(self, parent: Backup | None, *, by_path: bool) -> list[DiskWork]:
         before = {disk.target_device: disk for disk in parent.label.disks} if parent else {}
         pools = self._core.inventory.places.pools
         roots, kept = tuple(pool.path for pool in pools), self._kept_bitmaps()
         works = []
         for disk, made in zip(self._vm.disks, self._row.label.disks, strict=True):
-            pool = pool_of(self._core.inventory.places, disk)
-            path = volume_path(pool, disk.volume_name)
+            path = self._path(disk) if by_path else disk.volume_name
             base = before.get(disk.target_device)
             bitmaps = BitmapPlan(
                 parent=bitmap_name(base.disk_uuid) if base else "",
                 new=bitmap_name(made.disk_uuid),
                 keep=kept,
             )
-            file = DiskFile(disk.target_device, path, disk.format, roots, bitmaps)
+            form = disk.format if by_path else "raw"
+            file = DiskFile(disk.target_device, path, form, roots, bitmaps)
             works.append(
                 DiskWork(file, made.disk_uuid, base.disk_uuid, base.capacity)
                 if base
@@ -177,18 +203,26 @@ class _BackupRun:
 
     def _kept_bitmaps(self) -> frozenset[str]:
         """Those that the VM's chains on other points build on."""
+        disks = (disk for backup in self._elsewhere() for disk in backup.label.disks)
+        return frozenset(bitmap_name(disk.disk_uuid) for disk in disks)
+
+    def _elsewhere(self) -> list[Backup]:
+        """The VM's newest backup on each other point: what its chain there builds on."""
         core, row = self._core, self._row
-        newest = [
+        newest = (
             core.catalogue.newest(row.cluster_uuid, state.point.uuid, row.label.vm_uuid)
             for state in core.points.states()
             if state.point.uuid != row.point_uuid
-        ]
-        return frozenset(
-            bitmap_name(disk.disk_uuid)
-            for backup in newest
-            if backup is not None
-            for disk in backup.label.disks
         )
+        return [backup for backup in newest if backup is not None]
+
+    def _path(self, disk: Disk) -> str:
+        """Conflict(format_not_readable) for what is no file in a pool."""
+        if not disk.pool_uuid:
+            detail = f"disk {disk.target_device} ({disk.volume_name}) is no file in a pool"
+            raise Conflict("format_not_readable", f"{detail}: it is read while the VM runs only")
+        pool = pool_of(self._core.inventory.places, disk)
+        return volume_path(pool, disk.volume_name)
 
     def _label_bytes(self, facts: BackupFacts) -> bytes:
         """The label as the backup turned out."""
@@ -198,10 +232,21 @@ class _BackupRun:
         if facts.full and not self._full_wanted and not told:
             notes.insert(0, NOTHING_TO_BUILD_ON)
         disks = tuple(
-            replace(disk, capacity=facts.snapshot.capacities[disk.target_device])
+            replace(
+                disk,
+                capacity=facts.snapshot.capacities[disk.target_device],
+                identity=facts.snapshot.identities.get(disk.target_device, ""),
+            )
             for disk in label.disks
         )
-        label = replace(label, full=facts.full, notes=tuple(notes), disks=disks)
+        label = replace(
+            label,
+            full=facts.full,
+            notes=tuple(notes),
+            disks=disks,
+            frozen=facts.snapshot.frozen,
+            machine=facts.snapshot.machine,
+        )
         self._row = replace(self._row, label=label)
         return encode_label(label)
 

@@ -36,6 +36,8 @@ ConflictCode: TypeAlias = Literal[
     "volume_changed",
     "managed_by_libvirt",
     "domain_busy",
+    "domain_stopped",
+    "format_not_readable",
     "cancelled",
     "interrupted",
     "shutting_down",
@@ -43,7 +45,14 @@ ConflictCode: TypeAlias = Literal[
 
 # A conflict that ends by itself, when whatever is under way has ended.
 _PASSING = frozenset(
-    {"vm_busy", "domain_busy", "backup_running", "volume_changed", "shutting_down"}
+    {
+        "vm_busy",
+        "domain_busy",
+        "domain_stopped",
+        "backup_running",
+        "volume_changed",
+        "shutting_down",
+    }
 )
 
 
@@ -135,6 +144,12 @@ class HypervisorRefused(EngineError):
     """libvirt answered, with an error that we know no way around."""
 
     code = "hypervisor_refused"
+
+
+class ScratchFull(EngineError):
+    """There is no room for what a guest overwrites while its backup runs."""
+
+    code = "scratch_full"
 
 
 class PointStateError(EngineError):

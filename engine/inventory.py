@@ -17,7 +17,9 @@ from typing import Protocol, TypeVar
 from msgspec.structs import replace
 
 from engine.errors import Conflict, NotFound, Thing
+from engine.hold import Hold, HoldWish
 from engine.model import (
+    BackupLabel,
     Cluster,
     Disk,
     Namespace,
@@ -71,6 +73,17 @@ class Inventory(Protocol):
         """Durable; the row as it was. NotFound, Conflict (vm_busy, managed_by_libvirt)."""
         ...
 
+    def hold_for(self, vm: Vm, wish: HoldWish) -> Hold | None:
+        """How to hold the VM's disks for a backup; None: as engine/snapshot.py does."""
+        ...
+
+    def realize(self, vm: Vm, label: BackupLabel) -> None:
+        """Makes the machine of a VM whose volumes are restored, if its label has one.
+
+        HypervisorAway, HypervisorRefused; then there is no machine.
+        """
+        ...
+
     def begin_action(self, uuid: str, action: VmAction) -> Vm:
         """The VM, now in `action`. NotFound, HypervisorAway, Conflict(vm_busy) if it was in one."""
         ...
@@ -118,6 +131,12 @@ class EmbeddedInventory:
 
     def look_at(self, uuid: str) -> Vm:
         return self.vm(uuid)
+
+    def hold_for(self, vm: Vm, wish: HoldWish) -> Hold | None:
+        """Nobody else has the volumes that are ours to clone or to read."""
+
+    def realize(self, vm: Vm, label: BackupLabel) -> None:
+        """A VM is its record here."""
 
     def add_vm(self, vm: Vm) -> None:
         with self._state.store.write() as txn:

@@ -115,6 +115,15 @@ class DiskBackup(Row, frozen=True):
     usd_type: str = ""
     snapshot_uuid: str = ""
     format: str = "raw"  # of the volume; what a restore makes, unless the pool says otherwise
+    identity: str = ""  # which file it was, for the next backup; "" if that needs nothing of it
+
+
+class Machine(Row, frozen=True):
+    """What a restore needs to make the VM again where it was, each deflated (zlib). Bounded."""
+
+    xml: bytes
+    checkpoint: bytes = b""  # what the next backup builds on
+    nvram: bytes = b""
 
 
 class BackupLabel(Row, frozen=True):
@@ -134,6 +143,8 @@ class BackupLabel(Row, frozen=True):
     vm_type: str = ""
     expired_time: int = 0
     notes: tuple[str, ...] = ()  # e.g. "full: nothing to build on"; "snapshot: reflink"
+    frozen: bool = False  # whether the guest's file systems were; else as after a power failure
+    machine: Machine | None = None
 
 
 class Backup(Row, frozen=True):

@@ -31,7 +31,7 @@ def recover(core: Core) -> None:
     jobs = core.jobs.recover()
     backups = core.catalogue.fail_running(RESTARTED)
     for vm in core.inventory.vms():
-        if vm.action == "restoring":
+        if vm.action == "restoring" and not vm.host:
             _bounded(core, f"undo {vm.uuid}", partial(_remove_volumes, core, vm))
     vms = core.inventory.end_all_actions(_ended)
     kept = _settled_baselines(core)

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from engine.core import Core
 from engine.distrust import remember
-from engine.errors import Conflict, Invalid, NotFound, PoolFull
+from engine.errors import Conflict, EngineError, Invalid, NotFound, PoolFull
 from engine.ids import new_id, normal
 from engine.inventory import find, require_addable
 from engine.jobs import JobContext, new_job
@@ -24,7 +24,7 @@ from engine.model import BACKUP_DONE, Backup, Disk, DiskBackup, Pool, Vm
 from engine.qemu.header import VolumeFormat
 from engine.restore import Gaps, RestoreDisk, run_restore
 from engine.views import RestoreTarget, Scope
-from engine.volumes import bounded_volume_size, require_plain_name, volume_path
+from engine.volumes import bounded_volume_size, remove_volume, require_plain_name, volume_path
 from storage.domain import Domain
 
 log = logging.getLogger(__name__)
@@ -257,10 +257,21 @@ class _RestoreRun:
             backup=row.uuid,
             allow_damaged=self._allow_damaged,
         )
+        self._realize()
         devices = {disk.source.disk_uuid: disk.source.target_device for disk in self._plan.disks}
         return tuple(
             line for gaps in report.gaps for line in _gap_lines(devices[gaps.disk_uuid], gaps)
         )
+
+    def _realize(self) -> None:
+        """The volumes are complete; without a machine they are nobody's, and go again."""
+        core, plan = self._core, self._plan
+        try:
+            core.inventory.realize(plan.vm, plan.backup.label)
+        except EngineError:
+            for planned in plan.disks:
+                remove_volume(planned.pool, planned.disk.volume_name)
+            raise
 
     def settle(self, error: Exception | None) -> None:
         core, vm = self._core, self._plan.vm
@@ -287,7 +298,12 @@ def _gap_lines(device: str, gaps: Gaps) -> list[str]:
 
 
 def after_restore(vm: Vm, reason: str) -> Vm:
-    """The VM once its restore has ended; `reason` is "" for success."""
+    """The VM once its restore has ended; `reason` is "" for success.
+
+    One that a hypervisor has is complete: it was defined last of all.
+    """
+    if vm.host:
+        return vm
     if not reason:
         return replace(vm, state="stopped", last_error="")
     return replace(vm, state="restore_failed", disks=(), last_error=reason)

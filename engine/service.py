@@ -364,7 +364,7 @@ def _assemble(host: Host, state: State, config: Config) -> Core:
     return Core(
         config=config,
         state=state,
-        inventory=_inventory(state, places, config),
+        inventory=_inventory(state, places, config, host),
         catalogue=catalogue,
         jobs=Jobs(state, max_running=config.limits.max_jobs),
         points=Points(state, around, probes),
@@ -373,12 +373,12 @@ def _assemble(host: Host, state: State, config: Config) -> Core:
     )
 
 
-def _inventory(state: State, places: Places, config: Config) -> Inventory:
+def _inventory(state: State, places: Places, config: Config, host: Host) -> Inventory:
     if config.inventory == "embedded":
         return EmbeddedInventory(state, places)
     from engine.libvirt.inventory import LibvirtInventory  # an optional extra
 
-    return LibvirtInventory(state, places, config)
+    return LibvirtInventory(state, places, config, host.id)
 
 
 def _size_of(probes: Probes, pool: Pool, volume_name: str, volume_format: str) -> int | None:

@@ -27,14 +27,15 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal, TypeAlias
 
 from engine.errors import DiskServerRefused
 from engine.extents import clone_into, count_extents, generation, share_cow_flag
 from engine.freeze import NO_HOOK, Freeze, FreezeHook, frozen
+from engine.model import Machine
 from engine.qemu.stopped import Qcow2Source
 from engine.sources import (
     DiskFile,
@@ -48,7 +49,7 @@ from engine.sources import (
 
 log = logging.getLogger(__name__)
 
-Method: TypeAlias = Literal["reflink", "direct"]
+Method: TypeAlias = Literal["reflink", "direct", "live"]
 
 HeldVolume: TypeAlias = VolumeSource | Qcow2Source
 
@@ -70,11 +71,14 @@ class SnapshotFacts:
     notes: tuple[str, ...] = ()
     clone_s: float = 0.0  # how long the VM's writes stood still for the clones, at most
     freeze_s: float = 0.0  # from frozen to thawed; 0 when it was not frozen
+    identities: Mapping[str, str] = field(default_factory=dict)  # of live disks, by target device
+    machine: Machine | None = None
 
     @property
     def method(self) -> Method:
-        """`reflink` only if all disks were cloned."""
-        return "direct" if "direct" in self.methods.values() else "reflink"
+        """`reflink` only if all disks were cloned, `live` only if QEMU held all of them."""
+        found = set(self.methods.values())
+        return "direct" if "direct" in found else found.pop() if len(found) == 1 else "reflink"
 
 
 class Snapshot:

@@ -15,20 +15,26 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace as changed
+from functools import partial
 
 from msgspec.structs import replace
 
 from engine.config import Config, LibvirtHost
-from engine.errors import ConfigInvalid, Conflict, HypervisorAway, NotFound
-from engine.inventory import EmbeddedInventory, Places
+from engine.errors import ConfigInvalid, Conflict, EngineError, HypervisorAway, NotFound
+from engine.hold import Hold, HoldWish
+from engine.inventory import EmbeddedInventory, Places, find, pool_of
 from engine.libvirt.binding import NO_SUCH_DOMAIN, Domain, LibvirtFault, code_of, require_libvirt
+from engine.libvirt.live import begin_live, end_left_job
+from engine.libvirt.restored import define_restored
 from engine.libvirt.rows import pools_of, vm_of
+from engine.libvirt.setup import LiveSetup
 from engine.libvirt.watch import DomainSeen, Sight, Watch, look_at
-from engine.model import Disk, Pool, Vm, VmAction
+from engine.model import BackupLabel, Disk, Pool, Vm, VmAction
 from engine.seed import refer
 from engine.state import State
+from engine.volumes import volume_path
 
 log = logging.getLogger(__name__)
 
@@ -40,13 +46,21 @@ class LibvirtInventory(EmbeddedInventory):
 
     makes_vms = False
 
-    def __init__(self, state: State, places: Places, config: Config) -> None:
+    def __init__(self, state: State, places: Places, config: Config, host: str) -> None:
         """ConfigInvalid when no host, one twice, or an unknown cluster is configured."""
         require_libvirt()
         super().__init__(state, places)
         hosts = config.libvirt.hosts
         if not hosts:
             raise ConfigInvalid('inventory = "libvirt" needs at least one of [[libvirt.hosts]]')
+        self._live = LiveSetup(
+            host=host[:8],
+            scratch=config.libvirt.scratch.rstrip("/"),
+            reserve_bytes=config.libvirt.scratch_reserve_bytes,
+            limit_bytes=config.libvirt.scratch_limit_bytes,
+            freeze_timeout_s=config.freeze.timeout_s,
+            freeze_hold_s=config.freeze.hold_s,
+        )
         self._rules = config.libvirt.rules
         self._clusters = _clusters_of(hosts, places)
         self._watches = {host.uri: Watch(host.uri, self._on_sight) for host in hosts}
@@ -92,9 +106,57 @@ class LibvirtInventory(EmbeddedInventory):
             self._put([self._row(vm.host, seen)])
         return super().vm(uuid)
 
+    def hold_for(self, vm: Vm, wish: HoldWish) -> Hold | None:
+        if vm.state not in ("running", "paused"):
+            return None
+        return partial(begin_live, partial(self.domain, vm), vm, self._live, wish)
+
+    def realize(self, vm: Vm, label: BackupLabel) -> None:
+        if label.machine is None:
+            log.warning("no_domain_in_backup", extra={"vm": vm.uuid})
+            return
+        watch = self._host_of(vm)
+        paths = {
+            disk.target_device: volume_path(pool_of(self.places, disk), disk.volume_name)
+            for disk in vm.disks
+        }
+        made = define_restored(watch.connection(), vm, label.machine, paths, self._marks(vm))
+        seen = look_at(made)
+        if seen is not None:
+            self._put([self._row(watch.name, seen)])
+
+    def _host_of(self, vm: Vm) -> Watch:
+        """Where its first volume's pool is; of several that have it, the first in sight."""
+        wanted = vm.disks[0].pool_uuid
+        with self._lock:
+            names = [
+                name
+                for name, pools in self._pools.items()
+                if any(pool.uuid == wanted for pool in pools.values())
+            ]
+        found = [self._watches[name] for name in names or self._watches]
+        return next((watch for watch in found if not watch.problem), found[0])
+
+    def _marks(self, vm: Vm) -> dict[str, str]:
+        places = super().places
+        return {
+            "namespace": find("namespace", places.namespaces, vm.namespace).name,
+            "zone": find("zone", places.zones, vm.zone_uuid).name,
+            "object_group": find("object_group", places.object_groups, vm.object_group).name,
+            "vm_type": vm.vm_type,
+        }
+
     def begin_action(self, uuid: str, action: VmAction) -> Vm:
         self.look_at(uuid)
         return super().begin_action(uuid, action)
+
+    def end_all_actions(self, change: Callable[[Vm], Vm]) -> list[Vm]:
+        ended = super().end_all_actions(change)
+        for vm in ended:
+            if vm.host and vm.action == "backing_up":
+                with contextlib.suppress(EngineError):  # away: its next backup ends the job
+                    end_left_job(partial(self.domain, vm), self._live.scratch)
+        return ended
 
     def remove_vm(self, uuid: str) -> Vm:
         vm = super().vm(uuid)

@@ -105,6 +105,7 @@ async def test_a_vms_life(site: Site) -> None:
             "usd_type": "HDD",
             "replica": 1,
             "share": False,
+            "format": "raw",
         }
     ]
     assert row == {
@@ -119,6 +120,7 @@ async def test_a_vms_life(site: Site) -> None:
         "state": "stopped",
         "action": "",
         "last_error": "",
+        "host": "",
     }
     assert (site.pool_path / "new").stat().st_size == MIB
     delete = made | {"delete_volumes": True}

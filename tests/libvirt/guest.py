@@ -87,6 +87,10 @@ class Guest:
     def run(self, command: str) -> str:
         """What the shell printed. GuestFailed."""
         self.begin(command)
+        return self.answer(command)
+
+    def answer(self, command: str) -> str:
+        """What the shell printed for the command that was begun. GuestFailed."""
         lines = []
         while not (line := self._line()).startswith(_DONE):
             lines.append(line)
@@ -96,7 +100,7 @@ class Guest:
         return printed
 
     def begin(self, command: str) -> None:
-        """Sends the command and does not wait."""
+        """Sends the command and does not wait for its `answer`."""
         self._file.write(f"{command}\n".encode())
 
     def sha256(self, *paths: str) -> list[str]:

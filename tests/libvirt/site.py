@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from engine.config import Config, Libvirt, LibvirtHost, LibvirtRule, NamespaceConfig, ZoneConfig
-from engine.model import Vm
+from engine.model import Backup, Vm
 from tests.engine_rig import PATIENCE_S, EngineRig
 from tests.libvirt.host import Host
+from tests.nfs.kit import find_tool
 
 
-def config_for(*uris: str, scratch: Path | None = None, reserve_bytes: int = 1 << 20) -> Config:
+def config_for(
+    *uris: str, scratch: Path | None = None, reserve_bytes: int = 1 << 20, limit_bytes: int = 0
+) -> Config:
     return Config(
         inventory="libvirt",
         libvirt=Libvirt(
@@ -23,6 +27,7 @@ def config_for(*uris: str, scratch: Path | None = None, reserve_bytes: int = 1 <
             ),
             scratch=str(scratch or ""),
             scratch_reserve_bytes=reserve_bytes,
+            scratch_limit_bytes=limit_bytes,
         ),
         namespaces=(NamespaceConfig("default"), NamespaceConfig("shop")),
         zones=(ZoneConfig("default"), ZoneConfig("cellar")),
@@ -46,6 +51,24 @@ def wait_for_vm(rig: EngineRig, name: str, is_so: Callable[[Vm | None], bool]) -
         time.sleep(0.02)
     assert vm is not None
     return vm
+
+
+def contents(rig: EngineRig, backup: Backup, vm_name: str) -> list[bytes]:
+    """What a guest would read from the disks of a new VM made from the backup."""
+    vm_uuid, job = rig.ask_restore(backup, vm_name)
+    rig.succeed(job)
+    return [_content(rig.volume(disk), disk.format) for disk in rig.engine.vm(vm_uuid).disks]
+
+
+def _content(volume: Path, form: str) -> bytes:
+    if form == "raw":
+        return volume.read_bytes()
+    flat = volume.with_name(f".{volume.name}.flat")
+    command = [find_tool("qemu-img"), "convert", "-f", form, "-O", "raw"]
+    subprocess.run([*command, str(volume), str(flat)], check=True)
+    content = flat.read_bytes()
+    flat.unlink()
+    return content
 
 
 def wait_until(what: Callable[[], bool]) -> None:

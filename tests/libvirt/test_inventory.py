@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from engine.model import Vm
 from engine.views import NewDisk
 from tests.engine_rig import ANYWHERE, EngineRig
 from tests.libvirt.host import MIB, Host
-from tests.libvirt.site import config_for, rig_on, vm_named, wait_for_vm, wait_until
-from tests.nfs.kit import Kit
+from tests.libvirt.site import config_for, contents, rig_on, vm_named, wait_for_vm, wait_until
+from tests.nfs.kit import Kit, find_tool
 
 MARKS = """<metadata><vmkeep:place xmlns:vmkeep="urn:vmkeep:place:1"
     namespace="shop" zone="cellar" object_group="nowhere"/></metadata>"""
@@ -85,6 +86,20 @@ def test_events_keep_it_fresh(host: Host, rig: EngineRig) -> None:
     wait_for_vm(rig, "lively", lambda vm: _state(vm) == "stopped")
     domain.undefineFlags(0)
     wait_until(lambda: vm_named(rig, "lively") is None)
+
+
+def test_a_stopped_domain_is_read_as_it_lies(host: Host, rig: EngineRig) -> None:
+    image = host.image("vda", "still.qcow2", 16 * MIB)
+    command = [find_tool("qemu-io"), "-c", "write -P 7 1M 64k", str(image.path)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    domain = host.define("still", [image, host.image("vdb", "still.raw", MIB, "raw")])
+    vm = wait_for_vm(rig, "still", lambda vm: vm is not None)
+    backup = rig.back_up(vm)
+    assert "snapshot: live" not in backup.label.notes
+    first, second = contents(rig, backup, "moved")
+    assert first == bytes(MIB) + b"\7" * 65536 + bytes(15 * MIB - 65536)
+    assert second == bytes(MIB)
+    assert not domain.isActive()
 
 
 def test_vms_are_not_made_or_deleted_here(host: Host, rig: EngineRig) -> None:

@@ -24,8 +24,10 @@ HOST_TOOLS = {
     "busybox": "busybox-static",
     "depmod": "kmod",
     "mke2fs": "e2fsprogs",
+    "e2fsck": "e2fsprogs",
     "apt-get": "apt",
     "qemu-img": "qemu-utils",
+    "qemu-io": "qemu-utils",
     "qemu-ga": "qemu-guest-agent",
     "libvirtd": "libvirt-daemon",
 }

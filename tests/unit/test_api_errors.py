@@ -57,6 +57,8 @@ PUBLISHED = {
     40918: "already_running",
     40919: "managed_by_libvirt",
     40920: "domain_busy",
+    40921: "domain_stopped",
+    40922: "format_not_readable",
     50000: "internal",
     50001: "engine_failed",
     50002: "storage_failed",
@@ -75,6 +77,7 @@ PUBLISHED = {
     50306: "hypervisor_unreachable",
     50700: "point_full",
     50701: "pool_full",
+    50702: "scratch_full",
 }
 
 

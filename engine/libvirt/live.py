@@ -1,0 +1,329 @@
+"""A running domain's disks at one instant: QEMU's backup job in pull mode, read over NBD.
+
+One call to libvirt begins the job on all disks, and a checkpoint with it, in one transaction; the
+guest's file systems are frozen for that call only. From then on QEMU puts aside what the guest
+overwrites (scratch.py) and serves the disks as they were. Disks that have a bitmap since the
+parent's checkpoint tell what changed; all others are read in full, in the same job.
+
+What libvirt refuses is asked for again with less: without the parent's bitmaps, then without
+bitmaps at all. So lost tracking costs a read, never a backup, and the reason is in the notes.
+
+The end of the block ends the job and puts the checkpoints in order (checkpoints.py). libvirtd may
+be restarted meanwhile: QEMU serves on, and the end is patient.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+from engine.errors import (
+    Conflict,
+    DiskServerLost,
+    DiskServerRefused,
+    EngineError,
+    HypervisorRefused,
+    NotFound,
+    ScratchFull,
+)
+from engine.freeze import frozen
+from engine.hold import HoldWish
+from engine.libvirt import checkpoints
+from engine.libvirt.agent import agent_hook
+from engine.libvirt.binding import (
+    INCREMENTAL_LOST,
+    NO_SUCH_DOMAIN,
+    OPERATION_INVALID,
+    Domain,
+    LibvirtFault,
+    code_of,
+)
+from engine.libvirt.domains import DomainFacts, read_domain
+from engine.libvirt.jobxml import JobDisk, backup_xml, checkpoint_xml, export_bitmap, job_socket
+from engine.libvirt.machine import inflated, machine_of
+from engine.libvirt.media import has_bitmaps, identity_of
+from engine.libvirt.scratch import ScratchWatch, remove_left
+from engine.libvirt.setup import LiveSetup
+from engine.model import Vm
+from engine.nbd.connection import NbdAddress
+from engine.nbd.source import NbdSource
+from engine.snapshot import SnapshotFacts
+from engine.sources import DiskSource, VolumeSource
+
+log = logging.getLogger(__name__)
+
+READ_TIMEOUT_S = 120.0
+END_TIMEOUT_S = 90.0  # libvirt may be blind for 30 s around a change of the agent's channel
+_POLL_S = 0.02
+_RETRY_S = 0.2
+
+FindDomain = Callable[[], Domain]
+
+
+def begin_live(
+    find: FindDomain, vm: Vm, setup: LiveSetup, wish: HoldWish, parent: str
+) -> LiveBackup:
+    """The disks, held. `parent`: the backup that may be built on, or "".
+
+    Conflict (domain_busy, domain_stopped), ScratchFull, HypervisorAway, HypervisorRefused,
+    DiskServer… errors; then nothing is left behind.
+    """
+    if not setup.scratch:
+        raise HypervisorRefused("a live backup needs a directory: scratch in [libvirt]")
+    domain = find()
+    end_left_job(find, setup.scratch)
+    facts = _facts_of(domain, vm)
+    job = _Job(find, vm, setup, wish)
+    job.watch.require_room()
+    with contextlib.ExitStack() as undo:
+        undo.callback(job.end, committed=False)
+        begun = _begun(domain, facts, job, parent)
+        sources = {}
+        for disk in begun.disks:
+            sources[disk.target] = source = job.open(disk)
+            undo.callback(source.close)
+        job.watch.start()
+        held = LiveBackup(job, sources, _told(domain, facts, job, begun, sources))
+        undo.pop_all()
+    return held
+
+
+class LiveBackup:
+    """A Held. See engine/hold.py and the module."""
+
+    def __init__(self, job: _Job, sources: dict[str, NbdSource], facts: SnapshotFacts) -> None:
+        self.facts = facts
+        self._job = job
+        self._sources = sources
+        self._committed = False
+
+    @property
+    def sources(self) -> dict[str, DiskSource]:
+        return dict(self._sources)
+
+    @property
+    def clones(self) -> dict[str, VolumeSource]:
+        return {}
+
+    def verify_unchanged(self) -> None:
+        """Raises ScratchFull. All else that goes wrong makes reading fail."""
+        if self._job.watch.problem:
+            raise ScratchFull(self._job.watch.problem)
+
+    def committed(self) -> None:
+        """Its checkpoint is worth keeping, and the parent's is not."""
+        self._committed = True
+
+    def __enter__(self) -> LiveBackup:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for source in self._sources.values():
+            source.close()
+        stopped = self._job.end(committed=self._committed)
+        if not isinstance(error, DiskServerLost | DiskServerRefused):
+            return
+        if self._job.watch.problem:
+            raise ScratchFull(self._job.watch.problem) from error
+        if stopped:
+            raise _stopped(self._job.vm) from error
+
+
+class _Job:
+    """The job and what belongs to it: names, files, its end."""
+
+    def __init__(self, find: FindDomain, vm: Vm, setup: LiveSetup, wish: HoldWish) -> None:
+        self.find = find
+        self.vm = vm
+        self.setup = setup
+        self.wish = wish
+        self.checkpoint = checkpoints.name_for(setup.host, wish.backup_uuid)
+        self.socket = f"{setup.scratch}/{wish.backup_uuid[:8]}.sock"
+        self._files = [self.scratch_for(number) for number in range(len(vm.disks))]
+        self.watch = ScratchWatch(
+            setup.scratch, self._files, setup.reserve_bytes, setup.limit_bytes, self._abort
+        )
+
+    def scratch_for(self, number: int) -> str:
+        return f"{self.setup.scratch}/{self.wish.backup_uuid}.{number}"
+
+    def open(self, disk: JobDisk) -> NbdSource:
+        bitmap = export_bitmap(disk.target) if disk.base else ""
+        address = NbdAddress(path=self.socket)
+        return NbdSource.open(address, disk.target, bitmap, timeout_s=READ_TIMEOUT_S)
+
+    def end(self, *, committed: bool) -> bool:
+        """Ends the job, and puts the checkpoints in order. Whether the domain is not running."""
+        self.watch.stop()
+        stopped = end_job(self.find)
+        try:
+            domain = self.find()
+            if committed:
+                kept = self.wish.kept | {self.wish.backup_uuid}
+                checkpoints.sweep(domain, self.setup.host, kept)
+            else:
+                checkpoints.drop(domain, self.checkpoint)
+        except (LibvirtFault, EngineError) as error:
+            # The next success sweeps what is left.
+            fields = {"vm": self.vm.uuid, "why": str(error)}
+            log.warning("checkpoints_left", extra=fields)
+        remove_left([*self._files, self.socket])
+        return stopped
+
+    def _abort(self) -> None:
+        with contextlib.suppress(LibvirtFault, EngineError):
+            self.find().abortJob()
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """How the job could be begun."""
+
+    disks: Sequence[JobDisk]
+    frozen: bool
+    notes: tuple[str, ...]
+
+
+def _begun(domain: Domain, facts: DomainFacts, job: _Job, parent: str) -> _Begun:
+    """The job is on. Raises as begin_live."""
+    since, why = frozenset[str](), ""
+    if parent:
+        name = checkpoints.name_for(job.setup.host, parent)
+        since, why = checkpoints.disks_since(domain, name, inflated(job.wish.checkpoint))
+    rungs = _rungs(facts, job, parent, since)
+    notes = [f"full read: {why}"] if why else []
+    hook, agent_note = agent_hook(domain, facts, job.vm, job.setup)
+    with frozen(hook) as freeze:
+        disks = _begin_with_less(domain, job, rungs, notes)
+    notes += [*freeze.notes, *([agent_note] if agent_note else [])]
+    return _Begun(disks, freeze.held, tuple(notes))
+
+
+def _rungs(
+    facts: DomainFacts, job: _Job, parent: str, since: frozenset[str]
+) -> list[list[JobDisk]]:
+    """What to ask for, and with how much less if that is refused."""
+    base = checkpoints.name_for(job.setup.host, parent)
+    wanted = []
+    for number, disk in enumerate(facts.disks):
+        same = job.wish.identities.get(disk.target) == identity_of(disk)
+        tracked = has_bitmaps(disk)
+        usable = tracked and same and disk.target in since
+        scratch = job.scratch_for(number)
+        wanted.append(JobDisk(disk.target, scratch, tracked, base if usable else ""))
+    full = [JobDisk(disk.target, disk.scratch, disk.tracked) for disk in wanted]
+    plain = [JobDisk(disk.target, disk.scratch, tracked=False) for disk in wanted]
+    rungs = [wanted, full, plain]
+    return [rung for number, rung in enumerate(rungs) if rung not in rungs[:number]]
+
+
+def _begin_with_less(
+    domain: Domain, job: _Job, rungs: list[list[JobDisk]], notes: list[str]
+) -> list[JobDisk]:
+    for disks in rungs:
+        checkpoint = checkpoint_xml(job.checkpoint, disks) or None
+        try:
+            domain.backupBegin(backup_xml(disks, job.socket), checkpoint, 0)
+        except LibvirtFault as error:
+            _require_running(domain, job.vm)
+            _require_no_job(domain, job.vm)
+            lost = code_of(error) in INCREMENTAL_LOST
+            notes.append(f"full read: {'changed blocks are lost: ' if lost else ''}{error}")
+            log.warning("live_backup_refused", extra={"vm": job.vm.uuid, "why": str(error)})
+        else:
+            return disks
+    raise HypervisorRefused(notes[-1].removeprefix("full read: "))
+
+
+def _told(
+    domain: Domain,
+    facts: DomainFacts,
+    job: _Job,
+    begun: _Begun,
+    sources: dict[str, NbdSource],
+) -> SnapshotFacts:
+    machine, notes = machine_of(domain, facts, checkpoints.xml_of(domain, job.checkpoint))
+    return SnapshotFacts(
+        methods=dict.fromkeys(sources, "live"),
+        capacities={target: source.capacity for target, source in sources.items()},
+        frozen=begun.frozen,
+        notes=(*begun.notes, *notes),
+        identities={disk.target: identity_of(disk) for disk in facts.disks},
+        machine=machine,
+    )
+
+
+def _facts_of(domain: Domain, vm: Vm) -> DomainFacts:
+    """The live XML's. Conflict if the domain does not run, or has other disks than it had."""
+    try:
+        facts = read_domain(domain.XMLDesc())
+    except LibvirtFault as error:
+        raise HypervisorRefused(f"{vm.name}: {error}") from error
+    _require_running(domain, vm)
+    _require_no_job(domain, vm)
+    if [disk.target for disk in facts.disks] != [disk.target_device for disk in vm.disks]:
+        raise Conflict("volume_changed", f"the disks of VM {vm.name} are being changed")
+    return facts
+
+
+def _require_running(domain: Domain, vm: Vm) -> None:
+    with contextlib.suppress(LibvirtFault):
+        if domain.isActive():
+            return
+    raise _stopped(vm)
+
+
+def _stopped(vm: Vm) -> Conflict:
+    return Conflict("domain_stopped", f"VM {vm.name} stopped during its backup")
+
+
+def _require_no_job(domain: Domain, vm: Vm) -> None:
+    """libvirt would wait 30 s for the other job before it says so."""
+    try:
+        busy = domain.jobInfo()[0] != 0
+    except LibvirtFault:
+        return  # it stopped: what follows says so
+    if busy:
+        raise Conflict("domain_busy", f"libvirt runs another job on VM {vm.name}")
+
+
+def end_left_job(find: FindDomain, scratch: str) -> None:
+    """Ends a backup job that a killed service left: one that serves its disks in our directory."""
+    try:
+        socket = job_socket(find().backupGetXMLDesc())
+    except (LibvirtFault, ValueError):
+        return
+    if scratch and socket.startswith(f"{scratch}/"):
+        log.warning("left_job_ended", extra={"socket": socket})
+        end_job(find)
+        remove_left([socket])
+
+
+def end_job(find: FindDomain) -> bool:
+    """Ends the backup job, and waits until it has. Whether the domain is not running."""
+    deadline_s = time.monotonic() + END_TIMEOUT_S
+    while time.monotonic() < deadline_s:
+        try:
+            domain = find()
+            with contextlib.suppress(LibvirtFault):
+                domain.abortJob()
+            while domain.jobInfo()[0] and time.monotonic() < deadline_s:
+                time.sleep(_POLL_S)
+            return not domain.isActive()
+        except NotFound:
+            return True
+        except (LibvirtFault, EngineError) as error:
+            if code_of(error) in (OPERATION_INVALID, NO_SUCH_DOMAIN):
+                return True
+            time.sleep(_RETRY_S)
+    log.error("job_not_ended", extra={"after_s": END_TIMEOUT_S})
+    return False

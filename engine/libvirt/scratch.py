@@ -1,0 +1,100 @@
+"""The scratch directory: where QEMU puts what the guest overwrites while a backup reads.
+
+A slow or hung backup point makes it grow, up to the disks' size. A guest's write would *fail* when
+it can't be put aside. So a watch ends the backup's job before it comes to that: when less than a
+reserve is free, or the backup's own limit is reached. The backup fails, the guest goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Callable, Sequence
+
+from engine.errors import ScratchFull
+
+log = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 0.1
+
+
+class ScratchWatch:
+    """Watches from `start` to `stop`. `give_up` is called once, by the watch's own thread."""
+
+    def __init__(
+        self,
+        directory: str,
+        files: Sequence[str],
+        reserve_bytes: int,
+        limit_bytes: int,
+        give_up: Callable[[], None],
+    ) -> None:
+        self._directory = directory
+        self._files = tuple(files)
+        self._reserve_bytes = reserve_bytes
+        self._limit_bytes = limit_bytes
+        self._give_up = give_up
+        self._problem = ""
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="scratch", daemon=True)
+
+    @property
+    def problem(self) -> str:
+        """Why the job was ended; "" as long as it was not."""
+        return self._problem
+
+    def require_room(self) -> None:
+        """Raises ScratchFull."""
+        problem = self._problem or self._look()
+        if problem:
+            raise ScratchFull(problem)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(LOOK_EVERY_S):
+            problem = self._look()
+            if problem:
+                self._problem = problem
+                log.error("scratch_full", extra={"path": self._directory, "why": problem})
+                self._give_up()
+                return
+
+    def _look(self) -> str:
+        """What is wrong, or ""."""
+        try:
+            room = os.statvfs(self._directory)
+        except OSError as error:
+            return f"scratch directory {self._directory}: {error.strerror or error}"
+        free_bytes = room.f_bavail * room.f_frsize
+        if free_bytes < self._reserve_bytes:
+            return (
+                f"scratch directory {self._directory} has {free_bytes} bytes left, and "
+                f"{self._reserve_bytes} are the reserve"
+            )
+        used_bytes = sum(_used_bytes(path) for path in self._files)
+        if self._limit_bytes and used_bytes > self._limit_bytes:
+            return f"the guest overwrote more than {self._limit_bytes} bytes during the backup"
+        return ""
+
+
+def remove_left(paths: Sequence[str]) -> None:
+    """Deletes what is there of these; libvirt does so by itself unless QEMU died."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
+def _used_bytes(path: str) -> int:
+    try:
+        return os.stat(path).st_blocks * 512
+    except OSError:
+        return 0

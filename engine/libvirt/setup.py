@@ -1,0 +1,17 @@
+"""What live backups need to know of this service and its configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class LiveSetup:
+    """`host` tells our checkpoints from another service's. The freeze limits: engine/freeze.py."""
+
+    host: str
+    scratch: str
+    reserve_bytes: int
+    limit_bytes: int
+    freeze_timeout_s: float
+    freeze_hold_s: float

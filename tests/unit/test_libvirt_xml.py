@@ -1,0 +1,59 @@
+"""What is made of a domain's XML: no libvirt is needed."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.libvirt.domains import parsed, read_domain
+from engine.libvirt.machine import inflated
+from engine.libvirt.revive import NewDomain, new_domain_xml
+
+XML = """<domain type='kvm'><name>mail</name><uuid>11111111-2222-3333-4444-555555555555</uuid>
+<genid>99999999-2222-3333-4444-555555555555</genid>
+<sysinfo type='smbios'><system><entry name='uuid'>11111111-2222-3333-4444-555555555555</entry>
+</system></sysinfo>
+<os><nvram template='/t'>/old/VARS.fd</nvram></os><devices>
+<disk type='network' device='disk'><driver name='qemu' type='raw'/><source protocol='rbd'
+ name='p/v'><host name='h'/></source><auth username='u'/><target dev='vda' bus='virtio'/></disk>
+<disk type='file' device='disk'><source file='/pool/b.qcow2'/><backingStore type='file'/>
+<target dev='vdb'/><shareable/></disk>
+<disk type='file' device='cdrom'><source file='/iso'/><target dev='sda'/></disk>
+<interface type='network'><mac address='52:54:00:00:00:01'/><target dev='vnet0'/></interface>
+<serial type='file'><source path='/log/mail.log'/></serial>
+<channel type='unix'><source mode='bind' path='/run/mail.agent'/>
+<target type='virtio' name='org.qemu.guest_agent.0' state='connected'/></channel>
+<graphics type='vnc' port='5901' autoport='no'/></devices></domain>"""
+NEW = NewDomain("aaaaaaaa-2222-3333-4444-555555555555", "mail2", {"vda": ("/new/v", "raw")}, {})
+
+
+def test_facts() -> None:
+    facts = read_domain(XML)
+    assert [(d.target, d.kind, d.source, d.share) for d in facts.disks] == [
+        ("vda", "network", "p/v", False),
+        ("vdb", "file", "/pool/b.qcow2", True),
+    ]
+    assert facts.agent == "connected"
+
+
+def test_a_new_domain_shares_nothing_with_the_old_one() -> None:
+    made = new_domain_xml(XML, NEW)
+    root = parsed(made)
+    for old in ("1111111", "99999", "52:54", "vnet0", "5901", "/run/mail.agent", "/old/", "/iso"):
+        assert old not in made
+    assert root.findtext("uuid") == root.findtext("sysinfo/system/entry") == NEW.uuid
+    assert root.findtext("name") == "mail2"
+    disk, drive = root.findall("devices/disk")
+    assert disk.get("type") == "file"
+    assert disk.find("source").attrib == {"file": "/new/v"}  # type: ignore[union-attr]
+    assert drive.find("source") is None
+    assert "/log/mail2.log" in made
+
+
+@pytest.mark.parametrize("xml", ["", "<a>", "<a/>", "<domain/>", "\x00"])
+def test_what_is_no_domain_is_refused(xml: str) -> None:
+    with pytest.raises(ValueError, match="not"):
+        new_domain_xml(xml, NEW)
+
+
+def test_labels_may_hold_anything() -> None:
+    assert inflated(b"") == inflated(b"no zlib") == ""
