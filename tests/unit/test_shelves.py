@@ -87,7 +87,7 @@ def expected(all_rows: Sequence[Backup], ranges: Sequence[Range], query: BackupQ
     return found[first : first + query.page_size], len(found), totals
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.lists(rows, max_size=12), max_size=3),
     st.lists(rows, max_size=8),
