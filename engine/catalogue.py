@@ -8,31 +8,33 @@ Between reading a domain and applying what was read, a backup may finish or be d
 notices by a count of changes and reads again.
 
 Locks: `_writing` orders changes (state first, then memory), `_lock` guards memory only, so readers
-never wait for a disk.
+never wait for a disk, nor for long: what changes many rows lets go of it again and again. Memory
+changes under both, so who holds either may look.
+
+Measured for 100,000 backups (bench/calls.py): 1.6 KB of memory and 0.7 KB of state each.
 """
 
 from __future__ import annotations
 
 import threading
-from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from itertools import chain
 
 from msgspec.structs import replace
 
 from engine.errors import NotFound
 from engine.model import BACKUP_DONE, BACKUP_FAILED, BACKUP_RUNNING, Backup
 from engine.scopes import Range
+from engine.shelves import Shelves, length, page_of, place_of
 from engine.state import State, backup_key
 from engine.views import BackupPage, BackupQuery, RangeState
 
 SYNC_ATTEMPTS = 5
 DEFAULT_PAGE_SIZE = 20
 MOST_PAGE_SIZE = 1000
-
-_Place: TypeAlias = tuple[int, str, str]  # newest first, then uuid, then cluster
+ROWS_PER_HOLD = 100  # what is changed before others may look
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +54,12 @@ class Catalogue:
         self._arrival: dict[str, int] = {}
         self._arrivals = 0
         self._clusters: set[str] = set()  # that any row ever was of
-        self._newest_first: list[_Place] = []
         self._changes: Counter[tuple[str, str]] = Counter()
-        for row in sorted(state.backups.values(), key=_place, reverse=True):
-            self._remember(row)
+        self._done: Counter[str] = Counter()  # by point
+        rows = sorted(state.backups.values(), key=place_of)
+        self._shelves = Shelves(rows)
+        for row in reversed(rows):
+            self._note(row)
 
     # Looking --------------------------------------------------------------------------------
 
@@ -73,34 +77,31 @@ class Catalogue:
 
     def newest(self, cluster_uuid: str, point_uuid: str, vm_uuid: str) -> Backup | None:
         """What an incremental of that VM builds on: its newest finished backup there."""
+        newest: Backup | None = None
         with self._lock:
-            found = [
-                row
-                for row in self._rows.values()
-                if row.label.vm_uuid == vm_uuid
-                and row.status == BACKUP_DONE
-                and (row.cluster_uuid, row.point_uuid) == (cluster_uuid, point_uuid)
-            ]
-            return max(found, key=self._age, default=None)
+            for _, uuid, _ in self._shelves.of_vm(cluster_uuid, point_uuid, vm_uuid):
+                row = self._rows[backup_key(cluster_uuid, uuid)]
+                if newest is not None and row.label.create_time < newest.label.create_time:
+                    break
+                if row.status == BACKUP_DONE:
+                    newest = row if newest is None else max(newest, row, key=self._age)
+        return newest
 
     def query(self, ranges: Sequence[Range], query: BackupQuery) -> BackupPage:
         """The page that `query` asks for, of the backups in `ranges`."""
-        totals = {(cluster.uuid, namespace.uuid): 0 for cluster, namespace in ranges}
-        found: list[Backup] = []
-        with self._lock:
-            for place in self._newest_first:
-                row = self._rows[backup_key(place[2], place[1])]
-                where = (row.cluster_uuid, row.label.namespace)
-                if where in totals and _matches(row, query):
-                    totals[where] += 1
-                    found.append(row)
         size = min(query.page_size or DEFAULT_PAGE_SIZE, MOST_PAGE_SIZE)
-        first = (max(query.page, 1) - 1) * size
+        skipped = (max(query.page, 1) - 1) * size
+        places = [(cluster.uuid, namespace.uuid) for cluster, namespace in ranges]
+        with self._lock:
+            found = self._shelves.find(places, query)
+            page = page_of([*chain(*found.values())], skipped, size)
+            rows = [self._rows[backup_key(cluster, uuid)] for _, uuid, cluster in page]
+            totals = {where: length(runs) for where, runs in found.items()}
         states = [
             RangeState(cluster, namespace.uuid, totals[cluster.uuid, namespace.uuid])
             for cluster, namespace in ranges
         ]
-        return BackupPage(found[first : first + size], len(found), states)
+        return BackupPage(rows, sum(totals.values()), states)
 
     def with_status(self, status: int) -> list[Backup]:
         """All backups of that status."""
@@ -110,10 +111,7 @@ class Catalogue:
     def count(self, point_uuid: str) -> int:
         """How many finished backups are on that point."""
         with self._lock:
-            return sum(
-                row.point_uuid == point_uuid and row.status == BACKUP_DONE
-                for row in self._rows.values()
-            )
+            return self._done[point_uuid]
 
     # Changing -------------------------------------------------------------------------------
 
@@ -134,21 +132,19 @@ class Catalogue:
 
     def remove_point(self, point_uuid: str) -> None:
         """Forgets all backups of a point that was detached."""
-        with self._lock:
-            gone = [row for row in self._rows.values() if row.point_uuid == point_uuid]
         with self._writing:
+            gone = [row for row in self._rows.values() if row.point_uuid == point_uuid]
             self._apply(_Change(remove=gone))
 
     def keep_only(self, cluster_uuids: Iterable[str], point_uuids: Iterable[str]) -> None:
         """Forgets the backups of clusters and points that are not ours any more."""
         clusters, points = frozenset(cluster_uuids), frozenset(point_uuids)
-        with self._lock:
+        with self._writing:
             gone = [
                 row
                 for row in self._rows.values()
                 if row.cluster_uuid not in clusters or row.point_uuid not in points
             ]
-        with self._writing:
             self._apply(_Change(remove=gone))
 
     def fail_running(self, reason: str) -> list[Backup]:
@@ -161,35 +157,48 @@ class Catalogue:
         return left
 
     def sync(
-        self, cluster_uuid: str, point_uuid: str, read: Callable[[], Sequence[Backup]]
-    ) -> None:
-        """Makes the finished backups of that domain those that `read()` finds, oldest first."""
+        self,
+        cluster_uuid: str,
+        point_uuid: str,
+        read: Callable[[], Sequence[Backup]],
+        only: Collection[str] | None = None,
+    ) -> bool:
+        """Makes the finished backups of that domain those that `read()` finds, oldest first.
+
+        `only`: it reads no others than these, and no others are touched. False: too much was
+        changed meanwhile, again and again; nothing was done.
+        """
         where = (cluster_uuid, point_uuid)
         for _ in range(SYNC_ATTEMPTS):
             with self._lock:
                 before = self._changes[where]
             rows = read()
             with self._writing:
-                with self._lock:
-                    unchanged = self._changes[where] == before
-                    change = self._difference(where, rows)
-                if unchanged:
-                    self._apply(change)
-                    return
-        # Ever busy: the next refresh syncs again.
+                if self._changes[where] == before:
+                    self._apply(self._difference(where, rows, only))
+                    return True
+        return False
 
-    def _difference(self, where: tuple[str, str], rows: Sequence[Backup]) -> _Change:
-        here = {
-            row.uuid: row
-            for row in self._rows.values()
-            if (row.cluster_uuid, row.point_uuid) == where
-        }
+    def _difference(
+        self, where: tuple[str, str], rows: Sequence[Backup], only: Collection[str] | None
+    ) -> _Change:
+        """`_writing` is held."""
+        here = {row.uuid: row for row in self._standing(where, only)}
         put = [row for row in rows if _overrules(row, here.get(row.uuid))]
         there = {row.uuid for row in rows}
         gone = [row for row in here.values() if row.status == BACKUP_DONE and row.uuid not in there]
         return _Change(put, gone)
 
+    def _standing(self, where: tuple[str, str], only: Collection[str] | None) -> Iterator[Backup]:
+        if only is None:
+            rows = iter(self._rows.values())
+        else:
+            found = (self._rows.get(backup_key(where[0], uuid)) for uuid in only)
+            rows = (row for row in found if row is not None)
+        return (row for row in rows if (row.cluster_uuid, row.point_uuid) == where)
+
     def _apply(self, change: _Change) -> None:
+        """`_writing` is held."""
         if not change.put and not change.remove:
             return
         with self._state.store.write() as txn:
@@ -197,53 +206,42 @@ class Catalogue:
                 self._state.backups.put_in(txn, row)
             for row in change.remove:
                 self._state.backups.delete_in(txn, backup_key(row.cluster_uuid, row.uuid))
-        with self._lock:
-            for row in change.remove:
-                self._forget(row)
-            for row in change.put:
-                self._remember(row)
-            for row in (*change.put, *change.remove):
-                self._changes[row.cluster_uuid, row.point_uuid] += 1
+        for act, rows in ((self._forget, change.remove), (self._remember, change.put)):
+            for first in range(0, len(rows), ROWS_PER_HOLD):
+                with self._lock:
+                    for row in rows[first : first + ROWS_PER_HOLD]:
+                        act(row)
+                        self._changes[row.cluster_uuid, row.point_uuid] += 1
 
-    # Memory; `_lock` is held ----------------------------------------------------------------
+    # Memory; `_writing` and `_lock` are held ------------------------------------------------
 
     def _remember(self, row: Backup) -> None:
         self._forget(row)
+        self._shelves.add(row)
+        self._note(row)
+
+    def _note(self, row: Backup) -> None:
+        """All but the shelves."""
         key = backup_key(row.cluster_uuid, row.uuid)
         self._arrivals += 1
         self._rows[key] = row
         self._clusters.add(row.cluster_uuid)
         self._arrival[key] = self._arrivals
-        insort(self._newest_first, _place(row))
+        self._done[row.point_uuid] += row.status == BACKUP_DONE
 
     def _forget(self, row: Backup) -> None:
         key = backup_key(row.cluster_uuid, row.uuid)
         known = self._rows.pop(key, None)
-        self._arrival.pop(key, None)
         if known is not None:
-            del self._newest_first[bisect_left(self._newest_first, _place(known))]
+            del self._arrival[key]
+            self._shelves.remove(known)
+            self._done[known.point_uuid] -= known.status == BACKUP_DONE
 
     def _age(self, row: Backup) -> tuple[int, int]:
         key = backup_key(row.cluster_uuid, row.uuid)
         return row.label.create_time, self._arrival[key]
 
 
-def _place(row: Backup) -> _Place:
-    return (-row.label.create_time, row.uuid, row.cluster_uuid)
-
-
 def _overrules(row: Backup, known: Backup | None) -> bool:
     """Whether what the domain says is news. The end of a running backup is its job's to tell."""
     return known is None or (known.status != BACKUP_RUNNING and known != row)
-
-
-def _matches(row: Backup, query: BackupQuery) -> bool:
-    label = row.label
-    return (
-        (not query.vm_uuid or label.vm_uuid == query.vm_uuid)
-        and (not query.point_uuid or row.point_uuid == query.point_uuid)
-        and (not query.start_time or label.create_time >= query.start_time)
-        and (not query.end_time or label.create_time <= query.end_time)
-        and query.name_part in label.name
-        and query.description_part in label.description
-    )

@@ -20,8 +20,9 @@ BACKUP_RUNNING = 1
 BACKUP_FAILED = 2
 
 
-class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Base of all rows."""
+class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
+    """Base of all rows. They can't be in a cycle, so the collector need not know them: it would
+    walk through every one of a hundred thousand backups again and again."""
 
 
 class Cluster(Row, frozen=True):

@@ -1,0 +1,194 @@
+"""The order of the catalogue: a page of backups, and how many there are, without looking at all.
+
+A shelf is a sorted list, newest first, of the backups of one cluster, namespace and point; there is
+a second set of shelves for each VM. So every exact filter picks shelves, a time range is two
+bisections in each, a total is a difference of places, and a page of several shelves is found by
+bisection too, however far behind it is. Only texts are looked through one by one: they lie beside
+the places, so that this is one pass over a list, in C.
+
+In memory only, made anew from the rows at every start; not thread-safe: engine.catalogue locks.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import compress, islice, repeat
+from operator import contains
+from typing import NamedTuple, TypeAlias
+
+from engine.model import Backup
+from engine.views import BackupQuery
+
+Place: TypeAlias = tuple[int, str, str]  # newest first, then uuid, then cluster
+Where: TypeAlias = tuple[str, str]  # cluster, namespace
+
+
+class Run(NamedTuple):
+    """The places from `first` to before `last`, ascending."""
+
+    places: Sequence[Place]
+    first: int
+    last: int
+
+
+class Shelf:
+    """Backups in order. The three lists are parallel."""
+
+    def __init__(self) -> None:
+        self.places: list[Place] = []
+        self._names: list[str] = []
+        self._descriptions: list[str] = []
+
+    def add(self, place: Place, name: str, description: str) -> None:
+        at = len(self.places)
+        if at and place < self.places[-1]:
+            at = bisect_left(self.places, place)
+        self.places.insert(at, place)
+        self._names.insert(at, name)
+        self._descriptions.insert(at, description)
+
+    def remove(self, place: Place) -> None:
+        """It has to be there."""
+        at = bisect_left(self.places, place)
+        for column in (self.places, self._names, self._descriptions):
+            del column[at]
+
+    def found(self, query: BackupQuery) -> Run:
+        """Those that the query's times and texts leave."""
+        first = bisect_left(self.places, (-query.end_time,)) if query.end_time else 0
+        last = len(self.places)
+        if query.start_time:
+            last = max(first, bisect_left(self.places, (1 - query.start_time,)))
+        places = self.places[first:last] if query.name_part or query.description_part else []
+        if not places:
+            return Run(self.places, first, last)
+        names, descriptions = self._names[first:last], self._descriptions[first:last]
+        if query.name_part:
+            fits = [*map(contains, names, repeat(query.name_part))]
+            places, descriptions = [*compress(places, fits)], [*compress(descriptions, fits)]
+        if query.description_part:
+            fits = [*map(contains, descriptions, repeat(query.description_part))]
+            places = [*compress(places, fits)]
+        return Run(places, 0, len(places))
+
+
+_Index: TypeAlias = dict[Where, dict[str, Shelf]]  # the innermost key is the point
+
+
+class Shelves:
+    """All of them. A backup is on one of the common shelves, and on one of its VM's."""
+
+    def __init__(self, newest_first: Iterable[Backup] = ()) -> None:
+        """In that order each one goes to a shelf's end, which is cheap."""
+        self._all: _Index = {}
+        self._by_vm: dict[str, _Index] = {}
+        for row in newest_first:
+            self.add(row)
+
+    def add(self, row: Backup) -> None:
+        where, point = _where(row), row.point_uuid
+        place, name, description = place_of(row), _own(row.label.name), _own(row.label.description)
+        vm = self._by_vm.get(row.label.vm_uuid)
+        if vm is None:
+            vm = self._by_vm[row.label.vm_uuid] = {}
+        for index in (self._all, vm):
+            points = index.get(where)
+            if points is None:
+                points = index[where] = {}
+            shelf = points.get(point)
+            if shelf is None:
+                shelf = points[point] = Shelf()
+            shelf.add(place, name, description)
+
+    def remove(self, row: Backup) -> None:
+        """It has to be there, exactly so. What is empty then goes with it."""
+        vm = self._by_vm[row.label.vm_uuid]
+        for index in (self._all, vm):
+            points = index[_where(row)]
+            points[row.point_uuid].remove(place_of(row))
+            if not points[row.point_uuid].places:
+                del points[row.point_uuid]
+            if not points:
+                del index[_where(row)]
+        if not vm:
+            del self._by_vm[row.label.vm_uuid]
+
+    def find(self, where: Sequence[Where], query: BackupQuery) -> dict[Where, list[Run]]:
+        """What the query's filters leave of the backups that stand there."""
+        index = self._by_vm.get(query.vm_uuid, {}) if query.vm_uuid else self._all
+        return {
+            one: [shelf.found(query) for shelf in _at(index.get(one, {}), query.point_uuid)]
+            for one in where
+        }
+
+    def of_vm(self, cluster_uuid: str, point_uuid: str, vm_uuid: str) -> Iterator[Place]:
+        """A VM's backups in a cluster and on a point, newest first."""
+        index = self._by_vm.get(vm_uuid, {})
+        shelves = [
+            shelf
+            for (cluster, _), points in index.items()
+            if cluster == cluster_uuid
+            for shelf in _at(points, point_uuid)
+        ]
+        return heapq.merge(*(shelf.places for shelf in shelves))
+
+
+def place_of(row: Backup) -> Place:
+    return (-row.label.create_time, row.uuid, row.cluster_uuid)
+
+
+def length(runs: Iterable[Run]) -> int:
+    return sum(run.last - run.first for run in runs)
+
+
+def page_of(runs: Sequence[Run], skipped: int, count: int) -> list[Place]:
+    """`count` places of all runs together, after the first `skipped`."""
+    starts = _after(runs, skipped)
+    rests = [
+        run.places[start : min(run.last, start + count)]
+        for run, start in zip(runs, starts, strict=True)
+    ]
+    return list(islice(heapq.merge(*rests), count))
+
+
+def _after(runs: Sequence[Run], skipped: int) -> list[int]:
+    """Where each run goes on after the first `skipped` places of all together.
+
+    The middle of the widest window parts all the windows; the half that can't hold the answer goes.
+    """
+    first, last = [run.first for run in runs], [run.last for run in runs]
+    while skipped and first != last:
+        widest = max(range(len(runs)), key=lambda at: last[at] - first[at])
+        middle = (first[widest] + last[widest]) // 2
+        pivot = runs[widest].places[middle]
+        cuts = [
+            bisect_left(run.places, pivot, low, high)
+            for run, low, high in zip(runs, first, last, strict=True)
+        ]
+        before = sum(cuts) - sum(first)
+        if before >= skipped:
+            last = cuts
+            if before == skipped:
+                return cuts
+        else:  # the pivot is skipped, too: no place is twice in the runs
+            first, skipped = cuts, skipped - before - 1
+            first[widest] += 1
+    return first
+
+
+def _own(text: str) -> str:
+    """A copy: those of neighbours lie side by side then, which makes looking through them several
+    times as fast as going to where each row happens to be."""
+    return text.encode(errors="surrogatepass").decode(errors="surrogatepass")
+
+
+def _where(row: Backup) -> Where:
+    return (row.cluster_uuid, row.label.namespace)
+
+
+def _at(points: dict[str, Shelf], point_uuid: str) -> list[Shelf]:
+    if not point_uuid:
+        return list(points.values())
+    return [points[point_uuid]] if point_uuid in points else []
