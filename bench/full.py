@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from bench.corpora import corpus
 from bench.lab import Lab, times
 from bench.peers import absent, present
-from bench.results import Figure, Result, ratios
+from bench.results import Figure, Result, Series, ratios
 from bench.rounds import ZSTD, faster, first_backups, told, zstd_cost
 from bench.runner import alone
 
@@ -20,6 +20,7 @@ def run(lab: Lab) -> Iterator[Result]:
     """The bars are judged with the image in the page cache, as zstd has it in memory too."""
     volume = corpus(lab, "a")
     yield from absent(*PEERS)
+    yield Series("corpus (a)", "vmkeep", "B", (float(volume.stat().st_size),))
     limits = {ZSTD: lambda: zstd_cost(volume, lab.cores)}
     costs = first_backups(lab, volume, present(*PEERS), "warm", limits)
     yield from told("full backup of (a), warm", costs)
