@@ -75,7 +75,7 @@ class Lab:
 
         `env` is added to this process's. Its output goes nowhere, its errors into the exception.
         """
-        return measured(argv, cwd=cwd, env=env)[0]
+        return _cost(argv, subprocess.DEVNULL, cwd, env)
 
     def interleave(self, acts: Mapping[str, Callable[[], Cost]]) -> dict[str, list[Cost]]:
         """Each act `repeats` times, in turns; every other round backwards, so that none always
@@ -100,7 +100,16 @@ def measured(
     env: Mapping[str, str] | None = None,
 ) -> tuple[Cost, str]:
     """The cost of a command, and its output. Raises CommandFailed with its errors."""
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
+    with tempfile.TemporaryFile() as out:
+        cost = _cost(argv, out.fileno(), cwd, env)
+        out.seek(0)
+        return cost, out.read().decode()
+
+
+def _cost(
+    argv: Sequence[str | Path], out: int, cwd: Path | None, env: Mapping[str, str] | None
+) -> Cost:
+    with tempfile.TemporaryFile() as errors:
         started_s = time.perf_counter()
         child = subprocess.Popen(
             [str(word) for word in argv],
@@ -114,12 +123,11 @@ def measured(
             _, status, usage = os.wait4(child.pid, 0)
             elapsed_s = time.perf_counter() - started_s
         child.returncode = os.waitstatus_to_exitcode(status)
-        errors.seek(0)
         if child.returncode:
-            raise CommandFailed(f"{argv[0]}: exit {child.returncode}: {errors.read().decode()}")
-        out.seek(0)
-        cost = Cost(elapsed_s, usage.ru_utime + usage.ru_stime, watch.peak_bytes)
-        return cost, out.read().decode()
+            errors.seek(0)
+            said = errors.read().decode(errors="replace")
+            raise CommandFailed(f"{argv[0]}: exit {child.returncode}: {said}")
+        return Cost(elapsed_s, usage.ru_utime + usage.ru_stime, watch.peak_bytes)
 
 
 def series(what: str, costs: Mapping[str, Sequence[Cost]]) -> Iterator[Series]:
@@ -219,6 +227,14 @@ def resident_bytes(pid: int) -> int:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE_BYTES
     except (OSError, IndexError):
         return 0
+
+
+def peak_bytes(pid: int) -> int:
+    """The largest resident size that a process has had. (getrusage's has its parent's in it.)"""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("no VmHWM in /proc/PID/status")
 
 
 def descendants(pid: int) -> list[int]:

@@ -18,7 +18,7 @@ def describe(place: Path) -> Machine:
         cpu=_first(Path("/proc/cpuinfo"), "model name") or platform.machine(),
         cores=len(os.sched_getaffinity(0)),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        kernel=platform.release(),
+        kernel=platform.release().partition("-")[0],  # the rest may name an installation
         file_system=file_system(place, Path("/proc/self/mounts").read_text()),
         python=platform.python_version(),
     )

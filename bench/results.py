@@ -62,12 +62,14 @@ class Answer(msgspec.Struct, frozen=True):
 
 
 class Run(msgspec.Struct, frozen=True):
-    """A whole run, or part of one. `load`: the 1-minute load average when it began."""
+    """A whole run, or part of one. `load`: the 1-minute load average when it began; `peers`: the
+    version of each that is installed."""
 
     commit: str
     began: str
     scale: Literal["quick", "full"]
     machine: Machine
+    peers: dict[str, str]
     load: float
     answers: tuple[Answer, ...]
 

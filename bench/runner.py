@@ -25,14 +25,25 @@ from pathlib import Path
 import bench
 from bench import machine
 from bench.lab import Lab, say
-from bench.results import Answer, Note, Result, Run, write_run
+from bench.peers import versions
+from bench.results import Answer, Result, Run, write_run
 from bench.summary import one_line, verdicts
 
 ROOT = Path(__file__).parent.parent
 CACHE = ROOT / ".cache" / "bench"
 
 # First what others are held against, then what takes long; unknown ones come last, by name.
-ORDER = ("full", "incremental", "unchanged", "template", "sparse", "patch", "restore", "chain")
+ORDER = (
+    "full",
+    "incompressible",
+    "incremental",
+    "unchanged",
+    "template",
+    "sparse",
+    "patch",
+    "restore",
+    "chain",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +115,7 @@ def _run(wanted: Sequence[Question], given: argparse.Namespace) -> int:
         began=began,
         scale="quick" if given.quick else "full",
         machine=machine.describe(given.dir),
+        peers=versions(),
         load=load,
         answers=answers,
     )
@@ -134,11 +146,6 @@ def ask(question: Question, lab: Lab) -> Answer:
     took_s = time.perf_counter() - started_s
     say(f"  took {took_s:.1f} s")
     return Answer(question.name, question.text, took_s, tuple(results), error)
-
-
-def absent(who: str) -> Note:
-    """What to yield for a peer that is not here."""
-    return Note(f"{who} is not installed here.")
 
 
 def _made(path: Path) -> Path:

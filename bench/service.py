@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
+from bench.lab import peak_bytes
+
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 30.0
 
@@ -91,10 +93,7 @@ class Service:
 
     def peak_memory_bytes(self) -> int:
         """The largest resident size so far, memory-mapped files included."""
-        for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-        raise RuntimeError("no VmHWM in /proc/PID/status")
+        return peak_bytes(self.pid)
 
     def _read(self) -> None:
         assert self._child.stdout is not None

@@ -73,7 +73,8 @@ def amount(value: float, unit: Unit) -> str:
 
 
 def _bytes(value: float) -> str:
-    for size, name in ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+    for power, name in ((50, "PiB"), (40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+        size = 1 << power
         if value >= size:
             # %g would write a thousand and more with an exponent.
             return f"{value / size:.{3 if value < 1000 * size else 4}g} {name}"

@@ -100,7 +100,8 @@ def test_one_value_has_no_spread() -> None:
 def test_a_run_comes_back_from_its_file(tmp_path: Path) -> None:
     machine = Machine("a cpu", 2, 1 << 34, "6.1", "ext4", "3.11")
     results = (Series("w", "vmkeep", "s", (1.0, 2.0)), Figure("full/zstd", (1.0,)), Note("n"))
-    run = Run("abc", "2026-01-01", "quick", machine, 0.5, (Answer("m", "q", 3.0, results, "e"),))
+    answers = (Answer("m", "q", 3.0, results, "e"),)
+    run = Run("abc", "2026-01-01", "quick", machine, {"borg": "1"}, 0.5, answers)
     path = tmp_path / "new" / "run.json"
     write_run(path, run)
     assert read_run(path) == run
