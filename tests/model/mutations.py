@@ -243,7 +243,7 @@ MUTATIONS = (
     # A defect that the model found: a gc failed as if the view were damaged.
     _fold(
         "a gc folds the chain of a disk that has gone",
-        "Damaged: view: disks lacks",
+        "ViewDamaged: view: disks lacks",
         GENERATIONS,
         _in_place_of(gc, "_fold_chains", _fold_chains_of_all),
     ),
