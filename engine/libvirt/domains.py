@@ -78,6 +78,12 @@ def read_pool(xml: str) -> PoolFacts | None:
     return PoolFacts(root.findtext("uuid", ""), root.findtext("name", ""), path.rstrip("/") or "/")
 
 
+def target_of(disk: ET.Element) -> str:
+    """The name of a <disk> in its domain."""
+    target = disk.find("target")
+    return "" if target is None else target.get("dev", "")
+
+
 def parsed(xml: str) -> ET.Element:
     """The root element. ValueError."""
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import xml.etree.ElementTree as ET
 import zlib
 
 from engine.libvirt.binding import (
@@ -11,7 +12,7 @@ from engine.libvirt.binding import (
     Domain,
     LibvirtFault,
 )
-from engine.libvirt.domains import DomainFacts
+from engine.libvirt.domains import DomainFacts, parsed, target_of
 from engine.model import Machine
 
 MOST_XML_BYTES = 1 << 20
@@ -24,14 +25,29 @@ def machine_of(
 ) -> tuple[Machine | None, tuple[str, ...]]:
     """(what is kept, notes on what is not)."""
     try:
-        xml = domain.XMLDesc(XML_INACTIVE | XML_SECURE | XML_MIGRATABLE)
-    except LibvirtFault as error:
+        kept = domain.XMLDesc(XML_INACTIVE | XML_SECURE | XML_MIGRATABLE)
+        xml = with_plugged_disks(kept, domain.XMLDesc(XML_SECURE))
+    except (LibvirtFault, ValueError) as error:
         return None, (f"the domain's XML is not in the backup: {error}",)
     packed = _deflated(xml.encode())
     if not packed:
         return None, ("the domain's XML is not in the backup: it is too large",)
     nvram, note = _nvram(facts)
     return Machine(xml=packed, checkpoint=_deflated(checkpoint.encode()), nvram=nvram), note
+
+
+def with_plugged_disks(kept: str, live: str) -> str:
+    """`kept`, the XML of the domain's next start, with those of the disks that it has now, by
+    `live`, which were plugged in until it stops. ValueError for what is no XML."""
+    root, running = parsed(kept), parsed(live)
+    devices = root.find("devices")
+    there = {target_of(disk) for disk in root.iterfind("devices/disk")}
+    for disk in running.iterfind("devices/disk"):
+        if devices is not None and target_of(disk) not in there:
+            for address in disk.findall("address"):
+                disk.remove(address)
+            devices.append(disk)
+    return ET.tostring(root, encoding="unicode")
 
 
 def inflated(packed: bytes) -> str:

@@ -12,7 +12,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from engine.libvirt.domains import MARKS_URI, parsed
+from engine.libvirt.domains import MARKS_URI, parsed, target_of
 
 _DISK_DEVICES = ("disk", "lun")
 _CHARACTER_DEVICES = ("serial", "console", "parallel", "channel")
@@ -41,6 +41,9 @@ def new_domain_xml(xml: str, new: NewDomain) -> str:
     _set_marks(root, new.marks)
     devices = root.find("devices")
     assert devices is not None
+    there = {target_of(disk) for disk in devices.findall("disk")}
+    for name in sorted(new.volumes.keys() - there):  # libvirt chooses the bus by the name
+        ET.SubElement(ET.SubElement(devices, "disk", device="disk"), "target", dev=name)
     for disk in devices.findall("disk"):
         _set_disk(devices, disk, new)
     for interface in devices.findall("interface"):
@@ -82,8 +85,7 @@ def _set_marks(root: ET.Element, marks: Mapping[str, str]) -> None:
 
 
 def _set_disk(devices: ET.Element, disk: ET.Element, new: NewDomain) -> None:
-    target = disk.find("target")
-    name = "" if target is None else target.get("dev", "")
+    name = target_of(disk)
     _remove(disk, "source", "backingStore", "mirror", "auth", "encryption", "alias")
     if disk.get("device", "disk") not in _DISK_DEVICES:
         return

@@ -121,6 +121,7 @@ async def test_a_vms_life(site: Site) -> None:
         "action": "",
         "last_error": "",
         "host": "",
+        "alerts": [],
     }
     assert (site.pool_path / "new").stat().st_size == MIB
     delete = made | {"delete_volumes": True}

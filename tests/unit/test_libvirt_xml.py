@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from engine.libvirt.domains import parsed, read_domain
-from engine.libvirt.machine import inflated
+from engine.libvirt.machine import inflated, with_plugged_disks
 from engine.libvirt.revive import NewDomain, new_domain_xml
 
 XML = """<domain type='kvm'><name>mail</name><uuid>11111111-2222-3333-4444-555555555555</uuid>
@@ -47,6 +47,24 @@ def test_a_new_domain_shares_nothing_with_the_old_one() -> None:
     assert disk.find("source").attrib == {"file": "/new/v"}  # type: ignore[union-attr]
     assert drive.find("source") is None
     assert "/log/mail2.log" in made
+
+
+def test_a_disk_that_was_plugged_in_is_kept_and_every_volume_has_a_disk() -> None:
+    live = XML.replace(
+        "<serial type",
+        "<disk device='disk'><source file='/x'/><target dev='vdc' bus='scsi'/>"
+        "<address type='pci' slot='0x09'/></disk><serial type",
+    )
+    kept = with_plugged_disks(XML, live)
+    assert kept.count("<disk ") == XML.count("<disk ") + 1
+    assert "0x09" not in kept
+    volumes = {name: (f"/new/{name}", "raw") for name in ("vda", "vdb", "vdc", "vdd")}
+    root = parsed(new_domain_xml(kept, NewDomain(NEW.uuid, "mail2", volumes, {})))
+    made = {
+        node.find("target").get("dev"): node.find("source").get("file")  # type: ignore[union-attr]
+        for node in root.iterfind("devices/disk[@device='disk']")
+    }
+    assert made == {name: path for name, (path, _) in volumes.items()}
 
 
 @pytest.mark.parametrize("xml", ["", "<a>", "<a/>", "<domain/>", "\x00"])
