@@ -23,7 +23,7 @@ def remember(state: State, points: Points, point_uuid: str, clusters: Iterable[s
     for cluster_uuid in clusters:
         try:
             domain = points.domain(point_uuid, cluster_uuid)
-            found = domain.distrusted()
+            found = domain.trust.withdrawn()
         except (EngineError, StorageError):
             continue
         rows = {

@@ -373,7 +373,7 @@ def _same(error: StorageError) -> StorageError:
 def recall(distrusts: Rows[Distrust], point_uuid: str, cluster_uuid: str, domain: Domain) -> None:
     """Tells a domain that was just opened what it has to distrust."""
     for row in distrusts_of(distrusts, point_uuid, cluster_uuid):
-        domain.distrust(row.pack, frozenset(row.chunks) if row.chunks else None)
+        domain.trust.withdraw(row.pack, frozenset(row.chunks) if row.chunks else None)
 
 
 def distrusts_of(distrusts: Rows[Distrust], point_uuid: str, cluster_uuid: str) -> list[Distrust]:

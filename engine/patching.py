@@ -65,7 +65,7 @@ class Bases:
 
     def _miss(self, chunk: bytes, damage: ChunkDamaged) -> None:
         if damage.pack:
-            self._domain.distrust(damage.pack, frozenset({damage.chunk}))
+            self._domain.trust.withdraw(damage.pack, frozenset({damage.chunk}))
         with self._lock:
             self._unreadable.add(chunk)
 

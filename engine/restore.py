@@ -150,7 +150,7 @@ def _miss(
 ) -> None:
     """Notes what can't be read, or raises it."""
     if damage.pack:
-        domain.distrust(damage.pack, frozenset({damage.chunk}))
+        domain.trust.withdraw(damage.pack, frozenset({damage.chunk}))
     if gaps is None:
         raise damage
     log.warning("chunk_damaged", extra={"detail": str(damage)})

@@ -52,7 +52,7 @@ def _verify(core: Core, point_uuid: str, deep: bool, ctx: JobContext) -> tuple[s
         if damage.manifest:
             manifests.setdefault(damage.cluster, set()).add(damage.manifest)
         elif domain is not None:
-            domain.distrust(damage.pack, frozenset({damage.chunk}) if damage.chunk else None)
+            domain.trust.withdraw(damage.pack, frozenset({damage.chunk}) if damage.chunk else None)
 
     try:
         report = run_verify(

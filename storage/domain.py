@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from storage import gc, imports, orphans, tables
@@ -51,7 +51,9 @@ from storage.record import (
 from storage.salvage import Salvage
 from storage.seen import Seen
 from storage.session import Session
-from storage.tables import LOST_PACK, ChunkRow, Tables, unpack_chunk_row
+from storage.stats import DomainStats, stats_of
+from storage.tables import Tables
+from storage.trust import Trust
 from storage.view import View
 from storage.view_tables import ViewTables
 
@@ -59,18 +61,6 @@ RECORDS_PER_TRANSACTION = 64
 APPEND_ATTEMPTS = 1000
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class DomainStats:
-    """Sizes in bytes. `stored` is on disk, `live` the part of it that backups reference."""
-
-    backups: int
-    packs: int
-    chunks: int
-    stored_bytes: int
-    live_bytes: int
-    logical_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +108,7 @@ class Domain:
         self._seen = seen
         self._log = Log(fs, paths.log, paths.host_tmp(host))
         self._lock = threading.RLock()
-        self._distrusted: dict[str, frozenset[bytes] | None] = {}
-        self._distrust: dict[int, frozenset[bytes] | None] = {}  # replaced, never changed
+        self.trust = Trust(view)
         view.mend = self._mend
 
     # The log.
@@ -395,7 +384,7 @@ class Domain:
         with self._lock:
             path, identity = self.view.path, self.view.identity
             self.view.replace(make_view(self.fs, self.paths, path, identity))
-            self._distrust = self._resolved(self._distrusted)
+            self.trust.follow()
 
     # Damage.
 
@@ -412,62 +401,6 @@ class Domain:
             return DomainLosses(lost.packs, lost.chunks, tuple(tables.lost_disks(state)))
 
         return self.view.ask(found)
-
-    def distrust(self, pack: str, chunks: frozenset[bytes] | None = None) -> None:
-        """From now on a session stores these chunks of the pack anew (None: all of it).
-
-        A chunk whose place is in another pack is not meant: so what was stored anew is trusted.
-        Kept in memory only; the engine keeps it over restarts.
-        """
-        with self._lock:
-            before = self._distrusted.get(pack, frozenset())
-            whole = chunks is None or before is None
-            self._distrusted[pack] = None if whole else (before or frozenset()) | (chunks or set())
-            self._distrust = self._resolved(self._distrusted)
-
-    def distrusted(self) -> dict[str, frozenset[bytes] | None]:
-        """What is still placed in a live pack and not trusted there, by pack; None: all of it."""
-        with self._lock, self.view.read() as state:
-            for pack in list(self._distrusted):
-                row = tables.packs.get(state, pack)
-                if row is None or not row.live_chunks:
-                    del self._distrusted[pack]
-            return dict(self._distrusted)
-
-    def trusted(self, state: Tables, ids: Sequence[bytes]) -> dict[bytes, ChunkRow]:
-        """The rows of those of the chunks that can be expected to be whole where they lie: a patch
-        not without its base."""
-        found = self._sound_rows(state, ids)
-        bases = self._sound_rows(state, [row.base for row in found.values() if row.base])
-        return {
-            chunk: row
-            for chunk, row in found.items()
-            if not row.base or (row.base in bases and not bases[row.base].base)
-        }
-
-    def _sound_rows(self, state: Tables, ids: Sequence[bytes]) -> dict[bytes, ChunkRow]:
-        rows = {
-            chunk: unpack_chunk_row(value)
-            for chunk, value in state.table("chunks").get_many(ids).items()
-        }
-        return {chunk: row for chunk, row in rows.items() if self._is_sound(chunk, row.pack)}
-
-    def _is_sound(self, chunk: bytes, number: int) -> bool:
-        """Whether nothing is known against the chunk's frame in the pack of that number."""
-        if number == LOST_PACK:
-            return False
-        if number not in self._distrust:
-            return True
-        chunks = self._distrust[number]
-        return chunks is not None and chunk not in chunks
-
-    def _resolved(
-        self, distrusted: Mapping[str, frozenset[bytes] | None]
-    ) -> dict[int, frozenset[bytes] | None]:
-        """By the packs' numbers."""
-        with self.view.read() as state:
-            rows = [(tables.packs.get(state, pack), chunks) for pack, chunks in distrusted.items()]
-        return {row.number: chunks for row, chunks in rows if row is not None}
 
     def rewrite_manifests(self, manifests: Collection[str]) -> int:
         """Writes new manifests for the disks whose own part of the chain has one of these, from the
@@ -505,7 +438,7 @@ class Domain:
 
     def stats(self) -> DomainStats:
         """Counts of the view, without a look at the point."""
-        return self.view.ask(_stats)
+        return self.view.ask(stats_of)
 
     def _view_bytes_on_point(self) -> int:
         on_point = self.view.path.startswith(self.paths.root + "/")
@@ -515,17 +448,3 @@ class Domain:
         """Lets go of the view. Open sessions stay open in the log until the host's next start."""
         self._seen.settle()
         self.view.close(seal=True)
-
-
-def _stats(state: Tables) -> DomainStats:
-    packs = [row for _, row in tables.packs.scan(state)]
-    backups = [row for _, row in tables.backups.scan(state) if not row.forgotten]
-    disks = [tables.disks.require(state, disk) for row in backups for disk in row.disks]
-    return DomainStats(
-        backups=len(backups),
-        packs=len(packs),
-        chunks=sum(row.live_chunks for row in packs),
-        stored_bytes=sum(row.size_bytes for row in packs),
-        live_bytes=sum(row.live_bytes for row in packs),
-        logical_bytes=sum(disk.capacity for disk in disks),
-    )

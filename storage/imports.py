@@ -195,9 +195,9 @@ def _ours(domain: Domain, patches: Sequence[PackEntry], needed: set[bytes]) -> s
     """What must be stored whole again beside an adopted pack: chunks that we have and that are
     patches there, since patches of ours may stand on them; and bases that are patches here."""
     with domain.view.read() as state:
-        here = domain.trusted(state, [entry.chunk_id for entry in patches])
+        here = domain.trust.sound(state, [entry.chunk_id for entry in patches])
         wanted = [entry.base for entry in patches if entry.chunk_id in needed]
-        bases = domain.trusted(state, wanted)
+        bases = domain.trust.sound(state, wanted)
     return here.keys() | {base for base, row in bases.items() if row.base}
 
 

@@ -157,9 +157,9 @@ class Session:
         What is known to be damaged where it lies is not: it is stored anew, which heals it.
         The answer may become wrong by somebody's delete; the commit finds that out.
         """
-        trusted = self._domain.trusted
+        sound_of = self._domain.trust.sound
         live, sound = self._domain.view.ask(
-            lambda state: (state.table("chunks").get_many(ids), trusted(state, ids))
+            lambda state: (state.table("chunks").get_many(ids), sound_of(state, ids))
         )
         known = [chunk in self._own or chunk in sound for chunk in ids]
         salvaged = self._salvaged([chunk for chunk in ids if chunk not in live])
@@ -176,9 +176,9 @@ class Session:
 
     def _bases(self, predecessors: Mapping[bytes, bytes], state: Tables) -> dict[bytes, Base]:
         live = state.table("chunks").get_many(list(predecessors))
-        rows = self._domain.trusted(state, list(predecessors.values()))
+        rows = self._domain.trust.sound(state, list(predecessors.values()))
         roots = {chunk: row.base or chunk for chunk, row in rows.items()}
-        places = self._domain.trusted(state, list(roots.values()))
+        places = self._domain.trust.sound(state, list(roots.values()))
         return {
             chunk: Base(roots[before], places[roots[before]].stored_len)
             for chunk, before in predecessors.items()
@@ -215,7 +215,7 @@ class Session:
         bases = {entry.chunk_id: entry.base for entry in entries if entry.base}
         with self._domain.view.read() as state:
             live = state.table("chunks").get_many(list(bases))
-            sound = self._domain.trusted(state, list(bases.values()))
+            sound = self._domain.trust.sound(state, list(bases.values()))
         if live or any(base not in sound or sound[base].base for base in bases.values()):
             raise Refused(f"{path}: has patches that don't stand any more")
 

@@ -49,7 +49,7 @@ def checked(site: Site, domain: Domain | None = None) -> CheckReport:
 
     def told(damage: Damage) -> None:
         if domain is not None and damage.pack:
-            domain.distrust(damage.pack, frozenset({damage.chunk}) if damage.chunk else None)
+            domain.trust.withdraw(damage.pack, frozenset({damage.chunk}) if damage.chunk else None)
 
     return check_point(str(site.path), deep=True, on_damage=told)
 
@@ -82,7 +82,7 @@ def test_a_damaged_chunk_is_stored_anew_by_the_next_full_backup(own: Site, seed:
         assert checked(own).findings == []
         heal(own, domain)
         domain.reclaim(sparse_below=1.0)
-        assert domain.distrusted() == {}
+        assert domain.trust.withdrawn() == {}
         assert checked(own).findings == []
         assert whole(own, domain)
         assert check_view(domain) == []

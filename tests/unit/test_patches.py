@@ -231,7 +231,7 @@ def test_a_stored_again_chunk_lets_its_base_go(point: Point, domain: Domain) -> 
     (chunk, base), *_ = patches(domain).items()
     pack = next(iter(live_files(domain) - {""} & files(domain, "packs"))).removeprefix("packs/")
     for name in sorted(files(domain, "packs")):
-        domain.distrust(name.removeprefix("packs/"))
+        domain.trust.withdraw(name.removeprefix("packs/"))
     assert pack
     anew = save(domain, second)
     assert patches(domain) == {}
@@ -246,7 +246,9 @@ def test_a_patch_on_a_distrusted_base_is_not_trusted(domain: Domain) -> None:
     with domain.begin("backup") as session:
         found = patches(domain)
         assert all(session.known(list(found)))
-        domain.distrust(Path(pack_paths(domain, 0)[0]).relative_to(domain.paths.packs).as_posix())
+        domain.trust.withdraw(
+            Path(pack_paths(domain, 0)[0]).relative_to(domain.paths.packs).as_posix()
+        )
         assert not any(session.known(list(found)))
         new, old = domain.hasher.full(edited(images[0], 9)[:CHUNK]), next(iter(found))
         assert session.bases({new: old}) == {}
@@ -267,7 +269,7 @@ def test_a_gc_does_not_move_a_patch_away_from_its_base(point: Point, domain: Dom
     assert frame is not None
     with domain.begin("gc") as session:
         session.store([frame])
-        domain.distrust(f"{patch_pack}/00000000")
+        domain.trust.withdraw(f"{patch_pack}/00000000")
         whole = save(domain, second)  # heals it, whole
         top = save(domain, edited(second, 2), whole)
         assert list(patches(domain).values()) == [domain.hasher.full(second)]

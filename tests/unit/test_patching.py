@@ -92,7 +92,7 @@ def test_a_damaged_base_is_no_base(rig: Rig, path: Path) -> None:
     assert "1 of the parent's are damaged" in notes
     assert 39 * BLOCK + CHUNK < stored(made) < 39 * (BLOCK + 200) + CHUNK + 200
     assert same(rig, made, path)
-    assert rig.domain.distrusted() == {pack: frozenset({entry.chunk_id})}
+    assert rig.domain.trust.withdrawn() == {pack: frozenset({entry.chunk_id})}
 
 
 def test_a_base_that_goes_before_the_commit(rig: Rig, path: Path) -> None:
@@ -112,7 +112,7 @@ def test_a_base_that_goes_before_the_commit(rig: Rig, path: Path) -> None:
         with rig.domain.view.read() as state:
             packs = [key.decode() for key, _ in state.table("packs").scan()]
         for pack in packs:
-            rig.domain.distrust(pack)
+            rig.domain.trust.withdraw(pack)
         rig.back_up(copy)
         return work.make_label(facts)
 
