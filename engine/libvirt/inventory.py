@@ -15,7 +15,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace as changed
 from functools import partial
 
@@ -187,9 +187,9 @@ class LibvirtInventory(EmbeddedInventory):
     def _on_sight(self, watch: Watch, sight: Sight) -> None:
         with self._lock:
             self._pools[watch.name] = pools_of(watch.name, sight)
-        rows = [self._row(watch.name, seen) for seen in sight.domains]
-        self._put(rows)
-        self._remove_but(watch.name, {vm.uuid for vm in rows if vm is not None})
+        rows = {seen.facts.uuid: self._row(watch.name, seen) for seen in sight.domains}
+        self._put(list(rows.values()))
+        self._remove_but(watch, rows)
 
     def _row(self, host: str, seen: DomainSeen) -> Vm | None:
         with self._lock:
@@ -216,12 +216,20 @@ class LibvirtInventory(EmbeddedInventory):
         known = self._watches.get(before.host)
         return known is not None and not known.problem and row.state == "stopped"
 
-    def _remove_but(self, host: str, kept: set[str]) -> None:
-        """What is in an action stays until the next look."""
+    def _remove_but(self, watch: Watch, seen: Mapping[str, Vm | None]) -> None:
+        """Takes out the host's VMs that are gone, or left out now, unless they are in an action.
+
+        Not to be seen is not to be gone: a domain can have been defined since the look began.
+        """
+        unseen = [
+            vm.uuid for vm in super().vms() if vm.host == watch.name and seen.get(vm.uuid) is None
+        ]
+        gone = [uuid for uuid in unseen if uuid in seen or not watch.has(uuid)]
         with self._state.store.write() as txn:
-            for vm in self._state.vms.values_in(txn):
-                if vm.host == host and vm.uuid not in kept and not vm.action:
-                    self._state.vms.delete_in(txn, vm.uuid)
+            for uuid in gone:
+                row = self._state.vms.get_in(txn, uuid)
+                if row is not None and not row.action:
+                    self._state.vms.delete_in(txn, uuid)
 
     def _forget_other_hosts(self) -> None:
         gone = [vm.uuid for vm in super().vms() if vm.host and vm.host not in self._watches]

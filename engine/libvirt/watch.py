@@ -97,6 +97,16 @@ class Watch:
         """The domain. HypervisorAway, LibvirtFault."""
         return self.connection().lookupByUUIDString(uuid)
 
+    def has(self, uuid: str) -> bool:
+        """Whether there is such a domain now. HypervisorAway, LibvirtFault."""
+        try:
+            self.domain(uuid)
+        except LibvirtFault as error:
+            if code_of(error) == NO_SUCH_DOMAIN:
+                return False
+            raise
+        return True
+
     def look_again(self) -> None:
         """Soon, in the host's own thread."""
         self._wake.set()
@@ -119,11 +129,13 @@ class Watch:
 
     def _keep_in_sight(self, connection: Connection) -> None:
         """Returns when we stop; LibvirtFault when the host is gone."""
+        with self._lock:
+            self._connection = connection
         try:
             while not self._stopping.is_set():
                 self._wake.clear()
                 self._on_sight(self, look(connection))
-                self._found(connection)
+                self._found()
                 self._wake.wait(LOOK_AGAIN_S)
                 self._stopping.wait(SETTLE_S)
         finally:
@@ -132,9 +144,9 @@ class Watch:
             with contextlib.suppress(LibvirtFault):
                 connection.close()
 
-    def _found(self, connection: Connection) -> None:
+    def _found(self) -> None:
         with self._lock:
-            news, self._problem, self._connection = bool(self._problem), "", connection
+            news, self._problem = bool(self._problem), ""
         self._looked.set()
         if news:
             log.info("libvirt_in_sight", extra={"host": self.name})

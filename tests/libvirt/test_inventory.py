@@ -22,6 +22,9 @@ from tests.nfs.kit import Kit, find_tool
 MARKS = """<metadata><vmkeep:place xmlns:vmkeep="urn:vmkeep:place:1"
     namespace="shop" zone="cellar" object_group="nowhere"/></metadata>"""
 
+HIDDEN = """<metadata><vmkeep:place xmlns:vmkeep="urn:vmkeep:place:1"
+    leave_out="yes"/></metadata>"""
+
 
 @pytest.fixture
 def rig(host: Host, tmp_path: Path) -> Iterator[EngineRig]:
@@ -86,6 +89,23 @@ def test_events_keep_it_fresh(host: Host, rig: EngineRig) -> None:
     wait_for_vm(rig, "lively", lambda vm: _state(vm) == "stopped")
     domain.undefineFlags(0)
     wait_until(lambda: vm_named(rig, "lively") is None)
+
+
+def test_a_look_takes_out_no_domain_that_it_was_too_early_for(host: Host, rig: EngineRig) -> None:
+    mirror = rig.core.inventory
+    assert isinstance(mirror, inventory.LibvirtInventory)
+    early = watch.look(host.connection)
+    host.define("late", [])
+    wait_for_vm(rig, "late", lambda vm: vm is not None)
+    mirror._on_sight(mirror._watches[host.uri], early)
+    assert vm_named(rig, "late") is not None
+
+
+def test_a_domain_that_is_marked_to_be_left_out_goes(host: Host, rig: EngineRig) -> None:
+    domain = host.define("shy", [])
+    wait_for_vm(rig, "shy", lambda vm: vm is not None)
+    host.define("shy", [], extra=HIDDEN, uuid=domain.UUIDString())
+    wait_until(lambda: vm_named(rig, "shy") is None)
 
 
 def test_a_stopped_domain_is_read_as_it_lies(host: Host, rig: EngineRig) -> None:
