@@ -17,6 +17,7 @@ time each at the start.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -238,9 +239,10 @@ class Catalogue:
             self._shelves.remove(known)
             self._done[known.point_uuid] -= known.status == BACKUP_DONE
 
-    def _age(self, row: Backup) -> tuple[int, int]:
+    def _age(self, row: Backup) -> tuple[int, float, int]:
+        """Of one second, what was committed later; not read yet is later than all that was read."""
         key = backup_key(row.cluster_uuid, row.uuid)
-        return row.label.create_time, self._arrival[key]
+        return row.label.create_time, row.seq or math.inf, self._arrival[key]
 
 
 def _overrules(row: Backup, known: Backup | None) -> bool:

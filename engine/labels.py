@@ -51,6 +51,7 @@ def settled_backup(row: BackupRow, cluster_uuid: str, point_uuid: str, places: P
         point_uuid=point_uuid,
         label=label,
         parent=row.parent,
+        seq=row.seq,
     )
 
 

@@ -149,7 +149,8 @@ class BackupLabel(Row, frozen=True):
 
 
 class Backup(Row, frozen=True):
-    """A backup in the catalogue, finished or not."""
+    """A backup in the catalogue, finished or not. `seq`: the record of its domain's log that
+    committed it; 0 until the domain was read since."""
 
     uuid: str
     cluster_uuid: str
@@ -158,6 +159,7 @@ class Backup(Row, frozen=True):
     status: int = BACKUP_DONE
     parent: str = ""
     error: str = ""
+    seq: int = 0
 
 
 class Progress(Row, frozen=True):

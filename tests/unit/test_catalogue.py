@@ -123,6 +123,23 @@ def test_the_newest_is_the_last_that_came_of_those_finished(state: State) -> Non
     assert newest.uuid == "a"
 
 
+def test_of_one_second_the_newest_is_what_was_committed_last_after_a_restart_too(
+    state: State,
+) -> None:
+    catalogue = Catalogue(state)
+    there = [replace(row("a", 10), seq=3), replace(row("z", 10), seq=4)]
+    catalogue.put_all(there)
+    for now in (catalogue, Catalogue(state)):
+        now.sync("c", "p", lambda: there)
+        newest = now.newest("c", "p", "v")
+        assert newest is not None
+        assert newest.uuid == "z"
+    catalogue.put(row("b", 10))
+    newest = catalogue.newest("c", "p", "v")
+    assert newest is not None
+    assert newest.uuid == "b"
+
+
 def test_sync_follows_the_domain(state: State) -> None:
     catalogue = Catalogue(state)
     for one in (
