@@ -28,6 +28,7 @@ from storage.index import Contents, Index
 from storage.log import Log
 from storage.manifests import decode_page, encode_page
 from storage.paths import DomainPaths, FileContents
+from storage.record import Checkpoint
 from storage.tables import LOST_LAYER, Tables, unpack_chunk_row
 from storage.view import View, adopt_copy, destroy
 
@@ -117,10 +118,12 @@ def _from_checkpoint(fs: Fs, paths: DomainPaths, path: str, identity: bytes) -> 
 
 
 def _adopted(fs: Fs, paths: DomainPaths, name: str, path: str, identity: bytes) -> View:
+    records, source = Log(fs, paths.log, paths.tmp), os.path.join(paths.checkpoints, name)
+    if not _is_announced(records, name):
+        raise Damaged(f"{source}: no record of the log announces it")
     unfinished = _unfinished(path)
     os.makedirs(unfinished, mode=0o700)
     copy = os.path.join(unfinished, "copy")
-    source = os.path.join(paths.checkpoints, name)
     if checkpoint_name(int(name[:16], 16), _copied(fs, source, copy)) != name:
         raise Damaged(f"{source}: its content does not match its name")
     adopt_copy(copy, unfinished)
@@ -128,11 +131,22 @@ def _adopted(fs: Fs, paths: DomainPaths, name: str, path: str, identity: bytes) 
     with view.read() as state:
         seq, digest = tables.applied(state)
     view.close()
-    found = Log(fs, paths.log, paths.tmp).read(seq)
+    found = records.read(seq)
     if found is None or found[1] != digest:
         raise Damaged(f"{source}: is not a state of this log")
     os.rename(unfinished, path)
     return View(path, identity)
+
+
+def _is_announced(records: Log, name: str) -> bool:
+    """Whether a record vouches for the file. Nobody else does, and LMDB believes what it reads:
+    a file that was put there must not be opened, however well its name fits it."""
+    seq = int(name[:16], 16)
+    while (found := records.read(seq := seq + 1)) is not None:
+        ops = (op for op in found[0].ops if isinstance(op, Checkpoint))
+        if any(checkpoint_name(op.seq, op.digest) == name for op in ops):
+            return True
+    return False
 
 
 def _copied(fs: Fs, source: str, target: str) -> bytes:
@@ -264,13 +278,15 @@ def own_part(state: Tables, disk: str) -> tuple[int, bool, list[tuple[str, bytes
 
 
 def manifest_chain(state: Tables, manifest: str, end: str = "") -> list[tuple[str, bytes]]:
-    """(manifest, digest) from just above `end` to `manifest`, oldest first."""
-    chain = []
+    """(manifest, digest) from just above `end` to `manifest`, oldest first. Damaged: a circle."""
+    chain: dict[str, bytes] = {}
     while manifest and manifest != end:
+        if manifest in chain:
+            raise Damaged(f"manifest {manifest} builds on itself")
         row = tables.manifests.require(state, manifest)
-        chain.append((manifest, row.digest))
+        chain[manifest] = row.digest
         manifest = row.base
-    return chain[::-1]
+    return list(chain.items())[::-1]
 
 
 def merged_pages(
