@@ -7,7 +7,7 @@ storage.view. Rows are encoded the same way in both, so two states are equal whe
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
@@ -409,11 +409,6 @@ def read_whole(tables: Tables, *names: str) -> None:
             pass
 
 
-def holders(tables: Tables, backup: str, besides: Iterable[str] = ()) -> list[str]:
-    """Ids of the open sessions that hold a backup."""
-    skipped = set(besides)
-    return [
-        session
-        for session, row in sessions.scan(tables)
-        if backup in row.holds and session not in skipped
-    ]
+def held_backups(tables: Tables) -> frozenset[str]:
+    """The backups that open sessions hold."""
+    return frozenset(backup for _, row in sessions.scan(tables) for backup in row.holds)

@@ -177,13 +177,13 @@ MUTATIONS = (
         "a FORGET releases what is held",
         "I7: ",
         RESTORE,
-        _in_place_of(tables, "holders", lambda *_: []),
+        _in_place_of(tables, "held_backups", lambda *_: frozenset()),
     ),
     _fold(
         "a released parent is not waited for",
         "I7: ",
         CHAIN,
-        _in_place_of(tables, "holders", lambda *_: []),
+        _in_place_of(tables, "held_backups", lambda *_: frozenset()),
     ),
     _fold(
         "the older place of a chunk wins",
