@@ -61,6 +61,10 @@ class Fs(Protocol):
         """Fills `buffer`; returns the byte count, short only at the end of the file."""
         ...
 
+    def forget_cached(self, fd: int) -> None:
+        """A hint: the next read of the file is answered by the medium, not by memory."""
+        ...
+
     def pwrite(self, fd: int, pieces: Sequence[Buffer], offset: int) -> int:
         """Writes all pieces, one after the other, at `offset`; returns the byte count."""
         ...
@@ -145,6 +149,10 @@ class OsFs:
         while have < len(view) and (count := os.preadv(fd, [view[have:]], offset + have)):
             have += count
         return have
+
+    @in_flight
+    def forget_cached(self, fd: int) -> None:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     @in_flight
     def pwrite(self, fd: int, pieces: Sequence[Buffer], offset: int) -> int:

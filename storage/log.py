@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 
+from storage.bad_places import open_to_read, read_at
 from storage.errors import Damaged, PointUnreachable, translated
 from storage.fs import Fs
 from storage.publish import make_dirs, put_if_absent, replace_same
@@ -77,12 +78,13 @@ class Log:
                 self._fs.fsync_dir(directory)
 
     def _read_file(self, path: str) -> bytes:
-        fd = self._fs.open_read(path)
+        fd = open_to_read(self._fs, path)
         try:
             # Few are larger, and a read takes the memory that it is asked for.
-            found = self._fs.pread(fd, _FIRST_READ_BYTES, 0)
+            found = read_at(self._fs, fd, _FIRST_READ_BYTES, 0, path)
             if len(found) == _FIRST_READ_BYTES:
-                found += self._fs.pread(fd, _FILE_LIMIT_BYTES - len(found), len(found))
+                rest_bytes = _FILE_LIMIT_BYTES - len(found)
+                found += read_at(self._fs, fd, rest_bytes, len(found), path)
             return found
         finally:
             self._fs.close(fd)
