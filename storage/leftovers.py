@@ -3,7 +3,8 @@
 Their sessions' files are cleared with the sessions (storage.orphans). What is left is their own:
 files that had no name yet (`tmp/host-…`, a copied checkpoint may be large), their views on a local
 point, their heartbeats. A host is taken for gone when its heartbeat has stood still for the
-observer's whole patience, by the observer's clock alone, and it has no open session.
+observer's whole patience, by the observer's clock alone, and it has no open session. The patience
+is longer than that with sessions, so that a host that is serviced for an hour keeps its view.
 
 Taking a living host for gone costs it one failed write, which is repeated: what lies in its tmp/
 directory is in no record, and a name in the log comes only from a file that is still there. Its
@@ -21,11 +22,13 @@ from typing import TYPE_CHECKING
 
 from storage import orphans, tables
 from storage.errors import PointFull, PointReadOnly, StorageError, translated
-from storage.heartbeats import DEFAULT_PATIENCE_S, Heartbeat, read_beat
+from storage.heartbeats import Heartbeat, read_beat
 from storage.view import destroy
 
 if TYPE_CHECKING:
     from storage.domain import Domain
+
+GONE_AFTER_S = 24 * 3600.0
 
 _HOST = re.compile("[0-9A-Za-z_-]{1,64}")
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock
@@ -37,7 +40,7 @@ log = logging.getLogger(__name__)
 class Leftovers:
     """One domain's, as one host sees them. One thread at a time."""
 
-    def __init__(self, patience_s: float = DEFAULT_PATIENCE_S) -> None:
+    def __init__(self, patience_s: float = GONE_AFTER_S) -> None:
         self._patience_s = patience_s
         self._seen: dict[str, tuple[Heartbeat | None, float]] = {}
 

@@ -278,7 +278,12 @@ class ChunkReader:
     ) -> Iterator[tuple[FramePlace, Buffer | ChunkDamaged]]:
         """Part of the run can't be read: each frame by itself, so that only those are lost."""
         if len(run.frames) == 1:
-            yield from _all_damaged(run, reason)
+            place = run.frames[0]
+            found = ChunkDamaged(reason, run.pack, place.chunk_id)
+            if place.targets:
+                yield place, found
+            for patch in place.patches:
+                yield patch.place, self._patched(patch, found, run.pack, place.chunk_id)
             return
         for place in run.frames:
             size_bytes = FRAME_HEADER_BYTES + place.stored_len

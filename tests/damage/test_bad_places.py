@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Callable, Iterator
@@ -11,13 +12,16 @@ import pytest
 
 from engine.model import Backup, Vm
 from storage.check import check_point
-from storage.errors import Damaged, PointUnreachable
+from storage.domain import Domain
+from storage.errors import ChunkDamaged, Damaged, PointUnreachable
 from storage.fs import Buffer, OsFs
 from storage.packs import read_footer
-from tests.damage.site import Site, readable
+from storage.reader import MAX_RUN_BYTES, plan_reads
+from tests.damage.site import Image, Site, readable
 from tests.damage.test_engine_damage import restore
 from tests.engine_rig import PATIENCE_S, EngineRig
 from tests.rig import random_bytes
+from tests.store import CHUNK
 
 MIB = 1 << 20
 
@@ -142,6 +146,30 @@ def test_it_is_named_and_all_else_is_checked_and_read(
             holes = [readable(domain, image) for image in own.images]
         assert kind != "checkpoints" or holes == [[]] * len(holes)
         own.restore_view()
+
+
+def test_who_reads_it_names_the_frame(own: Site, medium: Medium) -> None:
+    """Of a base as well, that only patches need: it is what has to be stored anew."""
+    with own.opened() as domain:
+        for path in own.files()["packs"]:
+            pack = f"{path.parent.name}/{path.name}"
+            for entry in read_footer(OsFs(), str(path))[1]:
+                medium.bad = [(str(path), entry.offset, entry.offset + 8)]
+                named = {name for image in own.images for name in damage_in(domain, image)}
+                assert named == {(pack, entry.chunk_id)}
+                medium.bad = []
+
+
+def damage_in(domain: Domain, image: Image) -> set[tuple[str, bytes]]:
+    """(pack, chunk) of all that can't be read of an image."""
+    buffer = memoryview(bytearray(MAX_RUN_BYTES + CHUNK + 4096))
+    found = set()
+    with contextlib.closing(domain.reader()) as reader:
+        for run in plan_reads(domain, domain.disk_map(image.saved.disk)):
+            for _, raw in reader.read_each(run, buffer):
+                if isinstance(raw, ChunkDamaged):
+                    found.add((raw.pack, raw.chunk))
+    return found
 
 
 def test_a_record_that_cant_be_read_is_damage(own: Site, medium: Medium) -> None:
