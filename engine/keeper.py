@@ -39,6 +39,7 @@ from storage.errors import (
 )
 from storage.fs import Room
 from storage.heartbeats import Observer, beat
+from storage.leftovers import Leftovers
 from storage.point import ClusterLabel, Point
 
 log = logging.getLogger(__name__)
@@ -99,6 +100,7 @@ class Keeper:
         self._opened: Opened | None = None
         self._synced: dict[str, int] = {}
         self._observers: dict[str, Observer] = {}
+        self._leftovers: dict[str, Leftovers] = {}
         self._beats = 0
         self._beat_at_s = float("-inf")
         self._error: StorageError | None = None
@@ -287,7 +289,8 @@ class Keeper:
             raise _same(next(iter(opened.damaged.values())))
 
     def _beat(self, opened: Opened) -> None:
-        """Shows that we live, and ends the sessions of hosts of our clusters that do not."""
+        """Shows that we live, ends the sessions of hosts of our clusters that do not, and clears
+        what those have left."""
         self._beats += 1
         for cluster_uuid, domain in opened.sound():
             try:
@@ -300,6 +303,7 @@ class Keeper:
             if ended:
                 fields = {"point": self.row.uuid, "cluster": cluster_uuid, "count": ended}
                 log.warning("dead_sessions_ended", extra=fields)
+            self._leftovers.setdefault(cluster_uuid, Leftovers()).clear(domain, time.monotonic())
         self._beat_at_s = time.monotonic()
 
     def _sync(self, cluster_uuid: str, domain: Domain) -> None:

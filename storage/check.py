@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from storage import orphans, tables
+from storage.bad_places import BadPlace
 from storage.check_frames import FrameCheck, file_digest
 from storage.check_places import Lack, Standing, lacks, note, note_unsound, standing
 from storage.check_report import (
@@ -443,7 +444,11 @@ class _DomainCheck:
             for name in orphans.names_in(self._fs, self._paths.checkpoints):
                 path = os.path.join(self._paths.checkpoints, name)
                 seq = name[:16]
-                digest = file_digest(self._fs, path, self._report, self._watch)
+                try:
+                    digest = file_digest(self._fs, path, self._report, self._watch)
+                except BadPlace as error:
+                    self._found("checkpoint", path, str(error))
+                    continue
                 if digest is None:
                     continue
                 if not _SEQ.fullmatch(seq) or checkpoint_name(int(seq, 16), digest) != name:

@@ -393,6 +393,10 @@ class Domain:
         """The domain's log, to read."""
         return self._log
 
+    def clear_scratch(self) -> None:
+        """Removes what killed processes left in the log's directories. No records."""
+        self._log.clear_scratch()
+
     def losses(self) -> DomainLosses:
         """What the view lacks because of damaged files; empty when it lacks nothing."""
 

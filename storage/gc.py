@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from storage import orphans, tables
+from storage.bad_places import open_to_read, read_at
 from storage.chunks import FRAME_HEADER_BYTES, make_frame
 from storage.errors import Damaged, FileGone, PointFull, PointNewerFormat, translated
 from storage.packs import ROW_BYTES, parse_frame, require_entry
@@ -217,12 +218,12 @@ def _copy_live(domain: Domain, session: Session, pack: str) -> int:
     path = domain.paths.pack(pack)
     copied_bytes = 0
     with translated(path):
-        fd = domain.fs.open_read(path)
+        fd = open_to_read(domain.fs, path)
         try:
             for entry in wanted:
                 size_bytes = FRAME_HEADER_BYTES + entry.stored_len
                 what = f"{path} at {entry.offset}"
-                raw = memoryview(domain.fs.pread(fd, size_bytes, entry.offset))
+                raw = memoryview(read_at(domain.fs, fd, size_bytes, entry.offset, path))
                 view = parse_frame(raw, domain.chunk_size, what)
                 require_entry(view, entry, what)
                 frame = make_frame(view.chunk_id, view.raw_len, view.codec, view.payload)

@@ -21,6 +21,7 @@ from blake3 import blake3
 from msgspec.structs import replace
 
 from storage import tables
+from storage.bad_places import open_to_read, read_at
 from storage.errors import Damaged, FileDamaged, FileGone, StorageError, translated
 from storage.fold import fold
 from storage.fs import Fs
@@ -153,11 +154,11 @@ def _copied(fs: Fs, source: str, target: str) -> bytes:
     """Copies a file of the point to a local one, durably; returns its BLAKE3."""
     hasher = blake3()
     with translated(source):
-        fd = fs.open_read(source)
+        fd = open_to_read(fs, source)
         try:
             with open(target, "xb") as out:
                 offset = 0
-                while piece := fs.pread(fd, COPY_BYTES, offset):
+                while piece := read_at(fs, fd, COPY_BYTES, offset, source):
                     hasher.update(piece)
                     out.write(piece)
                     offset += len(piece)
