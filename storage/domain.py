@@ -51,6 +51,7 @@ from storage.salvage import Salvage
 from storage.seen import Seen
 from storage.session import Session
 from storage.tables import LOST_PACK, Tables, unpack_chunk_row
+from storage.tally import Delta, Noticing, Tally
 from storage.view import View
 
 RECORDS_PER_TRANSACTION = 64
@@ -116,6 +117,7 @@ class Domain:
         self._seen = seen
         self._log = Log(fs, paths.log, paths.host_tmp(host))
         self._lock = threading.RLock()
+        self._tally = Tally()
         self._distrusted: dict[str, frozenset[bytes] | None] = {}
         self._distrust: dict[int, frozenset[bytes] | None] = {}  # replaced, never changed
 
@@ -129,7 +131,7 @@ class Domain:
         """
         with self._lock:
             try:
-                while self.ballast.spend(lambda: self.view.update(self._fold_some)):
+                while self.ballast.spend(self._fold_next):
                     pass
             except FileGone as error:
                 log.info("view_made_anew domain=%s reason=%s", self.paths.root, error)
@@ -178,8 +180,14 @@ class Domain:
                 "the point was put back to an older state"
             )
 
-    def _fold_some(self, state: Tables) -> bool:
+    def _fold_next(self) -> bool:
         """Folds up to a transaction's worth of records; False when the tail was reached."""
+        delta = self.view.update(self._fold_some)
+        self._tally.follow(delta)
+        return delta.last - delta.before == RECORDS_PER_TRANSACTION
+
+    def _fold_some(self, view: Tables) -> Delta:
+        state = Noticing(view)
         first = tables.applied(state)[0] + 1
         own = 0
         for _ in range(RECORDS_PER_TRANSACTION):
@@ -195,7 +203,7 @@ class Domain:
         self._log.make_names_durable(first, last)
         if own:  # ours, and not in our view: how its append ended is not known
             self._log.name_anew(own)
-        return last - first + 1 == RECORDS_PER_TRANSACTION
+        return state.delta()
 
     def append(
         self, build: Callable[[Tables], Sequence[Op]], *, spend_ballast: bool = True
@@ -227,8 +235,9 @@ class Domain:
         digest = b""
         garbage = Garbage()
 
-        def change(state: Tables) -> None:
+        def change(view: Tables) -> Delta:
             nonlocal published, digest, garbage
+            state = Noticing(view)
             record = published or self._next_record(state, build(state))
             digest = record_digest(encode_record(record))
             garbage = fold(state, record, digest, self.contents, strict=published is None)
@@ -237,9 +246,10 @@ class Domain:
                 if not self._log.publish(record):
                     raise _LostRace
                 published = record
+            return state.delta()
 
         try:
-            self.view.update(change)
+            self._tally.follow(self.view.update(change))
         except _LostRace:
             return None
         except StorageError:
@@ -282,6 +292,20 @@ class Domain:
             if row is None or row.forgotten:
                 raise NotOnPoint(f"backup {backup} is not on the point")
             return backup_row(state, backup, row)
+
+    def changed_backups(self, seq: int) -> frozenset[str] | None:
+        """Those that came, went or changed after record `seq`; None: all may have."""
+        return self._tally.changed_after(seq)
+
+    def rows_of(self, backups: Collection[str]) -> list[BackupRow]:
+        """Those of them that are live."""
+        with self.view.read() as state:
+            rows = [(backup, tables.backups.get(state, backup)) for backup in backups]
+            return [
+                backup_row(state, backup, row)
+                for backup, row in rows
+                if row is not None and not row.forgotten
+            ]
 
     def forget(self, backups: Sequence[str]) -> None:
         """Takes backups away, durably; others of their chains stay whole. NotOnPoint: none went.
@@ -335,7 +359,7 @@ class Domain:
         self.salvage.rescue(dead)
         for session in dead:
             self.abort(session)
-        orphans.sweep(self)
+        orphans.sweep(self, thorough=False)
         return len(dead)
 
     # Room.
@@ -367,6 +391,7 @@ class Domain:
         with self._lock:
             path, identity = self.view.path, self.view.identity
             self.view.replace(make_view(self.fs, self.paths, path, identity))
+            self._tally.forget()
             self._distrust = self._resolved(self._distrusted)
 
     # Damage.
@@ -456,18 +481,19 @@ class Domain:
 
     def stats(self) -> DomainStats:
         """Counts of the view, without a look at the point."""
-        with self.view.read() as state:
-            packs = [row for _, row in tables.packs.scan(state)]
-            backups = [row for _, row in tables.backups.scan(state) if not row.forgotten]
-            disks = [tables.disks.require(state, disk) for row in backups for disk in row.disks]
+        counts = self._tally.counts(self.view)
         return DomainStats(
-            backups=len(backups),
-            packs=len(packs),
-            chunks=sum(row.live_chunks for row in packs),
-            stored_bytes=sum(row.size_bytes for row in packs),
-            live_bytes=sum(row.live_bytes for row in packs),
-            logical_bytes=sum(disk.capacity for disk in disks),
+            backups=counts.backups,
+            packs=counts.packs,
+            chunks=counts.chunks,
+            stored_bytes=counts.stored_bytes,
+            live_bytes=counts.live_bytes,
+            logical_bytes=counts.logical_bytes,
         )
+
+    def dead_packs(self) -> list[str]:
+        """The live packs without a live chunk."""
+        return sorted(self._tally.counts(self.view).dead)
 
     def _view_bytes_on_point(self) -> int:
         on_point = self.view.path.startswith(self.paths.root + "/")

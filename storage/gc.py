@@ -65,7 +65,7 @@ def plan_gc(state: Tables, sparse_below: float, copy_budget_bytes: int) -> GcPla
         return GcPlan((), (), 0, ())
     for pack, row in tables.packs.scan(state):
         if not row.live_chunks:
-            if tables.may_retire(state, pack, row):
+            if tables.may_retire(state, pack):
                 dead.append(pack)
         elif row.live_bytes < sparse_below * _frames_bytes(row):
             sparse.append((row.live_bytes / _frames_bytes(row), row.live_bytes, pack))
@@ -76,6 +76,15 @@ def plan_gc(state: Tables, sparse_below: float, copy_budget_bytes: int) -> GcPla
             budget -= live_bytes
     chains = _long_chains(state) if copy_budget_bytes else ()
     return GcPlan(tuple(dead), tuple(chosen), copy_budget_bytes - budget, chains)
+
+
+def plan_dead(state: Tables, packs: Sequence[str]) -> tuple[str, ...]:
+    """Those of the packs that are dead and may go. No others are looked at."""
+    rows = [(pack, tables.packs.get(state, pack)) for pack in packs]
+    dead = [(pack, row) for pack, row in rows if row is not None and not row.live_chunks]
+    if not dead or tables.lost_disks(state):
+        return ()
+    return tuple(pack for pack, _ in dead if tables.may_retire(state, pack))
 
 
 def _frames_bytes(row: tables.PackState) -> int:
@@ -102,12 +111,14 @@ def reclaim(
 ) -> GcReport:
     """Plans and executes. Any thread, any number at once. Raises StorageErrors; repeats safely."""
     domain.refresh()
-    with domain.view.read() as state:
-        plan = plan_gc(state, sparse_below, copy_budget_bytes)
     # What takes no room goes first: it makes room for the rest.
-    report = execute_gc(domain, replace(plan, sparse=(), long_chains=()), cancelled)
+    with domain.view.read() as state:
+        dead = plan_dead(state, domain.dead_packs())
+    report = execute_gc(domain, GcPlan(dead, (), 0, ()), cancelled)
     if not copy_budget_bytes:
         return report
+    with domain.view.read() as state:
+        plan = plan_gc(state, sparse_below, copy_budget_bytes)
     report = replace(report, orphans_removed=orphans.sweep(domain))
     try:
         report = _both(report, execute_gc(domain, replace(plan, dead=()), cancelled))
