@@ -11,7 +11,8 @@ Locks: `_writing` orders changes (state first, then memory), `_lock` guards memo
 never wait for a disk, nor for long: what changes many rows lets go of it again and again. Memory
 changes under both, so who holds either may look.
 
-Measured for 100,000 backups (bench/calls.py): 1.6 KB of memory and 0.7 KB of state each.
+Measured with 100,000 backups of one disk: 3 KB of memory and 1 KB of state each; 12 µs of processor
+time each at the start.
 """
 
 from __future__ import annotations
