@@ -51,25 +51,13 @@ from storage.salvage import Salvage
 from storage.seen import Seen
 from storage.session import Session
 from storage.tables import LOST_PACK, Tables, unpack_chunk_row
-from storage.tally import Delta, Noticing, Tally
+from storage.tally import Delta, DomainStats, Noticing, Tally
 from storage.view import View
 
 RECORDS_PER_TRANSACTION = 64
 APPEND_ATTEMPTS = 1000
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class DomainStats:
-    """Sizes in bytes. `stored` is on disk, `live` the part of it that backups reference."""
-
-    backups: int
-    packs: int
-    chunks: int
-    stored_bytes: int
-    live_bytes: int
-    logical_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -481,15 +469,7 @@ class Domain:
 
     def stats(self) -> DomainStats:
         """Counts of the view, without a look at the point."""
-        counts = self._tally.counts(self.view)
-        return DomainStats(
-            backups=counts.backups,
-            packs=counts.packs,
-            chunks=counts.chunks,
-            stored_bytes=counts.stored_bytes,
-            live_bytes=counts.live_bytes,
-            logical_bytes=counts.logical_bytes,
-        )
+        return self._tally.counts(self.view).stats()
 
     def dead_packs(self) -> list[str]:
         """The live packs without a live chunk."""

@@ -19,6 +19,18 @@ MOST_CHANGES = 10_000
 _WATCHED = frozenset({"packs", "backups", "disks"})
 
 
+@dataclass(frozen=True, slots=True)
+class DomainStats:
+    """Sizes in bytes. `stored` is on disk, `live` the part of it that backups reference."""
+
+    backups: int
+    packs: int
+    chunks: int
+    stored_bytes: int
+    live_bytes: int
+    logical_bytes: int
+
+
 @dataclass(slots=True)
 class Counts:
     """Of the state after record `seq`. Sizes in bytes; `dead`: packs without a live chunk."""
@@ -46,6 +58,16 @@ class Counts:
         if not row.forgotten:
             self.backups += sign
             self.logical_bytes += sign * capacity
+
+    def stats(self) -> DomainStats:
+        return DomainStats(
+            backups=self.backups,
+            packs=self.packs,
+            chunks=self.chunks,
+            stored_bytes=self.stored_bytes,
+            live_bytes=self.live_bytes,
+            logical_bytes=self.logical_bytes,
+        )
 
 
 @dataclass(frozen=True, slots=True)
