@@ -267,8 +267,7 @@ class Keeper:
             self._beat(opened)
         for cluster_uuid, domain in opened.sound():
             seq = domain.refresh()
-            if self._synced.get(cluster_uuid) != seq:
-                self._sync(cluster_uuid, domain)
+            if self._synced.get(cluster_uuid) != seq and self._sync(cluster_uuid, domain):
                 self._synced[cluster_uuid] = seq
         seen = self._count(opened)
         with self._lock:
@@ -302,16 +301,20 @@ class Keeper:
                 log.warning("dead_sessions_ended", extra=fields)
         self._beat_at_s = time.monotonic()
 
-    def _sync(self, cluster_uuid: str, domain: Domain) -> None:
+    def _sync(self, cluster_uuid: str, domain: Domain) -> bool:
+        """After the first time only what the records since then have changed is looked at."""
         around = self._around
+        synced = self._synced.get(cluster_uuid)
+        changed = None if synced is None else domain.changed_backups(synced)
 
         def read() -> list[Backup]:
-            rows = sorted(domain.backups(), key=lambda row: row.seq)
+            found = domain.backups() if changed is None else domain.rows_of(changed)
+            rows = sorted(found, key=lambda row: row.seq)
             if self._stopping.is_set():
                 raise PointUnreachable(f"backup point {self.row.name} was detached")
             return [settled_backup(row, cluster_uuid, self.row.uuid, around.places) for row in rows]
 
-        around.catalogue.sync(cluster_uuid, self.row.uuid, read)
+        return around.catalogue.sync(cluster_uuid, self.row.uuid, read, changed)
 
     def _count(self, opened: Opened) -> PointState:
         room = opened.point.room()

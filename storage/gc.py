@@ -65,7 +65,7 @@ def plan_gc(state: Tables, sparse_below: float, copy_budget_bytes: int) -> GcPla
         return GcPlan((), (), 0, ())
     for pack, row in tables.packs.scan(state):
         if not row.live_chunks:
-            if tables.may_retire(state, pack, row):
+            if tables.may_retire(state, pack):
                 dead.append(pack)
         elif row.live_bytes < sparse_below * _frames_bytes(row):
             sparse.append((row.live_bytes / _frames_bytes(row), row.live_bytes, pack))
@@ -76,6 +76,15 @@ def plan_gc(state: Tables, sparse_below: float, copy_budget_bytes: int) -> GcPla
             budget -= live_bytes
     chains = _long_chains(state) if copy_budget_bytes else ()
     return GcPlan(tuple(dead), tuple(chosen), copy_budget_bytes - budget, chains)
+
+
+def plan_dead(state: Tables, packs: Sequence[str]) -> tuple[str, ...]:
+    """Those of the packs that are dead and may go. No others are looked at."""
+    rows = [(pack, tables.packs.get(state, pack)) for pack in packs]
+    dead = [(pack, row) for pack, row in rows if row is not None and not row.live_chunks]
+    if not dead or tables.lost_disks(state):
+        return ()
+    return tuple(pack for pack, _ in dead if tables.may_retire(state, pack))
 
 
 def _frames_bytes(row: tables.PackState) -> int:
@@ -103,11 +112,11 @@ def reclaim(
 ) -> GcReport:
     """Plans and executes. Any thread, any number at once. Raises StorageErrors; repeats safely."""
     domain.refresh()
-    plan = _proved_plan(domain, sparse_below, copy_budget_bytes)
     # What takes no room goes first: it makes room for the rest.
-    report = execute_gc(domain, replace(plan, sparse=(), long_chains=()), cancelled)
+    report = execute_gc(domain, GcPlan(_proved_dead(domain), (), 0, ()), cancelled)
     if not copy_budget_bytes:
         return report
+    plan = _proved_plan(domain, sparse_below, copy_budget_bytes)
     report = replace(report, orphans_removed=orphans.sweep(domain))
     try:
         report = _both(report, execute_gc(domain, replace(plan, dead=()), cancelled))
@@ -116,6 +125,18 @@ def reclaim(
         log.warning("gc_short_of_room domain=%s error=%s", domain.paths.root, error)
         return replace(report, short_of_room=True)
     return report
+
+
+def _proved_dead(domain: Domain) -> tuple[str, ...]:
+    """The dead packs, by a view of which every row has been read when there are any."""
+
+    def dead(state: Tables) -> tuple[str, ...]:
+        return plan_dead(state, candidates)
+
+    candidates = domain.dead_packs()
+    if domain.view.ask(dead):
+        domain.prove_view()
+    return domain.view.ask(dead)
 
 
 def _proved_plan(domain: Domain, sparse_below: float, copy_budget_bytes: int) -> GcPlan:
