@@ -36,6 +36,7 @@ from storage.listing import BackupRow, backup_row, backup_rows
 from storage.log import Log
 from storage.maps import DiskMap
 from storage.paths import DomainPaths, FileContents
+from storage.proof import Proof
 from storage.reader import ChunkReader
 from storage.rebuild import make_view
 from storage.record import (
@@ -110,6 +111,7 @@ class Domain:
         self._log = Log(fs, paths.log, paths.host_tmp(host))
         self._lock = threading.RLock()
         self.trust = Trust(view)
+        self.proof = Proof(view)
         self._tally = Tally()
         view.mend = self._mend
 
@@ -412,6 +414,7 @@ class Domain:
             path, identity = self.view.path, self.view.identity
             self.view.replace(make_view(self.fs, self.paths, path, identity))
             self._tally.forget()
+            self.proof.forget()
             self.trust.follow()
 
     # Damage.
@@ -468,9 +471,13 @@ class Domain:
         """Counts of the view, without a look at the point."""
         return self._tally.counts(self.view).stats()
 
-    def dead_packs(self) -> list[str]:
-        """The live packs without a live chunk."""
-        return sorted(self._tally.counts(self.view).dead)
+    def dead_packs(self, *, at_once: bool) -> tuple[str, ...]:
+        """The packs without a live chunk that may be retired by now. See storage.proof."""
+        return self.proof.dead(sorted(self._tally.counts(self.view).dead), at_once=at_once)
+
+    def has_dead_packs(self) -> bool:
+        """Whether a reclaim would find some."""
+        return bool(self._tally.counts(self.view).dead)
 
     def _view_bytes_on_point(self) -> int:
         on_point = self.view.path.startswith(self.paths.root + "/")

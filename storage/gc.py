@@ -78,15 +78,6 @@ def plan_gc(state: Tables, sparse_below: float, copy_budget_bytes: int) -> GcPla
     return GcPlan(tuple(dead), tuple(chosen), copy_budget_bytes - budget, chains)
 
 
-def plan_dead(state: Tables, packs: Sequence[str]) -> tuple[str, ...]:
-    """Those of the packs that are dead and may go. No others are looked at."""
-    rows = [(pack, tables.packs.get(state, pack)) for pack in packs]
-    dead = [(pack, row) for pack, row in rows if row is not None and not row.live_chunks]
-    if not dead or tables.lost_disks(state):
-        return ()
-    return tuple(pack for pack, _ in dead if tables.may_retire(state, pack))
-
-
 def _frames_bytes(row: tables.PackState) -> int:
     """A pack without its header and table: else one of small frames would be sparse for ever.
     With the ids of patches' bases, which count as live bytes."""
@@ -110,10 +101,14 @@ def _long_chains(state: Tables) -> tuple[str, ...]:
 def reclaim(
     domain: Domain, sparse_below: float, copy_budget_bytes: int, cancelled: Callable[[], bool]
 ) -> GcReport:
-    """Plans and executes. Any thread, any number at once. Raises StorageErrors; repeats safely."""
+    """Plans and executes. Any thread, any number at once. Raises StorageErrors; repeats safely.
+
+    Without a budget dead packs of a large view may be left for later (storage.proof).
+    """
     domain.refresh()
     # What takes no room goes first: it makes room for the rest.
-    report = execute_gc(domain, GcPlan(_proved_dead(domain), (), 0, ()), cancelled)
+    dead = domain.dead_packs(at_once=copy_budget_bytes > 0)
+    report = execute_gc(domain, GcPlan(dead, (), 0, ()), cancelled)
     if not copy_budget_bytes:
         return report
     plan = _proved_plan(domain, sparse_below, copy_budget_bytes)
@@ -125,18 +120,6 @@ def reclaim(
         log.warning("gc_short_of_room domain=%s error=%s", domain.paths.root, error)
         return replace(report, short_of_room=True)
     return report
-
-
-def _proved_dead(domain: Domain) -> tuple[str, ...]:
-    """The dead packs, by a view of which every row has been read when there are any."""
-
-    def dead(state: Tables) -> tuple[str, ...]:
-        return plan_dead(state, candidates)
-
-    candidates = domain.dead_packs()
-    if domain.view.ask(dead):
-        domain.prove_view()
-    return domain.view.ask(dead)
 
 
 def _proved_plan(domain: Domain, sparse_below: float, copy_budget_bytes: int) -> GcPlan:
