@@ -66,7 +66,7 @@ def plan_gc(state: Tables, sparse_below: float, copy_budget_bytes: int) -> GcPla
         return GcPlan((), (), 0, ())
     for pack, row in tables.packs.scan(state):
         if not row.live_chunks:
-            if tables.may_retire(state, pack, row):
+            if tables.may_retire(state, pack):
                 dead.append(pack)
         elif row.live_bytes < sparse_below * _frames_bytes(row):
             sparse.append((row.live_bytes / _frames_bytes(row), row.live_bytes, pack))
@@ -102,13 +102,17 @@ def _long_chains(state: Tables) -> tuple[str, ...]:
 def reclaim(
     domain: Domain, sparse_below: float, copy_budget_bytes: int, cancelled: Callable[[], bool]
 ) -> GcReport:
-    """Plans and executes. Any thread, any number at once. Raises StorageErrors; repeats safely."""
+    """Plans and executes. Any thread, any number at once. Raises StorageErrors; repeats safely.
+
+    Without a budget dead packs of a large view may be left for later (storage.proof).
+    """
     domain.refresh()
-    plan = _proved_plan(domain, sparse_below, copy_budget_bytes)
     # What takes no room goes first: it makes room for the rest.
-    report = execute_gc(domain, replace(plan, sparse=(), long_chains=()), cancelled)
+    dead = domain.dead_packs(at_once=copy_budget_bytes > 0)
+    report = execute_gc(domain, GcPlan(dead, (), 0, ()), cancelled)
     if not copy_budget_bytes:
         return report
+    plan = _proved_plan(domain, sparse_below, copy_budget_bytes)
     report = replace(report, orphans_removed=orphans.sweep(domain))
     try:
         report = _both(report, execute_gc(domain, replace(plan, dead=()), cancelled))
