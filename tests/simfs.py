@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from storage.fs import Buffer, FileStat, Room
+from storage.fs import NO_FD, Buffer, FileStat, Room
 from storage.mounts import MountKind
 from tests.simdisk import Directory, Disk, File, Node
 
@@ -178,6 +178,9 @@ class SimFs:
         if found is None:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         return found
+
+    def open_direct(self, _fd: int, _path: str) -> int:
+        return NO_FD
 
     def close(self, fd: int) -> None:
         with self._lock:
