@@ -26,13 +26,11 @@ from typing import Protocol
 from engine.errors import Conflict
 from engine.snapshot import RESTORES
 from engine.sources import pool_errors
-from storage.fs import Buffer, OsFs
+from storage.fs import NO_FD, Buffer, OsFs
 from storage.in_flight import InFlight
-from storage.mounts import check_mount
 
 _NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 _NAME_TRIES = 100
-_CLOSED = -1
 # At least every device's block, and a page, which is what memory has to be aligned to.
 DIRECT_BYTES = 4096
 
@@ -72,13 +70,13 @@ class NewVolume:
         self._pool, self._name = os.path.split(path_final)
         self._fs = OsFs()
         self._writing = threading.Lock()
-        self._direct_fd = _CLOSED
+        self._direct_fd = NO_FD
         with self._errors():
             if os.path.lexists(path_final):
                 raise self._taken()
             self._path, self._fd = _hidden_file(f"{self._pool}/{RESTORES}")
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._direct_fd = _reopened_direct(self._path, self._fd)
+            self._direct_fd = self._fs.open_direct(self._fd, self._path)
 
     @property
     def fd(self) -> int:
@@ -108,7 +106,7 @@ class NewVolume:
         `offset` is a multiple of DIRECT_BYTES; what is not as long is written through the cache.
         """
         with self._errors():
-            if self._direct_fd == _CLOSED or len(content) % DIRECT_BYTES:
+            if self._direct_fd == NO_FD or len(content) % DIRECT_BYTES:
                 self._write_cached(content, offset)
             else:
                 self._write_direct(content, offset, stage)
@@ -130,7 +128,7 @@ class NewVolume:
 
     def start_writeback(self, offset: int, size_bytes: int) -> None:
         """A hint, so that the last fsync is short and the host never has much to write at once."""
-        if self._direct_fd == _CLOSED:
+        if self._direct_fd == NO_FD:
             self._fs.start_writeback(self._fd, offset, size_bytes)
 
     def make_durable(self) -> None:
@@ -154,8 +152,8 @@ class NewVolume:
                 self._fs.fsync_dir(self._pool)
 
     def _stop_direct(self) -> None:
-        fd, self._direct_fd = self._direct_fd, _CLOSED
-        if fd != _CLOSED:
+        fd, self._direct_fd = self._direct_fd, NO_FD
+        if fd != NO_FD:
             with contextlib.suppress(OSError):
                 os.close(fd)
 
@@ -185,17 +183,3 @@ def _hidden_file(directory: str) -> tuple[str, int]:
             if attempt == _NAME_TRIES - 1:
                 raise
     raise AssertionError("not reached")
-
-
-def _reopened_direct(path: str, fd: int) -> int:
-    """A second descriptor of the file, for O_DIRECT; _CLOSED where the page cache is better."""
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-        verdict = check_mount(os.path.realpath(path), file.read())
-    if verdict.kind == "nfs" or verdict.problem:
-        return _CLOSED
-    try:
-        return os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC | os.O_DIRECT)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        return _CLOSED

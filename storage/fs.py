@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from storage.in_flight import in_flight
-from storage.mounts import MountKind, require_sound_mount
+from storage.mounts import MountKind, check_mount, require_sound_mount
 
 Buffer: TypeAlias = bytes | bytearray | memoryview | mmap.mmap
 
@@ -47,6 +47,11 @@ class Fs(Protocol):
     def open_read(self, path: str) -> int: ...
     def open_new(self, path: str) -> int:
         """Creates `path` (mode 0600) for reading and writing; FileExistsError if it is there."""
+        ...
+
+    def open_direct(self, fd: int, path: str) -> int:
+        """A second descriptor of open_new's file, which has to be written by whole pages from
+        page-aligned memory, past the page cache. NO_FD where the cache is better, or needed."""
         ...
 
     def close(self, fd: int) -> None:
@@ -105,6 +110,7 @@ class Fs(Protocol):
         ...
 
 
+NO_FD = -1
 _IOV_MAX = 1024
 _SYNC_FILE_RANGE_WRITE = 2
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -125,6 +131,19 @@ class OsFs:
     def open_new(self, path: str) -> int:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         return os.open(path, flags, 0o600)
+
+    @in_flight
+    def open_direct(self, fd: int, path: str) -> int:
+        # On NFS, and its like, the cache turns many writes into few durable ones.
+        verdict = check_mount(os.path.realpath(path), _mountinfo())
+        if verdict.kind == "nfs" or verdict.problem:
+            return NO_FD
+        try:
+            return os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC | os.O_DIRECT)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return NO_FD
 
     @in_flight
     def close(self, fd: int) -> None:
@@ -231,8 +250,12 @@ class OsFs:
     def mount_kind(self, path: str) -> MountKind:
         if not os.path.isdir(path):
             raise NotADirectoryError(errno.ENOTDIR, "is no directory", path)
-        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-            return require_sound_mount(os.path.realpath(path), file.read()).kind
+        return require_sound_mount(os.path.realpath(path), _mountinfo()).kind
+
+
+def _mountinfo() -> str:
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        return file.read()
 
 
 def _after(views: list[memoryview], count: int) -> list[memoryview]:

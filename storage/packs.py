@@ -89,7 +89,7 @@ class PackWriter:
         """Creates `tmp_path`. `session`: 16 bytes."""
         header = Header(PACK_MAGIC, session, n, chunk_size, _NO_EXTRA)
         self._chunk_size = chunk_size
-        self._sealed = SealedWriter(fs, tmp_path, header, ROW_BYTES)
+        self._sealed = SealedWriter(fs, tmp_path, header, ROW_BYTES, large=True)
 
     @property
     def size_bytes(self) -> int:

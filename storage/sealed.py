@@ -24,7 +24,8 @@ from storage.chunks import is_chunk_size
 from storage.errors import Damaged, PointNewerFormat, Refused
 from storage.framing import DIGEST_BYTES, FORMAT, check_format
 from storage.fs import Buffer, Fs
-from storage.publish import close_discarded, discard, publish
+from storage.growing import GrowingFile
+from storage.publish import publish
 
 HEADER_BYTES = 64
 TAIL_BYTES = 48
@@ -34,7 +35,6 @@ MAX_TABLE_BYTES = 1 << 30
 _HEADER = struct.Struct("<4sHH16sII32s")
 _TAIL = struct.Struct("<QII16sQI4s")
 _SIGNED_TAIL = struct.Struct("<QII")  # the part of the tail that its digest covers
-_WRITEBACK_BYTES = 4 << 20
 _FIRST_READ_BYTES = 32 << 10  # the tail and most packs' tables: one round trip instead of two
 
 
@@ -82,18 +82,17 @@ class Table:
 class SealedWriter:
     """A sealed file in the making. After any error the only call allowed is abandon()."""
 
-    def __init__(self, fs: Fs, tmp_path: str, header: Header, row_size: int) -> None:
-        """Creates `tmp_path` and writes the header."""
+    def __init__(
+        self, fs: Fs, tmp_path: str, header: Header, row_size: int, *, large: bool = False
+    ) -> None:
+        """Creates `tmp_path` and writes the header. `large`: as for GrowingFile."""
         self._fs = fs
         self._tmp_path = tmp_path
         self._header = _encoded_header(header)
         self._row_size = row_size
         self._rows = bytearray()
         self._annex = bytearray()
-        self._size_bytes = 0
-        self._sent_bytes = 0
-        self._open = True
-        self._fd = fs.open_new(tmp_path)
+        self._file = GrowingFile(fs, tmp_path, large=large)
         try:
             self.append([self._header])
         except BaseException:
@@ -103,7 +102,7 @@ class SealedWriter:
     @property
     def size_bytes(self) -> int:
         """Header and items so far."""
-        return self._size_bytes
+        return self._file.size_bytes
 
     @property
     def count(self) -> int:
@@ -116,17 +115,11 @@ class SealedWriter:
         return len(self._annex)
 
     def append(self, pieces: Sequence[Buffer]) -> int:
-        """Writes an item, or several, with one call; returns its offset.
+        """Adds an item, or several; returns its offset.
 
         Nothing is kept: the buffers are free on return. Not durable before seal().
         """
-        offset = self._size_bytes
-        self._size_bytes += self._fs.pwrite(self._fd, pieces, offset)
-        unsent_bytes = self._size_bytes - self._sent_bytes
-        if unsent_bytes >= _WRITEBACK_BYTES:
-            self._fs.start_writeback(self._fd, self._sent_bytes, unsent_bytes)
-            self._sent_bytes = self._size_bytes
-        return offset
+        return self._file.append(pieces)
 
     def add_row(self, row: bytes) -> None:
         """Adds a row of `row_size` bytes to the table."""
@@ -145,26 +138,23 @@ class SealedWriter:
 
         Raises FileExistsError when the name is taken. The temporary file is gone either way.
         """
-        signed = _SIGNED_TAIL.pack(self._size_bytes, self.count, self._row_size)
+        items_end = self.size_bytes
+        signed = _SIGNED_TAIL.pack(items_end, self.count, self._row_size)
         digest = _table_digest(self._header, self._rows, self._annex, signed)
-        size_bytes = self._size_bytes + len(self._rows) + len(self._annex) + TAIL_BYTES
+        size_bytes = items_end + len(self._rows) + len(self._annex) + TAIL_BYTES
         rest = struct.pack("<16sQI4s", digest, size_bytes, len(self._annex), TAIL_MAGIC)
         try:
-            pieces: list[Buffer] = [self._rows, self._annex, signed + rest]
-            self._fs.pwrite(self._fd, pieces, self._size_bytes)
+            self._file.append([self._rows, self._annex, signed + rest])
+            fd = self._file.finish()
         except BaseException:
             self.abandon()
             raise
-        self._open = False
-        publish(self._fs, self._fd, self._tmp_path, final_path)
+        publish(self._fs, fd, self._tmp_path, final_path)
         return Seal(self.count, size_bytes, digest)
 
     def abandon(self) -> None:
         """Closes and deletes the temporary file. Nothing to do after seal(), or a second time."""
-        if self._open:
-            self._open = False
-            close_discarded(self._fs, self._fd)
-            discard(self._fs, self._tmp_path)
+        self._file.abandon()
 
 
 def read_table(

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 from unittest import mock
 
-from storage import gc, session
+from storage import gc, growing, session
 from storage import log as storage_log
 from storage.check import CheckReport, check_point
 from storage.domain import Domain
@@ -86,6 +86,7 @@ def repeatable() -> Iterator[str]:
             (session, "ThreadPoolExecutor", _AtOnce),
             (storage_log, "RECORDS_PER_EPOCH", 8),
             (gc, "CHAIN_LIMIT", 2),
+            (growing, "STAGE_BYTES", 512),
             (tempfile, "tempdir", scratch),
         ):
             undo.enter_context(mock.patch.object(where, name, value))

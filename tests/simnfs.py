@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import os
 
+from storage.fs import NO_FD
 from tests.simdisk import Directory, Disk, File, Node
 from tests.simfs import Open, SimFs
 
@@ -53,6 +54,9 @@ class NfsClient(SimFs):
         names = self._listed.setdefault(directory.ino, list(directory.names))
         self.stale_answers += names != list(directory.names)
         return names
+
+    def open_direct(self, _fd: int, _path: str) -> int:
+        return NO_FD
 
     def creating(self, parent: Directory, name: str) -> None:
         self._known.setdefault(parent.ino, {}).pop(name, None)

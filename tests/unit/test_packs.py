@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from storage.chunks import ChunkHasher, Decoder, Encoder, Frame, make_frame
 from storage.errors import Damaged, PointNewerFormat, Refused
-from storage.fs import OsFs
+from storage.fs import NO_FD, OsFs
 from storage.packs import (
     FRAME_HEADER_BYTES,
     PackEntry,
@@ -104,8 +104,12 @@ def test_round_trip_in_batches(
     assert path.read_bytes() == forged(contents).encoded()
 
 
-def test_a_batch_is_one_write(tmp_path: Path) -> None:
-    fs = FailingFs()
+def test_a_batch_is_one_write_through_the_page_cache(tmp_path: Path) -> None:
+    class Cached(FailingFs):
+        def open_direct(self, _fd: int, _path: str) -> int:
+            return NO_FD
+
+    fs = Cached()
     writer = PackWriter(fs, f"{tmp_path}/tmp", SESSION, 7, CHUNK_SIZE)
     fs.calls.clear()
     writer.add_many([framed(content) for content in CONTENTS])
