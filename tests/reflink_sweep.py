@@ -74,7 +74,7 @@ class Sweep:
             self.delete_baseline,
             self.forge_baseline,
             self.defragment,
-            self.remount,
+            self.remount_pool,
             self.die_after_the_commit,
             self.die_while_keeping,
             self.fall_short_of_room,
@@ -144,7 +144,9 @@ class Sweep:
     def copy_blocks(self) -> None:
         offset, length = self.place()
         to, room = self.place()
-        clone_range(self.rig.volume, offset, min(length, room), self.rig.volume, to)
+        length = min(length, room, abs(to - offset))  # ranges that overlap are refused
+        if length:
+            clone_range(self.rig.volume, offset, length, self.rig.volume, to)
 
     def truncate_and_back(self) -> None:
         size_bytes = self.rig.volume.stat().st_size
@@ -199,6 +201,9 @@ class Sweep:
     def kind(self) -> str:
         found = ["stat", "-f", "-c", "%T", str(self.rig.pool)]
         return subprocess.run(found, check=True, capture_output=True, text=True).stdout.strip()
+
+    def remount_pool(self) -> None:
+        self.remount()
 
     def die_after_the_commit(self) -> None:
         with mock.patch.object(Baselines, "keep"):

@@ -42,7 +42,7 @@ from engine.libvirt.binding import (
     LibvirtFault,
     code_of,
 )
-from engine.libvirt.domains import DomainFacts, read_domain
+from engine.libvirt.domains import DomainDisk, DomainFacts, read_domain
 from engine.libvirt.jobxml import JobDisk, backup_xml, checkpoint_xml, export_bitmap, job_socket
 from engine.libvirt.machine import inflated, machine_of
 from engine.libvirt.media import has_bitmaps, identity_of
@@ -195,12 +195,12 @@ class _Begun:
 
 def _begun(domain: Domain, facts: DomainFacts, job: _Job, parent: str) -> _Begun:
     """The job is on. Raises as begin_live."""
-    since, why = frozenset[str](), ""
+    since, notes = frozenset[str](), list[str]()
     if parent:
         name = checkpoints.name_for(job.setup.host, parent)
         since, why = checkpoints.disks_since(domain, name, inflated(job.wish.checkpoint))
+        notes = [f"full read: {why}"] if why else _read_in_full(facts, job, since)
     rungs = _rungs(facts, job, parent, since)
-    notes = [f"full read: {why}"] if why else []
     hook, agent_note = agent_hook(domain, facts, job.vm, job.setup)
     with frozen(hook) as freeze:
         disks = _begin_with_less(domain, job, rungs, notes)
@@ -215,15 +215,31 @@ def _rungs(
     base = checkpoints.name_for(job.setup.host, parent)
     wanted = []
     for number, disk in enumerate(facts.disks):
-        same = job.wish.identities.get(disk.target) == identity_of(disk)
         tracked = has_bitmaps(disk)
-        usable = tracked and same and disk.target in since
+        usable = tracked and _is_same(disk, job) and disk.target in since
         scratch = job.scratch_for(number)
         wanted.append(JobDisk(disk.target, scratch, tracked, base if usable else ""))
     full = [JobDisk(disk.target, disk.scratch, disk.tracked) for disk in wanted]
     plain = [JobDisk(disk.target, disk.scratch, tracked=False) for disk in wanted]
     rungs = [wanted, full, plain]
     return [rung for number, rung in enumerate(rungs) if rung not in rungs[:number]]
+
+
+def _is_same(disk: DomainDisk, job: _Job) -> bool:
+    """Whether its medium is the one that the parent's checkpoint was made on."""
+    return job.wish.identities.get(disk.target) == identity_of(disk)
+
+
+def _read_in_full(facts: DomainFacts, job: _Job, since: frozenset[str]) -> list[str]:
+    """Why disks that could have a bitmap, and whose parent has them, can't use one."""
+    known = [disk for disk in facts.disks if job.wish.identities.get(disk.target)]
+    notes = []
+    for disk in filter(has_bitmaps, known):
+        if not _is_same(disk, job):
+            notes.append(f"{disk.target} full read: its medium is another one")
+        elif disk.target not in since:
+            notes.append(f"{disk.target} full read: the parent's checkpoint does not have it")
+    return notes
 
 
 def _begin_with_less(

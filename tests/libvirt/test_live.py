@@ -5,15 +5,16 @@ One VM for all tests. Each leaves it running; what it did to the checkpoints is 
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
-from engine.libvirt import agent
 from engine.libvirt.binding import METADATA_ONLY
 from tests.engine_rig import EngineRig
 from tests.libvirt.host import MIB, Host, disk_xml
@@ -85,15 +86,31 @@ def test_without_an_answering_agent_it_is_crash_consistent(lab: Lab) -> None:
     assert lab.restored_sums(backup) == truth
 
 
-def test_the_watchdogs_command_thaws(lab: Lab) -> None:
+_KILLED_WHILE_FROZEN = """
+import os, signal, sys, msgspec
+from engine.freeze import frozen
+from engine.libvirt.agent import agent_hook
+from engine.libvirt.binding import connect
+from engine.libvirt.domains import read_domain
+from engine.libvirt.setup import LiveSetup
+from engine.model import Vm
+vm = msgspec.json.decode(sys.argv[1], type=Vm)
+domain = connect(vm.host).lookupByUUIDString(vm.uuid)
+setup = LiveSetup("host", "", 0, 0, freeze_timeout_s=10, freeze_hold_s=600)
+hook, why = agent_hook(domain, read_domain(domain.XMLDesc()), vm, setup)
+with frozen(hook) as freeze:
+    assert freeze.held, why
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_watchdog_thaws_when_we_are_killed_in_the_freeze(lab: Lab) -> None:
     lab.write()
-    assert lab.domain.fsFreeze() == 1
-    write = "dd if=/dev/zero of=/mnt/stuck bs=1k count=1 2>/dev/null; sync; echo through"
-    lab.guest.begin(write)
-    subprocess.run(
-        [sys.executable, agent._THAW, lab.host.uri, "thaw", lab.vm.uuid], check=True, timeout=30
-    )
-    assert lab.guest.answer(write) == "through"
+    killed = [sys.executable, "-c", _KILLED_WHILE_FROZEN, msgspec.json.encode(lab.vm).decode()]
+    done = subprocess.run(killed, check=False, timeout=60, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr  # else it was not frozen
+    lab.write("/mnt/stuck", 1)
+    assert lab.back_up().label.frozen
 
 
 def test_disks_come_grow_and_go(lab: Lab) -> None:
