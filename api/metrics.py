@@ -58,17 +58,30 @@ class _EngineCollector(Collector):
         return []
 
     def collect(self) -> Iterator[Metric]:
-        yield self._jobs()
+        yield from self._jobs()
         yield self._backups()
         yield from self._points()
         yield from self._tracking()
 
-    def _jobs(self) -> Metric:
+    def _jobs(self) -> Iterator[Metric]:
         family = GaugeMetricFamily("vmkeep_jobs", "Jobs by state.", labels=["state"])
-        tally: Tally[str] = Tally(job.state for job in self._engine.jobs())
+        jobs = self._engine.jobs()
+        tally: Tally[str] = Tally(job.state for job in jobs)
         for state in _JOB_STATES:
             family.add_metric([state], tally[state])
-        return family
+        yield family
+        longest: dict[str, float] = {}
+        for job in jobs:
+            if job.stalled_on:
+                longest[job.stalled_on] = max(job.stalled_s, longest.get(job.stalled_on, 0.0))
+        stalled = GaugeMetricFamily(
+            "vmkeep_jobs_stalled_seconds",
+            "The longest standstill of a job, by what does not answer.",
+            labels=["on"],
+        )
+        for on, seconds in longest.items():
+            stalled.add_metric([on], seconds)
+        yield stalled
 
     def _backups(self) -> Metric:
         family = GaugeMetricFamily("vmkeep_backups", "Backups by status.", labels=["status"])

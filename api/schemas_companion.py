@@ -197,6 +197,17 @@ class JobRow(Answer, frozen=True, kw_only=True):
     started_at: float
     finished_at: float
     progress: ProgressMembers
+    stalled_s: Annotated[
+        float,
+        Meta(
+            description="Seconds for which the job has not got on because files that it needs don't"
+            " answer (such as on an NFS server that is away); 0 while it moves. It goes on by"
+            " itself when they do."
+        ),
+    ]
+    stalled_on: Annotated[
+        str, Meta(description='What does not answer, such as `backup point nas`; "" if all does.')
+    ]
     result: Annotated[list[str], Meta(description="What the job has to say, a line each.")]
 
 

@@ -47,6 +47,7 @@ class Limits(Section, frozen=True):
     workers: Annotated[int, Meta(ge=0, le=256)] = 0  # threads of one job; 0 = cores + 1
     point_probe_timeout_s: Annotated[float, Meta(gt=0, le=300)] = 5.0
     point_refresh_s: Annotated[float, Meta(gt=0, le=120)] = 30.0  # well below a host's patience
+    stalled_after_s: Annotated[float, Meta(gt=0, le=3600)] = 30.0  # a job whose files don't answer
     verify_bytes_per_s: Annotated[int, Meta(ge=0)] = 0  # of a deep verify; 0 = as fast as it goes
     point_reserve_bytes: Annotated[int, Meta(ge=0)] = 64 << 20  # less free than this is full
 

@@ -27,6 +27,7 @@ from typing import TypeAlias
 from msgspec.structs import replace
 
 from engine.errors import Cancelled, Conflict, EngineError, NotFound
+from engine.hangs import HangOf, log_hang, never
 from engine.model import Job, JobKind, Progress
 from engine.progress import Counters, Speedometer, to_progress
 from engine.state import State
@@ -50,6 +51,7 @@ class JobContext:
         self._lock = threading.Lock()
         self._counters = Counters()
         self._speed = Speedometer(clock())
+        self._moved_s = clock()
         self._reason: Cancelled | None = None
         self.lines: tuple[str, ...] = ()  # becomes the job's result, also when it fails
 
@@ -71,6 +73,7 @@ class JobContext:
         """How many bytes are to be scanned, or restored, in all."""
         with self._lock:
             self._counters.total = size_bytes
+            self._moved_s = self._clock()
 
     def add(
         self,
@@ -89,6 +92,12 @@ class JobContext:
             counters.changed += changed
             counters.stored += stored
             counters.restored += restored
+            self._moved_s = self._clock()
+
+    @property
+    def still_s(self) -> float:
+        """For how long nothing has been counted."""
+        return self._clock() - self._moved_s
 
     def progress(self) -> Progress:
         """The present state, with the present rate."""
@@ -134,8 +143,10 @@ class Jobs:
         max_running: int,
         tick_s: float = 1.0,
         clock: Callable[[], float] = time.time,
+        hang_of: HangOf = never,
     ) -> None:
         self._state = state
+        self._hang_of = hang_of
         self._clock = clock
         self._tick_s = tick_s
         self._lock = threading.Lock()
@@ -244,7 +255,7 @@ class Jobs:
             active = self._active.get(uuid)
             done = self._finished.get(uuid)
         if active is not None:
-            return _fresh(active)
+            return self._fresh(active)
         if done is None:
             raise NotFound("job", uuid)
         return done
@@ -254,7 +265,7 @@ class Jobs:
         with self._lock:
             active = list(self._active.values())
             done = list(self._finished.values())
-        return sorted([*(_fresh(one) for one in active), *done], key=_age, reverse=True)
+        return sorted([*(self._fresh(one) for one in active), *done], key=_age, reverse=True)
 
     def find_active(self, kind: JobKind, point_uuid: str, deep: bool) -> Job | None:
         """An equal maintenance job that has not ended."""
@@ -318,7 +329,27 @@ class Jobs:
             with self._lock:
                 running = [one for one in self._active.values() if one.job.state == "running"]
             for active in running:
-                self._publish(active, progress=active.context.progress())
+                fresh = self._fresh(active)
+                log_hang(active.job, fresh)
+                self._publish(
+                    active,
+                    progress=fresh.progress,
+                    stalled_s=fresh.stalled_s,
+                    stalled_on=fresh.stalled_on,
+                )
+
+    def _fresh(self, active: _Active) -> Job:
+        """The job with its progress, and with what it hangs on, as they are now."""
+        job = active.job
+        if job.state != "running":
+            return job
+        hang = self._hang_of(job, active.context.still_s)
+        return replace(
+            job,
+            progress=active.context.progress(),
+            stalled_s=float(int(hang.seconds)),
+            stalled_on=hang.on,
+        )
 
     # Ends -----------------------------------------------------------------------------------
 
@@ -353,10 +384,17 @@ class Jobs:
         return error
 
     def _finish_row(self, row: Job, reason: str, error: Exception | None = None) -> Job:
-        if isinstance(error, Cancelled) and error.wish == "cancelled":
-            return replace(row, state="cancelled", error=reason, finished_at=self._clock())
         state = "failed" if reason else "succeeded"
-        return replace(row, state=state, error=reason, finished_at=self._clock())
+        if isinstance(error, Cancelled) and error.wish == "cancelled":
+            state = "cancelled"
+        return replace(
+            row,
+            state=state,
+            error=reason,
+            finished_at=self._clock(),
+            stalled_s=0.0,
+            stalled_on="",
+        )
 
     def _record_end(self, active: _Active, row: Job) -> None:
         with self._order:
@@ -428,11 +466,6 @@ def new_job(
         backup_point_uuid=backup_point_uuid,
         deep=deep,
     )
-
-
-def _fresh(active: _Active) -> Job:
-    job = active.job
-    return replace(job, progress=active.context.progress()) if job.state == "running" else job
 
 
 def _last_progress(active: _Active) -> Progress:

@@ -1,7 +1,8 @@
 """One attached point, kept by a thread of its own.
 
 The thread opens the point and our domains on it, then refreshes at intervals and whenever it is
-woken: folds other hosts' records, brings the catalogue up to date, counts room, unlinks dead packs.
+woken: folds other hosts' records, brings the catalogue up to date, counts room, unlinks dead packs
+(those of a large view in a thread beside it, now and then).
 So a point that hangs holds this thread and nobody else; everybody else reads what the thread last
 saw, and a look that takes too long shows as `unreachable` by itself.
 
@@ -15,6 +16,7 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from engine.catalogue import Catalogue
@@ -39,6 +41,7 @@ from storage.errors import (
 )
 from storage.fs import Room
 from storage.heartbeats import Observer, beat
+from storage.leftovers import Leftovers
 from storage.point import ClusterLabel, Point
 
 log = logging.getLogger(__name__)
@@ -99,6 +102,7 @@ class Keeper:
         self._opened: Opened | None = None
         self._synced: dict[str, int] = {}
         self._observers: dict[str, Observer] = {}
+        self._leftovers: dict[str, Leftovers] = {}
         self._beats = 0
         self._beat_at_s = float("-inf")
         self._error: StorageError | None = None
@@ -107,6 +111,7 @@ class Keeper:
         self._look_began_s: float | None = None
         self._reclaims_wanted = 0
         self._reclaims_done = 0
+        self._reclaiming: threading.Thread | None = None
         self._thread = threading.Thread(target=self._run, name=f"point-{row.name}", daemon=True)
 
     def start(self) -> None:
@@ -197,6 +202,8 @@ class Keeper:
             self._wake.wait(self._around.limits.point_refresh_s)
         with self._lock:
             opened, self._opened = self._opened, None
+        if self._reclaiming is not None:
+            self._reclaiming.join()
         if opened is not None:
             opened.close()
 
@@ -208,8 +215,7 @@ class Keeper:
         error: StorageError | None = None
         try:
             opened = self._opened or self._open()
-            if reclaims > self._reclaims_done:
-                self._reclaim(opened)
+            self._reclaim(opened, asked=reclaims > self._reclaims_done)
             self._refresh(opened)
         except StorageError as raised:
             error = raised
@@ -267,8 +273,7 @@ class Keeper:
             self._beat(opened)
         for cluster_uuid, domain in opened.sound():
             seq = domain.refresh()
-            if self._synced.get(cluster_uuid) != seq:
-                self._sync(cluster_uuid, domain)
+            if self._synced.get(cluster_uuid) != seq and self._sync(cluster_uuid, domain):
                 self._synced[cluster_uuid] = seq
         seen = self._count(opened)
         with self._lock:
@@ -287,7 +292,8 @@ class Keeper:
             raise _same(next(iter(opened.damaged.values())))
 
     def _beat(self, opened: Opened) -> None:
-        """Shows that we live, and ends the sessions of hosts of our clusters that do not."""
+        """Shows that we live, ends the sessions of hosts of our clusters that do not, and clears
+        what those have left."""
         self._beats += 1
         for cluster_uuid, domain in opened.sound():
             try:
@@ -300,18 +306,23 @@ class Keeper:
             if ended:
                 fields = {"point": self.row.uuid, "cluster": cluster_uuid, "count": ended}
                 log.warning("dead_sessions_ended", extra=fields)
+            self._leftovers.setdefault(cluster_uuid, Leftovers()).clear(domain, time.monotonic())
         self._beat_at_s = time.monotonic()
 
-    def _sync(self, cluster_uuid: str, domain: Domain) -> None:
+    def _sync(self, cluster_uuid: str, domain: Domain) -> bool:
+        """After the first time only what the records since then have changed is looked at."""
         around = self._around
+        synced = self._synced.get(cluster_uuid)
+        changed = None if synced is None else domain.changed_backups(synced)
 
         def read() -> list[Backup]:
-            rows = sorted(domain.backups(), key=lambda row: row.seq)
+            found = domain.backups() if changed is None else domain.rows_of(changed)
+            rows = sorted(found, key=lambda row: row.seq)
             if self._stopping.is_set():
                 raise PointUnreachable(f"backup point {self.row.name} was detached")
             return [settled_backup(row, cluster_uuid, self.row.uuid, around.places) for row in rows]
 
-        around.catalogue.sync(cluster_uuid, self.row.uuid, read)
+        return around.catalogue.sync(cluster_uuid, self.row.uuid, read, changed)
 
     def _count(self, opened: Opened) -> PointState:
         room = opened.point.room()
@@ -334,8 +345,24 @@ class Keeper:
         full = room.free_bytes < self._around.limits.point_reserve_bytes
         return "full" if full else "online"
 
-    def _reclaim(self, opened: Opened) -> None:
-        for cluster_uuid, domain in opened.sound():
+    def _reclaim(self, opened: Opened, *, asked: bool) -> None:
+        """What takes long goes on beside the looks: the proof of a large view (storage.proof)."""
+        if asked:
+            self._reclaim_all([one for one in opened.sound() if one[1].proof.is_quick()])
+        slow = [
+            (cluster_uuid, domain)
+            for cluster_uuid, domain in opened.sound()
+            if not domain.proof.is_quick() and domain.proof.is_due() and domain.has_dead_packs()
+        ]
+        if slow and not (self._reclaiming and self._reclaiming.is_alive()):
+            name = f"reclaim-{self.row.name}"
+            self._reclaiming = threading.Thread(
+                target=self._reclaim_all, args=(slow,), name=name, daemon=True
+            )
+            self._reclaiming.start()
+
+    def _reclaim_all(self, domains: Sequence[tuple[str, Domain]]) -> None:
+        for cluster_uuid, domain in domains:
             try:
                 domain.reclaim(copy_budget_bytes=0, cancelled=self._stopping.is_set)
             except StorageError:

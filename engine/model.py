@@ -188,6 +188,8 @@ class Job(Row, frozen=True):
     started_at: float = 0.0
     finished_at: float = 0.0
     progress: Progress = Progress()
+    stalled_s: float = 0.0  # for how long it has not got on, as `stalled_on` does not answer
+    stalled_on: str = ""  # e.g. "backup point nas"; "" while it moves
     result: tuple[str, ...] = ()  # what a verify, gc or rebuild has to say, a line each
 
 

@@ -19,6 +19,7 @@ import mmap
 import os
 import secrets
 import threading
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Protocol
 
@@ -26,6 +27,7 @@ from engine.errors import Conflict
 from engine.snapshot import RESTORES
 from engine.sources import pool_errors
 from storage.fs import NO_FD, Buffer, OsFs
+from storage.in_flight import InFlight
 
 _NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 _NAME_TRIES = 100
@@ -155,8 +157,10 @@ class NewVolume:
             with contextlib.suppress(OSError):
                 os.close(fd)
 
-    def _errors(self) -> contextlib.AbstractContextManager[None]:
-        return pool_errors(self._path_final)
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        with pool_errors(self._path_final), InFlight(self._path_final):
+            yield
 
     def _taken(self) -> Conflict:
         return Conflict("name_taken", f"there is a volume {self._name!r} in {self._pool} already")

@@ -19,6 +19,7 @@ from engine.catalogue import Catalogue
 from engine.config import Config
 from engine.core import Core
 from engine.errors import Conflict, EngineError, Invalid, NotFound
+from engine.hangs import Hangs
 from engine.host import Host
 from engine.ids import normal
 from engine.inventory import EmbeddedInventory, Inventory, Places, pool_of
@@ -361,12 +362,14 @@ def _assemble(host: Host, state: State, config: Config) -> Core:
     catalogue.keep_only((cluster.uuid for cluster in places.clusters), points)
     around = Surroundings(host, places, catalogue, config.limits, state.distrusts)
     probes = Probes()
+    inventory = _inventory(state, places, config, host)
+    hangs = Hangs(state.points, inventory, config.limits.stalled_after_s)
     return Core(
         config=config,
         state=state,
-        inventory=_inventory(state, places, config, host),
+        inventory=inventory,
         catalogue=catalogue,
-        jobs=Jobs(state, max_running=config.limits.max_jobs),
+        jobs=Jobs(state, max_running=config.limits.max_jobs, hang_of=hangs.of),
         points=Points(state, around, probes),
         baselines=Baselines(state, time.time, reserve_share=config.tracking.pool_reserve_share),
         probes=probes,

@@ -46,6 +46,7 @@ from engine.sources import (
     pool_errors,
     settled_mark,
 )
+from storage.in_flight import InFlight
 
 log = logging.getLogger(__name__)
 
@@ -243,7 +244,7 @@ class _Opened:
 
 def _open(disk: DiskFile, undo: contextlib.ExitStack) -> _Opened:
     """Opens a volume, and flushes it so that the clone is short; `undo` closes what is left."""
-    with pool_errors(disk.path):
+    with pool_errors(disk.path), InFlight(disk.path):
         volume = _Opened(disk, open_volume(disk.path))
         undo.callback(_close_left, volume)
         pool_path = os.path.dirname(disk.path)
@@ -273,7 +274,8 @@ def _try_clone(volume: _Opened) -> tuple[bool, float]:
         return False, 0.0
     began_s = time.monotonic()
     try:
-        clone_into(volume.clone_fd, volume.fd)
+        with InFlight(volume.disk.path):
+            clone_into(volume.clone_fd, volume.fd)
     except OSError as error:
         log.warning("clone_failed", extra={"volume": volume.disk.path, "why": str(error)})
         return False, time.monotonic() - began_s

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
 from engine.errors import Conflict, EngineError, PoolFull, PoolUnreachable
+from storage.in_flight import InFlight
 
 FoundBy: TypeAlias = Literal["scan", "reflink", "bitmap"]
 """How it was found out where a disk differs from its parent backup."""
@@ -213,7 +214,7 @@ class VolumeSource:
     def read_into(self, buffer: memoryview, offset: int) -> int:
         """Raises Conflict("volume_changed"), PoolUnreachable."""
         have = 0
-        with pool_errors(self._path):
+        with pool_errors(self._path), InFlight(self._path):
             while have < len(buffer):
                 count = os.preadv(self._fd, [buffer[have:]], offset + have)
                 if count == 0:
@@ -241,7 +242,7 @@ class VolumeSource:
     def _check_open_file(self) -> None:
         if self._mark is None:
             return
-        with pool_errors(self._path):
+        with pool_errors(self._path), InFlight(self._path):
             now = mark_of(os.fstat(self._fd))
         if now != self._mark:
             raise self._was_changed("somebody wrote to it")

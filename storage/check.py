@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from storage import orphans, tables
+from storage.bad_places import BadPlace
 from storage.check_frames import FrameCheck, file_digest
 from storage.check_places import Lack, Standing, lacks, note, note_unsound, standing
 from storage.check_report import (
@@ -176,14 +177,14 @@ class _DomainCheck:
         self._check_gaps(last)
         return True
 
-    def _fold_some(self, state: tables.Tables) -> bool:
-        """Some records; False at the tail. A session's id never recurs (I5)."""
+    def _fold_some(self, state: tables.Tables, *, surely: bool = False) -> bool:
+        """Some records; False at the tail: `surely` the server's. A session never recurs (I5)."""
         seen = state.table("chunks")
         for _ in range(RECORDS_PER_STEP):
             seq = tables.applied(state)[0] + 1
             found = self._records.read(seq)
-            if found is None and self._records.newest_name() >= seq:
-                # Listed, so an NFS client's memory of its absence is out of date.
+            if found is None and (surely or self._records.newest_name() >= seq):
+                # An NFS client's memory of its absence may be out of date; is, when it is listed.
                 found = self._records.read_surely(seq)
             if found is None:
                 return False
@@ -223,7 +224,7 @@ class _DomainCheck:
 
     def _still_live(self, table: str, name: str) -> bool:
         """Whether the log, read to its end by now, still has it: else it was deleted beside us."""
-        while self._view.update(self._fold_some):
+        while self._view.update(partial(self._fold_some, surely=True)):
             pass
         with self._view.read() as state:
             return state.table(table).get(name.encode()) is not None
@@ -443,7 +444,11 @@ class _DomainCheck:
             for name in orphans.names_in(self._fs, self._paths.checkpoints):
                 path = os.path.join(self._paths.checkpoints, name)
                 seq = name[:16]
-                digest = file_digest(self._fs, path, self._report, self._watch)
+                try:
+                    digest = file_digest(self._fs, path, self._report, self._watch)
+                except BadPlace as error:
+                    self._found("checkpoint", path, str(error))
+                    continue
                 if digest is None:
                     continue
                 if not _SEQ.fullmatch(seq) or checkpoint_name(int(seq, 16), digest) != name:
@@ -481,8 +486,8 @@ def _heirs(state: tables.Tables, disk: str) -> set[str]:
     heirs: set[str] = set()
     waiting = [disk]
     while waiting:
-        children = tables.disks.require(state, waiting.pop()).children
-        heirs.update(children)
+        children = set(tables.disks.require(state, waiting.pop()).children) - heirs
+        heirs |= children
         waiting += children
     return heirs
 

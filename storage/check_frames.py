@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 from blake3 import blake3
 
+from storage.bad_places import BadPlace, open_to_read, read_at
 from storage.check_places import Place, Standing
 from storage.check_report import MOST_FINDINGS, CheckReport, Watch
 from storage.chunks import FRAME_HEADER_BYTES, Decoder
@@ -34,9 +35,13 @@ class FrameCheck:
         decoder = Decoder()
         bad = set()
         with translated(path):
-            fd = self._fs.open_read(path)
+            fd = open_to_read(self._fs, path)
             try:
-                for entry, frame in _frames(self._fs, fd, entries):
+                for entry, frame in _frames(self._fs, fd, entries, path):
+                    if isinstance(frame, BadPlace):
+                        self._note(entry.chunk_id, str(frame))
+                        bad.add(entry.offset)
+                        continue
                     self._watch.pause(len(frame))
                     self._report.bytes_read += len(frame)
                     if not self._is_sound(decoder, path, entry, frame):
@@ -93,15 +98,17 @@ class FrameCheck:
         self._watch.pause(size_bytes)
         self._report.bytes_read += size_bytes
         with translated(path):
-            fd = self._fs.open_read(path)
+            fd = open_to_read(self._fs, path)
             try:
-                frame = self._fs.pread(fd, size_bytes, place.offset)
+                frame = read_at(self._fs, fd, size_bytes, place.offset, path)
             finally:
                 self._fs.close(fd)
         return parse_frame(memoryview(frame), self._point.chunk_size, f"{path} at {place.offset}")
 
 
-def _frames(fs: Fs, fd: int, entries: list[PackEntry]) -> Iterator[tuple[PackEntry, memoryview]]:
+def _frames(
+    fs: Fs, fd: int, entries: list[PackEntry], path: str
+) -> Iterator[tuple[PackEntry, memoryview | BadPlace]]:
     """Each entry with its frame's bytes, read in large pieces. Entries lie without gaps."""
     at = 0
     while at < len(entries):
@@ -109,7 +116,16 @@ def _frames(fs: Fs, fd: int, entries: list[PackEntry]) -> Iterator[tuple[PackEnt
         while last < len(entries) and (end - start < READ_BYTES or last == at):
             end += FRAME_HEADER_BYTES + entries[last].stored_len
             last += 1
-        piece = memoryview(fs.pread(fd, end - start, start))
+        try:
+            piece = memoryview(read_at(fs, fd, end - start, start, path))
+        except BadPlace as error:
+            if last - at == 1:
+                yield entries[at], error
+            else:
+                for entry in entries[at:last]:
+                    yield from _frames(fs, fd, [entry], path)
+            at = last
+            continue
         for entry in entries[at:last]:
             offset = entry.offset - start
             yield entry, piece[offset : offset + FRAME_HEADER_BYTES + entry.stored_len]
@@ -120,12 +136,12 @@ def file_digest(fs: Fs, path: str, report: CheckReport, watch: Watch) -> bytes |
     """The file's BLAKE3; None when it has gone."""
     hasher = blake3()
     try:
-        fd = fs.open_read(path)
+        fd = open_to_read(fs, path)
     except FileNotFoundError:
         return None
     try:
         offset = 0
-        while piece := fs.pread(fd, COPY_BYTES, offset):
+        while piece := read_at(fs, fd, COPY_BYTES, offset, path):
             hasher.update(piece)
             offset += len(piece)
             report.bytes_read += len(piece)

@@ -36,6 +36,7 @@ from storage.listing import BackupRow, backup_row, backup_rows
 from storage.log import Log
 from storage.maps import DiskMap
 from storage.paths import DomainPaths, FileContents
+from storage.proof import Proof
 from storage.reader import ChunkReader
 from storage.rebuild import make_view
 from storage.record import (
@@ -51,8 +52,9 @@ from storage.record import (
 from storage.salvage import Salvage
 from storage.seen import Seen
 from storage.session import Session
-from storage.stats import DomainStats, stats_of
+from storage.stats import DomainStats
 from storage.tables import Tables
+from storage.tally import Delta, Noticing, Tally
 from storage.trust import Trust
 from storage.view import View
 from storage.view_tables import ViewTables
@@ -109,6 +111,8 @@ class Domain:
         self._log = Log(fs, paths.log, paths.host_tmp(host))
         self._lock = threading.RLock()
         self.trust = Trust(view)
+        self.proof = Proof(view)
+        self._tally = Tally()
         view.mend = self._mend
 
     # The log.
@@ -122,7 +126,7 @@ class Domain:
         with self._lock:
             self._mend()
             try:
-                while self.ballast.spend(lambda: self.view.update(self._fold_some)):
+                while self.ballast.spend(self._fold_next):
                     pass
             except FileGone as error:
                 log.info("view_made_anew domain=%s reason=%s", self.paths.root, error)
@@ -180,8 +184,14 @@ class Domain:
                 )
                 self.rebuild()
 
-    def _fold_some(self, state: Tables) -> bool:
+    def _fold_next(self) -> bool:
         """Folds up to a transaction's worth of records; False when the tail was reached."""
+        delta = self.view.update(self._fold_some)
+        self._tally.follow(delta)
+        return delta.last - delta.before == RECORDS_PER_TRANSACTION
+
+    def _fold_some(self, view: Tables) -> Delta:
+        state = Noticing(view)
         first = tables.applied(state)[0] + 1
         own = 0
         for _ in range(RECORDS_PER_TRANSACTION):
@@ -197,7 +207,7 @@ class Domain:
         self._log.make_names_durable(first, last)
         if own:  # ours, and not in our view: how its append ended is not known
             self._log.name_anew(own)
-        return last - first + 1 == RECORDS_PER_TRANSACTION
+        return state.delta()
 
     def append(
         self, build: Callable[[Tables], Sequence[Op]], *, spend_ballast: bool = True
@@ -236,20 +246,22 @@ class Domain:
         digest = b""
         garbage = Garbage()
 
-        def change(state: ViewTables) -> None:
+        def change(view: ViewTables) -> Delta:
             nonlocal published, digest, garbage
+            state = Noticing(view)
             record = published or self._next_record(state, build(state))
             digest = record_digest(encode_record(record))
             garbage = fold(state, record, digest, self.contents, strict=published is None)
-            state.settle()
+            view.settle()
             if published is None:
                 self._require_record(record.seq - 1, record.previous)
                 if not self._log.publish(record):
                     raise _LostRace
                 published = record
+            return state.delta()
 
         try:
-            self.view.update(change)
+            self._tally.follow(self.view.update(change))
         except _LostRace:
             return None
         except StorageError:
@@ -292,6 +304,23 @@ class Domain:
             if row is None or row.forgotten:
                 raise NotOnPoint(f"backup {backup} is not on the point")
             return backup_row(state, backup, row)
+
+        return self.view.ask(found)
+
+    def changed_backups(self, seq: int) -> frozenset[str] | None:
+        """Those that came, went or changed after record `seq`; None: all may have."""
+        return self._tally.changed_after(seq)
+
+    def rows_of(self, backups: Collection[str]) -> list[BackupRow]:
+        """Those of them that are live."""
+
+        def found(state: Tables) -> list[BackupRow]:
+            rows = [(backup, tables.backups.get(state, backup)) for backup in backups]
+            return [
+                backup_row(state, backup, row)
+                for backup, row in rows
+                if row is not None and not row.forgotten
+            ]
 
         return self.view.ask(found)
 
@@ -347,7 +376,7 @@ class Domain:
         self.salvage.rescue(dead)
         for session in dead:
             self.abort(session)
-        orphans.sweep(self)
+        orphans.sweep(self, thorough=False)
         return len(dead)
 
     # Room.
@@ -384,6 +413,8 @@ class Domain:
         with self._lock:
             path, identity = self.view.path, self.view.identity
             self.view.replace(make_view(self.fs, self.paths, path, identity))
+            self._tally.forget()
+            self.proof.forget()
             self.trust.follow()
 
     # Damage.
@@ -392,6 +423,10 @@ class Domain:
     def records(self) -> Log:
         """The domain's log, to read."""
         return self._log
+
+    def clear_scratch(self) -> None:
+        """Removes what killed processes left in the log's directories. No records."""
+        self._log.clear_scratch()
 
     def losses(self) -> DomainLosses:
         """What the view lacks because of damaged files; empty when it lacks nothing."""
@@ -438,7 +473,15 @@ class Domain:
 
     def stats(self) -> DomainStats:
         """Counts of the view, without a look at the point."""
-        return self.view.ask(stats_of)
+        return self._tally.counts(self.view).stats()
+
+    def dead_packs(self, *, at_once: bool) -> tuple[str, ...]:
+        """The packs without a live chunk that may be retired by now. See storage.proof."""
+        return self.proof.dead(sorted(self._tally.counts(self.view).dead), at_once=at_once)
+
+    def has_dead_packs(self) -> bool:
+        """Whether a reclaim would find some."""
+        return bool(self._tally.counts(self.view).dead)
 
     def _view_bytes_on_point(self) -> int:
         on_point = self.view.path.startswith(self.paths.root + "/")

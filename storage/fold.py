@@ -50,6 +50,10 @@ from storage.tables import (
     Tables,
 )
 
+# Of one disk backup: a row's size, and so the work of adding to it, stays bounded. A VM's backups
+# build on its newest one, so children are few.
+CHILDREN_LIMIT = 1024
+
 
 @dataclass(slots=True)
 class Garbage:
@@ -133,10 +137,11 @@ class _Step:
     def _end_session(self, session: str) -> None:
         row = self._open_session(session)
         tables.sessions.delete(self.state, session)
+        held = tables.held_backups(self.state) if row.holds else frozenset()
         for backup in row.holds:
-            held = tables.backups.get(self.state, backup)
-            if held is not None and held.forgotten and not tables.holders(self.state, backup):
-                self._release(backup, held)
+            let_go = tables.backups.get(self.state, backup)
+            if let_go is not None and let_go.forgotten and backup not in held:
+                self._release(backup, let_go)
 
     # Backups come.
 
@@ -215,6 +220,8 @@ class _Step:
             raise Refused(f"disk {seal.disk}: parent {seal.parent} is not a disk of the parent")
         if parent.capacity != seal.capacity:
             raise Refused(f"disk {seal.disk}: its parent has another capacity")
+        if len(parent.children) >= CHILDREN_LIMIT:
+            raise Refused(f"disk {seal.disk}: {len(parent.children)} build on its parent already")
         children = (*parent.children, seal.disk)
         tables.disks.put(
             self.state, seal.parent, msgspec.structs.replace(parent, children=children)
@@ -230,10 +237,11 @@ class _Step:
         return row
 
     def _forget(self, op: Forget) -> None:
+        held = tables.held_backups(self.state)
         for backup in op.backups:
             row = msgspec.structs.replace(self._live_backup(backup), forgotten=True)
             tables.backups.put(self.state, backup, row)
-            if not tables.holders(self.state, backup):
+            if backup not in held:
                 self._release(backup, row)
 
     def _release(self, backup: str, row: BackupState) -> None:
@@ -329,16 +337,22 @@ class _Step:
         if state.parent:
             base = tables.disks.require(self.state, state.parent).manifest
         name = file_id(session, manifest.n)
-        followers = [
-            (child, row)
-            for child, row in tables.manifests.scan(self.state)
-            if row.base == state.manifest
-        ]
+        followers = self._followers(state)
         self._add_manifest(name, manifest, base, users=1 + len(followers))
-        for child, row in followers:
+        for child, row in followers.items():
             tables.manifests.put(self.state, child, msgspec.structs.replace(row, base=name))
         tables.disks.put(self.state, rebase.disk, msgspec.structs.replace(state, manifest=name))
         self._unuse_manifest(state.manifest, 1 + len(followers))
+
+    def _followers(self, state: DiskState) -> dict[str, ManifestState]:
+        """The manifests whose base is the disk's: each is the oldest of a child's own part."""
+        found = {}
+        for child in state.children:
+            name = tables.disks.require(self.state, child).manifest
+            while (row := tables.manifests.require(self.state, name)).base != state.manifest:
+                name = row.base
+            found[name] = row
+        return found
 
     def _checkpoint(self, op: Checkpoint) -> None:
         if op.seq >= self.seq:

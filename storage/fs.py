@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
+from storage.in_flight import in_flight
 from storage.mounts import MountKind, check_mount, require_sound_mount
 
 Buffer: TypeAlias = bytes | bytearray | memoryview | mmap.mmap
@@ -63,6 +64,10 @@ class Fs(Protocol):
 
     def preadv(self, fd: int, buffer: Buffer, offset: int) -> int:
         """Fills `buffer`; returns the byte count, short only at the end of the file."""
+        ...
+
+    def forget_cached(self, fd: int) -> None:
+        """A hint: the next read of the file is answered by the medium, not by memory."""
         ...
 
     def pwrite(self, fd: int, pieces: Sequence[Buffer], offset: int) -> int:
@@ -112,8 +117,9 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class OsFs:
-    """The real file system."""
+    """The real file system. Each call can be seen from outside while it is under way."""
 
+    @in_flight
     def open_read(self, path: str) -> int:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         if not stat_bits.S_ISREG(os.fstat(fd).st_mode):
@@ -121,10 +127,12 @@ class OsFs:
             raise OSError(errno.EINVAL, "not a regular file", path)
         return fd
 
+    @in_flight
     def open_new(self, path: str) -> int:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         return os.open(path, flags, 0o600)
 
+    @in_flight
     def open_direct(self, fd: int, path: str) -> int:
         # On NFS, and its like, the cache turns many writes into few durable ones.
         verdict = check_mount(os.path.realpath(path), _mountinfo())
@@ -137,9 +145,11 @@ class OsFs:
                 raise
             return NO_FD
 
+    @in_flight
     def close(self, fd: int) -> None:
         os.close(fd)
 
+    @in_flight
     def pread(self, fd: int, size_bytes: int, offset: int) -> bytes:
         first = os.pread(fd, size_bytes, offset)
         if len(first) == size_bytes or not first:
@@ -151,6 +161,7 @@ class OsFs:
             have += len(piece)
         return b"".join(pieces)
 
+    @in_flight
     def preadv(self, fd: int, buffer: Buffer, offset: int) -> int:
         view = memoryview(buffer).cast("B")
         have = 0
@@ -158,6 +169,11 @@ class OsFs:
             have += count
         return have
 
+    @in_flight
+    def forget_cached(self, fd: int) -> None:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    @in_flight
     def pwrite(self, fd: int, pieces: Sequence[Buffer], offset: int) -> int:
         done = 0
         for start in range(0, len(pieces), _IOV_MAX):
@@ -168,18 +184,22 @@ class OsFs:
                 rest = _after(rest, count)
         return done
 
+    @in_flight
     def allocate(self, fd: int, size_bytes: int) -> None:
         os.posix_fallocate(fd, 0, size_bytes)
 
+    @in_flight
     def start_writeback(self, fd: int, offset: int, size_bytes: int) -> None:
         # A hint only: file systems without it (NFS) answer an error, which changes nothing.
         _libc.sync_file_range(
             fd, ctypes.c_int64(offset), ctypes.c_int64(size_bytes), _SYNC_FILE_RANGE_WRITE
         )
 
+    @in_flight
     def fsync(self, fd: int) -> None:
         os.fsync(fd)
 
+    @in_flight
     def fsync_dir(self, path: str) -> None:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -187,24 +207,31 @@ class OsFs:
         finally:
             os.close(fd)
 
+    @in_flight
     def link(self, source: str, target: str) -> None:
         os.link(source, target, follow_symlinks=False)
 
+    @in_flight
     def unlink(self, path: str) -> None:
         os.unlink(path)
 
+    @in_flight
     def rename(self, source: str, target: str) -> None:
         os.rename(source, target)
 
+    @in_flight
     def mkdir(self, path: str) -> None:
         os.mkdir(path, 0o700)
 
+    @in_flight
     def rmdir(self, path: str) -> None:
         os.rmdir(path)
 
+    @in_flight
     def listdir(self, path: str) -> list[str]:
         return sorted(name for name in os.listdir(path) if not name.startswith(".nfs"))
 
+    @in_flight
     def stat(self, path: str) -> FileStat:
         found = os.lstat(path)
         kind = "other"
@@ -214,10 +241,12 @@ class OsFs:
             kind = "directory"
         return FileStat(kind, found.st_size, found.st_ino, found.st_nlink)
 
+    @in_flight
     def room(self, path: str) -> Room:
         found = os.statvfs(path)
         return Room(found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize)
 
+    @in_flight
     def mount_kind(self, path: str) -> MountKind:
         if not os.path.isdir(path):
             raise NotADirectoryError(errno.ENOTDIR, "is no directory", path)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from storage import orphans, tables
+from storage.bad_places import open_to_read, read_at
 from storage.chunks import FRAME_HEADER_BYTES, make_frame
 from storage.errors import Damaged, FileGone, PointFull, PointNewerFormat, translated
 from storage.packs import ROW_BYTES, parse_frame, require_entry
@@ -65,7 +66,7 @@ def plan_gc(state: Tables, sparse_below: float, copy_budget_bytes: int) -> GcPla
         return GcPlan((), (), 0, ())
     for pack, row in tables.packs.scan(state):
         if not row.live_chunks:
-            if tables.may_retire(state, pack, row):
+            if tables.may_retire(state, pack):
                 dead.append(pack)
         elif row.live_bytes < sparse_below * _frames_bytes(row):
             sparse.append((row.live_bytes / _frames_bytes(row), row.live_bytes, pack))
@@ -101,13 +102,17 @@ def _long_chains(state: Tables) -> tuple[str, ...]:
 def reclaim(
     domain: Domain, sparse_below: float, copy_budget_bytes: int, cancelled: Callable[[], bool]
 ) -> GcReport:
-    """Plans and executes. Any thread, any number at once. Raises StorageErrors; repeats safely."""
+    """Plans and executes. Any thread, any number at once. Raises StorageErrors; repeats safely.
+
+    Without a budget dead packs of a large view may be left for later (storage.proof).
+    """
     domain.refresh()
-    plan = _proved_plan(domain, sparse_below, copy_budget_bytes)
     # What takes no room goes first: it makes room for the rest.
-    report = execute_gc(domain, replace(plan, sparse=(), long_chains=()), cancelled)
+    dead = domain.dead_packs(at_once=copy_budget_bytes > 0)
+    report = execute_gc(domain, GcPlan(dead, (), 0, ()), cancelled)
     if not copy_budget_bytes:
         return report
+    plan = _proved_plan(domain, sparse_below, copy_budget_bytes)
     report = replace(report, orphans_removed=orphans.sweep(domain))
     try:
         report = _both(report, execute_gc(domain, replace(plan, dead=()), cancelled))
@@ -217,12 +222,12 @@ def _copy_live(domain: Domain, session: Session, pack: str) -> int:
     path = domain.paths.pack(pack)
     copied_bytes = 0
     with translated(path):
-        fd = domain.fs.open_read(path)
+        fd = open_to_read(domain.fs, path)
         try:
             for entry in wanted:
                 size_bytes = FRAME_HEADER_BYTES + entry.stored_len
                 what = f"{path} at {entry.offset}"
-                raw = memoryview(domain.fs.pread(fd, size_bytes, entry.offset))
+                raw = memoryview(read_at(domain.fs, fd, size_bytes, entry.offset, path))
                 view = parse_frame(raw, domain.chunk_size, what)
                 require_entry(view, entry, what)
                 frame = make_frame(view.chunk_id, view.raw_len, view.codec, view.payload)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from storage import tables
+from storage.bad_places import open_to_read, read_at
 from storage.chunks import FRAME_HEADER_BYTES, ZERO_MARK, Decoder, Encoder
 from storage.errors import (
     AlreadyOnPoint,
@@ -225,11 +226,12 @@ def _prove_known(domain: Domain, path: str, entries: Sequence[PackEntry]) -> Non
         known = state.table("chunks").get_many([entry.chunk_id for entry in entries])
     decoder = Decoder()
     with translated(path):
-        fd = domain.fs.open_read(path)
+        fd = open_to_read(domain.fs, path)
         try:
             for entry in (entry for entry in entries if entry.chunk_id in known):
                 what = f"{path} at {entry.offset}"
-                raw = domain.fs.pread(fd, FRAME_HEADER_BYTES + entry.stored_len, entry.offset)
+                size_bytes = FRAME_HEADER_BYTES + entry.stored_len
+                raw = read_at(domain.fs, fd, size_bytes, entry.offset, path)
                 frame = parse_frame(memoryview(raw), domain.chunk_size, what)
                 require_entry(frame, entry, what)
                 content = decoder.decode(frame.codec, frame.payload, frame.raw_len)

@@ -23,6 +23,7 @@ from typing import Protocol
 import msgspec
 
 from storage import tables
+from storage.chunk_rows import ChunkRows
 from storage.chunks import CHUNK_ID_BYTES, ZERO_MARK
 from storage.errors import ChunkMissing, Damaged, Refused, ViewDamaged
 from storage.manifests import decode_page, encode_page
@@ -52,7 +53,8 @@ class Contents(Protocol):
 
 
 class Index:
-    """The index half of one fold step. Changes of live bytes are kept back until `flush`.
+    """The index half of one fold step. Changes of chunks' rows and of packs' live counts are kept
+    back until `flush`.
 
     `strict`: a new reference needs a chunk that can be read. `filling`: it may name a chunk that
     is nowhere, which is lost then; and what has no reference stays until all layers are there.
@@ -65,7 +67,7 @@ class Index:
         self._contents = contents
         self._strict = strict
         self._filling = filling
-        self._chunks = state.table("chunks")
+        self._chunks = ChunkRows(state.table("chunks"))
         self._pages = state.table("pages")
         self._live_bytes: Counter[int] = Counter()
         self._live_chunks: Counter[int] = Counter()
@@ -74,10 +76,11 @@ class Index:
         self._new_patches: set[bytes] = set()
 
     def flush(self) -> None:
-        """Writes the packs' live counts. ChunkMissing names all that add_layer did not find, and
-        the patches of new packs that stand on nothing."""
+        """Writes chunks' rows and packs' live counts. ChunkMissing names all that add_layer did not
+        find, and the patches of new packs that stand on nothing."""
         self.balance()
         self._require_all()
+        self._chunks.flush()
         for number in sorted(self._live_chunks.keys() | self._live_bytes.keys()):
             size, count = self._live_bytes[number], self._live_chunks[number]
             if number == LOST_PACK:

@@ -6,10 +6,12 @@ before (the fold checks that). Writing: `publish` is the one moment that orders 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import secrets
 
+from storage.bad_places import open_to_read, read_at
 from storage.errors import Damaged, PointUnreachable, translated
 from storage.fs import Fs
 from storage.publish import make_dirs, put_if_absent, replace_same
@@ -18,6 +20,7 @@ from storage.record import BODY_LIMIT_BYTES, Record, decode_record, encode_recor
 RECORDS_PER_EPOCH = 4096
 _EPOCH = re.compile("[0-9a-f]{8}")
 _SEQ = re.compile("[0-9a-f]{16}")
+_SCRATCH = re.compile("scratch-[0-9a-f]{32}")
 _FILE_LIMIT_BYTES = BODY_LIMIT_BYTES + 64
 _FIRST_READ_BYTES = 64 << 10
 
@@ -77,12 +80,13 @@ class Log:
                 self._fs.fsync_dir(directory)
 
     def _read_file(self, path: str) -> bytes:
-        fd = self._fs.open_read(path)
+        fd = open_to_read(self._fs, path)
         try:
             # Few are larger, and a read takes the memory that it is asked for.
-            found = self._fs.pread(fd, _FIRST_READ_BYTES, 0)
+            found = read_at(self._fs, fd, _FIRST_READ_BYTES, 0, path)
             if len(found) == _FIRST_READ_BYTES:
-                found += self._fs.pread(fd, _FILE_LIMIT_BYTES - len(found), len(found))
+                rest_bytes = _FILE_LIMIT_BYTES - len(found)
+                found += read_at(self._fs, fd, rest_bytes, len(found), path)
             return found
         finally:
             self._fs.close(fd)
@@ -153,4 +157,14 @@ class Log:
     def _touch(self, directory: str) -> None:
         scratch = os.path.join(directory, f"scratch-{secrets.token_hex(16)}")
         self._fs.close(self._fs.open_new(scratch))
-        self._fs.unlink(scratch)
+        with contextlib.suppress(FileNotFoundError):  # another host took it for left behind
+            self._fs.unlink(scratch)
+
+    def clear_scratch(self) -> None:
+        """Removes what killed processes left of `_touch`. Those at work don't mind."""
+        with translated(self._directory):
+            for epoch in filter(_EPOCH.fullmatch, self._fs.listdir(self._directory)):
+                directory = os.path.join(self._directory, epoch)
+                for name in filter(_SCRATCH.fullmatch, self._fs.listdir(directory)):
+                    with contextlib.suppress(FileNotFoundError):
+                        self._fs.unlink(os.path.join(directory, name))

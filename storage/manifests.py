@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from blake3 import blake3
 
+from storage.bad_places import open_to_read
 from storage.chunks import CHUNK_ID_BYTES, ZERO_MARK
 from storage.errors import Damaged
 from storage.framing import DIGEST_BYTES
@@ -147,7 +148,7 @@ class ManifestReader:
         """Raises Damaged or PointNewerFormat; FileNotFoundError when the name is gone."""
         self._fs = fs
         self._path = path
-        self._fd = fs.open_read(path)
+        self._fd = open_to_read(fs, path)
         try:
             size_bytes = fs.stat(path).size_bytes
             table = read_table(fs, self._fd, size_bytes, MANIFEST_MAGIC, ROW_BYTES, path)

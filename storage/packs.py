@@ -14,6 +14,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from storage.bad_places import open_to_read
 from storage.chunks import (
     CHUNK_ID_BYTES,
     CODEC_PATCH,
@@ -152,7 +153,7 @@ def read_footer(fs: Fs, path: str) -> tuple[Seal, list[PackEntry]]:
 
     Raises Damaged or PointNewerFormat; FileNotFoundError when the name is gone.
     """
-    fd = fs.open_read(path)
+    fd = open_to_read(fs, path)
     try:
         size_bytes = fs.stat(path).size_bytes
         if size_bytes > MAX_PACK_BYTES:

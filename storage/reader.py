@@ -17,11 +17,12 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from storage import tables
+from storage.bad_places import BadPlace, open_to_read, read_into
 from storage.chunks import CODEC_PATCH, FRAME_HEADER_BYTES, ChunkHasher, Decoder
 from storage.errors import (
     ChunkDamaged,
@@ -249,6 +250,9 @@ class ChunkReader:
         except FileNotFoundError:
             yield from self._read_elsewhere(run, buffer, attempts - 1)
             return
+        except BadPlace as error:
+            yield from self._read_around(run, buffer, attempts, str(error))
+            return
         moved: dict[bytes, list[int]] = {}
         for place in run.frames:
             what = f"{self._domain.paths.pack(run.pack)} at {run.offset + place.offset_in_run}"
@@ -268,6 +272,24 @@ class ChunkReader:
                     yield patch.place, content
         if moved:
             yield from self._read_anew(moved, buffer, attempts - 1)
+
+    def _read_around(
+        self, run: ReadRun, buffer: memoryview, attempts: int, reason: str
+    ) -> Iterator[tuple[FramePlace, Buffer | ChunkDamaged]]:
+        """Part of the run can't be read: each frame by itself, so that only those are lost."""
+        if len(run.frames) == 1:
+            place = run.frames[0]
+            found = ChunkDamaged(reason, run.pack, place.chunk_id)
+            if place.targets:
+                yield place, found
+            for patch in place.patches:
+                yield patch.place, self._patched(patch, found, run.pack, place.chunk_id)
+            return
+        for place in run.frames:
+            size_bytes = FRAME_HEADER_BYTES + place.stored_len
+            alone = replace(place, offset_in_run=0)
+            one = ReadRun(run.pack, run.offset + place.offset_in_run, size_bytes, (alone,))
+            yield from self._read(one, buffer, attempts)
 
     def _read_elsewhere(
         self, run: ReadRun, buffer: memoryview, attempts: int
@@ -322,8 +344,8 @@ class ChunkReader:
         frame = memoryview(bytearray(FRAME_HEADER_BYTES + place.stored_len))
         if not patch.pack:
             return _damaged(place, "the pack that held it is damaged or gone", "")
-        count = self._packs.read(patch.pack, frame, patch.offset)
         try:
+            count = self._packs.read(patch.pack, frame, patch.offset)
             view = self._frame(frame[:count], place, what)
             content = self._applied(view, base, base_id, what)
             if self._hasher.full(content) == place.chunk_id:
@@ -377,12 +399,12 @@ class _OpenPacks:
         self._stale: list[int] = []
 
     def read(self, pack: str, buffer: memoryview, offset: int) -> int:
-        """FileNotFoundError when the pack has no name any more and is not open here."""
+        """FileNotFoundError when the pack has no name any more and is not open here; BadPlace."""
         path = self._domain.paths.pack(pack)
         try:
             fd = self._take(pack, path)
             try:
-                return self._domain.fs.preadv(fd, buffer, offset)
+                return read_into(self._domain.fs, fd, buffer, offset, path)
             finally:
                 self._give_back(pack)
         except FileNotFoundError:
@@ -398,7 +420,7 @@ class _OpenPacks:
         with self._lock:
             fd = self._open.get(pack)
             if fd is None:
-                fd = self._open[pack] = self._domain.fs.open_read(path)
+                fd = self._open[pack] = open_to_read(self._domain.fs, path)
             self._open.move_to_end(pack)
             self._reading[pack] = self._reading.get(pack, 0) + 1
             return fd

@@ -21,6 +21,7 @@ from blake3 import blake3
 from msgspec.structs import replace
 
 from storage import tables
+from storage.bad_places import open_to_read, read_at
 from storage.errors import Damaged, FileDamaged, FileGone, StorageError, translated
 from storage.fold import fold
 from storage.fs import Fs
@@ -28,6 +29,7 @@ from storage.index import Contents, Index
 from storage.log import Log
 from storage.manifests import decode_page, encode_page
 from storage.paths import DomainPaths, FileContents
+from storage.record import Checkpoint
 from storage.tables import LOST_LAYER, Tables, unpack_chunk_row
 from storage.view import View, adopt_copy, destroy
 
@@ -117,10 +119,12 @@ def _from_checkpoint(fs: Fs, paths: DomainPaths, path: str, identity: bytes) -> 
 
 
 def _adopted(fs: Fs, paths: DomainPaths, name: str, path: str, identity: bytes) -> View:
+    records, source = Log(fs, paths.log, paths.tmp), os.path.join(paths.checkpoints, name)
+    if not _is_announced(records, name):
+        raise Damaged(f"{source}: no record of the log announces it")
     unfinished = _unfinished(path)
     os.makedirs(unfinished, mode=0o700)
     copy = os.path.join(unfinished, "copy")
-    source = os.path.join(paths.checkpoints, name)
     if checkpoint_name(int(name[:16], 16), _copied(fs, source, copy)) != name:
         raise Damaged(f"{source}: its content does not match its name")
     adopt_copy(copy, unfinished)
@@ -128,22 +132,33 @@ def _adopted(fs: Fs, paths: DomainPaths, name: str, path: str, identity: bytes) 
     with view.read() as state:
         seq, digest = tables.applied(state)
     view.close()
-    found = Log(fs, paths.log, paths.tmp).read(seq)
+    found = records.read(seq)
     if found is None or found[1] != digest:
         raise Damaged(f"{source}: is not a state of this log")
     os.rename(unfinished, path)
     return View(path, identity)
 
 
+def _is_announced(records: Log, name: str) -> bool:
+    """Whether a record vouches for the file. Nobody else does, and LMDB believes what it reads:
+    a file that was put there must not be opened, however well its name fits it."""
+    seq = int(name[:16], 16)
+    while (found := records.read(seq := seq + 1)) is not None:
+        ops = (op for op in found[0].ops if isinstance(op, Checkpoint))
+        if any(checkpoint_name(op.seq, op.digest) == name for op in ops):
+            return True
+    return False
+
+
 def _copied(fs: Fs, source: str, target: str) -> bytes:
     """Copies a file of the point to a local one, durably; returns its BLAKE3."""
     hasher = blake3()
     with translated(source):
-        fd = fs.open_read(source)
+        fd = open_to_read(fs, source)
         try:
             with open(target, "xb") as out:
                 offset = 0
-                while piece := fs.pread(fd, COPY_BYTES, offset):
+                while piece := read_at(fs, fd, COPY_BYTES, offset, source):
                     hasher.update(piece)
                     out.write(piece)
                     offset += len(piece)
@@ -264,13 +279,15 @@ def own_part(state: Tables, disk: str) -> tuple[int, bool, list[tuple[str, bytes
 
 
 def manifest_chain(state: Tables, manifest: str, end: str = "") -> list[tuple[str, bytes]]:
-    """(manifest, digest) from just above `end` to `manifest`, oldest first."""
-    chain = []
+    """(manifest, digest) from just above `end` to `manifest`, oldest first. Damaged: a circle."""
+    chain: dict[str, bytes] = {}
     while manifest and manifest != end:
+        if manifest in chain:
+            raise Damaged(f"manifest {manifest} builds on itself")
         row = tables.manifests.require(state, manifest)
-        chain.append((manifest, row.digest))
+        chain[manifest] = row.digest
         manifest = row.base
-    return chain[::-1]
+    return list(chain.items())[::-1]
 
 
 def merged_pages(

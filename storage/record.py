@@ -18,6 +18,7 @@ MAGIC = b"VKRE"
 BODY_LIMIT_BYTES = 64 << 20
 LABEL_LIMIT_BYTES = 1 << 20
 DISKS_LIMIT = 256
+HOLDS_LIMIT = 256
 
 SessionId = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$", max_length=32)]
 # A pack or manifest is named by its session and number, which is also its path in the domain.
@@ -88,7 +89,7 @@ class Open(_Op, frozen=True, kw_only=True, tag="open"):
     kind: SessionKind
     host: HostId
     incarnation: HostId
-    holds: tuple[Uuid, ...] = ()
+    holds: Annotated[tuple[Uuid, ...], msgspec.Meta(max_length=HOLDS_LIMIT)] = ()
 
 
 class Commit(_Op, frozen=True, kw_only=True, tag="commit"):

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from blake3 import blake3
 
+from storage.bad_places import read_at
 from storage.chunks import is_chunk_size
 from storage.errors import Damaged, PointNewerFormat, Refused
 from storage.framing import DIGEST_BYTES, FORMAT, check_format
@@ -214,8 +215,8 @@ def _sealed_otherwise(
 
 
 def read_exactly(fs: Fs, fd: int, size_bytes: int, offset: int, what: str) -> bytes:
-    """These bytes of the file, all of them; Damaged when it ends before."""
-    found = fs.pread(fd, size_bytes, offset)
+    """These bytes of the file, all of them; Damaged when it ends before, or they can't be read."""
+    found = read_at(fs, fd, size_bytes, offset, what)
     if len(found) != size_bytes:
         raise Damaged(f"{what}: ends at {offset + len(found)}, inside what should be there")
     return found

@@ -360,7 +360,8 @@ class Session:
         own = self._seal_all()
 
         def build(state: Tables) -> Sequence[Op]:
-            live = tuple(pack for pack in packs if _may_go(state, pack))
+            lost = bool(tables.lost_disks(state))
+            live = tuple(pack for pack in packs if _may_go(state, pack, lost=lost))
             rebased = [chain for chain in folded if chain.still_true(state)]
             seals = {chain.disk: self._manifests[chain.disk].seal for chain in rebased}
             rebases = tuple(
@@ -483,10 +484,12 @@ class Session:
             log.warning("session_left_open session=%s error=%s", self.id, error)
 
 
-def _may_go(state: Tables, pack: str) -> bool:
-    """False for one that went already, and for one that a lost chunk may be in."""
+def _may_go(state: Tables, pack: str, *, lost: bool) -> bool:
+    """False for one that went already, and for one that a lost chunk, or disk, may be in."""
     row = tables.packs.get(state, pack)
-    return row is not None and (row.live_chunks > 0 or tables.may_retire(state, pack, row))
+    if row is None or row.live_chunks:
+        return row is not None
+    return not lost and tables.may_retire(state, pack)
 
 
 def _file_seal(n: int, seal: Seal) -> FileSeal:

@@ -7,7 +7,7 @@ storage.view. Rows are encoded the same way in both, so two states are equal whe
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
@@ -199,7 +199,7 @@ class Rows(Generic[RowT]):
 
     def get(self, tables: Tables, key: str) -> RowT | None:
         found = tables.table(self._name).get(key.encode())
-        return None if found is None else self._decode(found)
+        return None if found is None else self.decode(found)
 
     def require(self, tables: Tables, key: str) -> RowT:
         """The row that the state's own links say is there; ViewDamaged when it is not."""
@@ -216,9 +216,10 @@ class Rows(Generic[RowT]):
 
     def scan(self, tables: Tables) -> Iterator[tuple[str, RowT]]:
         for key, value in tables.table(self._name).scan():
-            yield key.decode(), self._decode(value)
+            yield key.decode(), self.decode(value)
 
-    def _decode(self, value: bytes) -> RowT:
+    def decode(self, value: bytes) -> RowT:
+        """A row's bytes. Damaged."""
         try:
             return self._decoder.decode(value)
         except msgspec.MsgspecError as error:
@@ -337,14 +338,15 @@ def set_losses(tables: Tables, found: Losses) -> None:
         _losses.delete(tables, _LOSSES)
 
 
-def may_retire(tables: Tables, pack: str, row: PackState) -> bool:
-    """Whether nothing can need the pack, as far as this view can tell.
+def may_retire(tables: Tables, pack: str) -> bool:
+    """Whether nothing can need a pack without live chunks, as far as this view can tell.
 
     What a view that lacks something does not count may still be counted by another host's. So
-    nothing goes while a disk's map is lost, and no lost pack while a chunk is that may be in it.
+    nothing goes while a disk's map is lost (see `lost_disks`, which the caller has asked: it takes
+    a scan), and no lost pack while a chunk is that may be in it.
     """
     found = losses(tables)
-    return not (row.live_chunks or lost_disks(tables) or (found.chunks and pack in found.packs))
+    return not (found.chunks and pack in found.packs)
 
 
 def lost_disks(tables: Tables) -> list[str]:
@@ -409,11 +411,6 @@ def read_whole(tables: Tables, *names: str) -> None:
             pass
 
 
-def holders(tables: Tables, backup: str, besides: Iterable[str] = ()) -> list[str]:
-    """Ids of the open sessions that hold a backup."""
-    skipped = set(besides)
-    return [
-        session
-        for session, row in sessions.scan(tables)
-        if backup in row.holds and session not in skipped
-    ]
+def held_backups(tables: Tables) -> frozenset[str]:
+    """The backups that open sessions hold."""
+    return frozenset(backup for _, row in sessions.scan(tables) for backup in row.holds)

@@ -194,6 +194,8 @@ class ViewTables:
     """All tables in one transaction."""
 
     def __init__(self, txn: lmdb.Transaction, databases: dict[str, Db]) -> None:
+        self._txn = txn
+        self._databases = databases
         self._sums = Sums(txn, databases[SUMS])
         self._tables = {
             name: ViewTable(txn, databases[name], name, self._sums) for name in TABLE_NAMES
@@ -206,10 +208,14 @@ class ViewTables:
         """Ends a change: before its commit."""
         self._sums.flush()
 
+    def rows(self) -> int:
+        """How many there are, as LMDB counts them: to judge what reading them would cost."""
+        return sum(self._txn.stat(db)["entries"] for db in self._databases.values())
+
     def prove(self) -> None:
         """Reads every row: returns if they are, all of them and nothing else, what was written.
 
-        Costs about two microseconds a row. ViewDamaged.
+        Costs about a microsecond a row. ViewDamaged.
         """
         found: dict[bytes, Sum] = {}
         for table in self._tables.values():

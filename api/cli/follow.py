@@ -81,8 +81,17 @@ def summary(job: JobRow) -> str:
     return ", ".join(facts)
 
 
+def stall(job: JobRow) -> str:
+    """What a job hangs on, and for how long; "" while it moves."""
+    if not job.stalled_on:
+        return ""
+    return f"stalled {units.duration(job.stalled_s)}: {job.stalled_on} does not answer"
+
+
 def pace(job: JobRow) -> str:
     """What a bar says of a running job, short enough for 80 columns."""
+    if job.stalled_on:
+        return stall(job)
     progress = job.progress
     facts = [f"{units.size(done_bytes(job))} of {units.size(progress.bytes_total)}"]
     if progress.rate > 0:

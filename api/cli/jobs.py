@@ -9,7 +9,7 @@ import msgspec
 from rich.table import Table
 
 from api.cli import units
-from api.cli.follow import ENDED, follow, require_success, summary
+from api.cli.follow import ENDED, follow, require_success, stall, summary
 from api.cli.remote import Here, remote
 from api.cli.screen import card, table
 from api.schemas import Empty, Paging, RowList
@@ -87,7 +87,7 @@ def _list_view(answer: RowList[JobRow]) -> Table:
 
 
 def _row(row: JobRow) -> tuple[str, ...]:
-    progress = summary(row) if row.state != "queued" else ""
+    progress = (stall(row) or summary(row)) if row.state != "queued" else ""
     return (units.time(row.started_at), row.kind, row.state, row.error or progress, row.job_uuid)
 
 
@@ -98,6 +98,7 @@ def _card(row: JobRow) -> Table:
             ("kind", row.kind),
             ("state", row.state),
             ("error", row.error),
+            ("stalled", stall(row)),
             ("progress", summary(row)),
             ("backup", row.backup_uuid),
             ("VM", row.compute_uuid),

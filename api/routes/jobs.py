@@ -33,6 +33,8 @@ def job_row(job: Job) -> JobRow:
             rate=progress.rate,
             eta_s=progress.eta_s,
         ),
+        stalled_s=job.stalled_s,
+        stalled_on=job.stalled_on,
         result=list(job.result),
     )
 

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from storage import tables
-from storage.check import CheckReport
+from storage.check import CheckReport, check_point
 from storage.domain import Domain
 from storage.errors import StorageError
 from storage.point import Point
@@ -133,4 +133,24 @@ def test_a_view_made_anew_from_a_stale_log_takes_nothing_for_lost() -> None:
         other.refresh_to_end()
         assert dump(other) == dump(one)
         world.restore(kept, 0, "h2")
+        world.discard()
+
+
+def test_a_check_does_not_miss_what_others_delete_meanwhile() -> None:
+    with repeatable() as scratch, Chance.seeded("stale check"):
+        world = NfsWorld(scratch)
+        one = world.domain(0, "h1")
+        gone, kept = world.save(noise(1, 3)), world.save(noise(2, 3))
+        checker = NfsClient(world.fs.disk)
+
+        def delete_beside(done: int, _total: int) -> None:
+            checker.listdir(f"{one.paths.log}/00000000")  # and believes that there is no more
+            if done == 1:
+                world.forget(gone)
+                world.forget(kept)
+                one.reclaim(sparse_below=0.9)
+
+        report = check_point(PATH, deep=False, on_progress=delete_beside, fs=checker)
+        assert checker.stale_answers
+        assert not report.findings
         world.discard()

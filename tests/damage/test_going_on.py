@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 
 from engine.packreads import PackReads
 from engine.state import State
+from storage import check_report
 from storage.check import Cancelled, check_point
 from tests.damage.site import Site
 
@@ -86,9 +86,27 @@ def test_what_was_not_read_for_longest_comes_first(
     assert [pack for pack in noted if pack in mine] == [*mine[1:], mine[0]]
 
 
-def test_it_is_held_back(site: Site) -> None:
-    """Four times the bytes in four times the time: the lower bound is what counts."""
+class Sleeper:
+    """In the place of `time`: nothing but sleeping takes any."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def sleep(self, seconds: float) -> None:
+        self.now_s += seconds
+
+
+@pytest.mark.parametrize("rate", [0.25, 1, 4])
+def test_it_is_held_back(site: Site, monkeypatch: pytest.MonkeyPatch, rate: float) -> None:
+    """What is read takes as long as the rate says, when reading itself takes no time."""
     whole = check_point(str(site.path), deep=True).bytes_read
-    began_s = time.monotonic()
-    check_point(str(site.path), deep=True, rate_bytes_per_s=whole * 4)
-    assert time.monotonic() - began_s >= 0.2
+    clock = Sleeper()
+    monkeypatch.setattr(check_report, "time", clock)
+    check_point(str(site.path), deep=True, rate_bytes_per_s=int(whole * rate))
+    assert clock.now_s == pytest.approx(1 / rate, rel=0.01)
+    clock.now_s = 0.0
+    check_point(str(site.path), deep=True)
+    assert clock.now_s == 0.0

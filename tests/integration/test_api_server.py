@@ -170,6 +170,8 @@ async def test_a_jobs_row(site: Site) -> None:
         "started_at",
         "finished_at",
         "progress",
+        "stalled_s",
+        "stalled_on",
         "result",
     ]
     assert (row["kind"], row["state"], row["error"]) == ("backup", "succeeded", "")

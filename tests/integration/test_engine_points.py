@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from engine import keeper
 from engine.config import Config, parse_config
 from engine.errors import Conflict, EngineError, Invalid, NotFound
 from engine.labels import UNREADABLE_NAME
 from engine.views import BackupQuery, Scope
 from storage.errors import PointNotEmpty, PointUnreachable, StorageError
+from storage.leftovers import Leftovers
 from storage.point import ClusterLabel, Point
 from storage.session import NewBackup
-from tests.engine_rig import ANYWHERE, ONE_JOB, EngineRig, disk_bytes, files_below
+from tests.engine_rig import ANYWHERE, ONE_JOB, PATIENCE_S, EngineRig, disk_bytes, files_below
 
 MIB = 1 << 20
 
@@ -331,3 +334,20 @@ def test_a_point_that_hangs_hinders_nobody(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.undo()
         rig.core.points.look_again(point, 60.0)
         assert rig.engine.point(point).state == "online"
+
+
+def test_the_leftovers_of_another_host_are_cleared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the point's own thread, at its heartbeats."""
+    monkeypatch.setattr(keeper, "BEAT_EVERY_S", 0.0)
+    monkeypatch.setattr(keeper, "Leftovers", partial(Leftovers, patience_s=0.0))
+    with EngineRig(tmp_path / "data") as rig:
+        (domain,) = (rig.data / "point" / "domains").iterdir()
+        left = domain / "tmp" / "host-gone"
+        left.mkdir()
+        (left / "checkpoint-1").write_bytes(b"large")
+        for _ in range(2):
+            rig.core.points.look_again(rig.point_uuid, PATIENCE_S)
+        assert not left.exists()
+        assert rig.engine.point(rig.point_uuid).state == "online"

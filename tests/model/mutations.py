@@ -92,11 +92,11 @@ def _place_oldest(self: Index, pack: str, number: int, *, only_known: bool) -> N
     if only_known or self._filling:
         _place_pack(self, pack, number, only_known=only_known)
         return
-    known = {key: self._chunks.get(key) for key, _ in list(self._chunks.scan())}
+    self._chunks.flush()
+    known = dict(self._state.table("chunks").scan())
     _place_pack(self, pack, number, only_known=only_known)
     for key, row in known.items():
-        if row is not None:
-            self._chunks.put(key, row)
+        self._chunks.put(key, row)
     self._live_bytes.clear()
     self._live_chunks.clear()
 
@@ -177,13 +177,13 @@ MUTATIONS = (
         "a FORGET releases what is held",
         "I7: ",
         RESTORE,
-        _in_place_of(tables, "holders", lambda *_: []),
+        _in_place_of(tables, "held_backups", lambda *_: frozenset()),
     ),
     _fold(
         "a released parent is not waited for",
         "I7: ",
         CHAIN,
-        _in_place_of(tables, "holders", lambda *_: []),
+        _in_place_of(tables, "held_backups", lambda *_: frozenset()),
     ),
     _fold(
         "the older place of a chunk wins",

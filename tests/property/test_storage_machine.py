@@ -14,8 +14,9 @@ from pathlib import Path
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from storage import tables
 from storage.check import check_point
 from storage.domain import Domain
 from storage.point import ClusterLabel, Point
@@ -50,6 +51,7 @@ class StorageMachine(RuleBasedStateMachine):
             open_domain(self.point, label, f"host-{at}") for at, label in enumerate(self.labels)
         ]
         self.saved: list[dict[Saved, bytes]] = [{}, {}]
+        self.dead: list[set[str]] = [set(), set()]
         self.image = bytearray(CHUNKS * CHUNK + 100)
 
     @rule(seed=st.integers(0, 1 << 32), writes=st.integers(0, 12))
@@ -130,6 +132,14 @@ class StorageMachine(RuleBasedStateMachine):
         before = dump(self.domains[at])
         self.domains[at].rebuild()
         assert dump(self.domains[at]) == before
+
+    @invariant()
+    def the_dead_stay_dead(self) -> None:
+        """So that what was proved once need not be proved again (storage.proof)."""
+        for at, domain in enumerate(getattr(self, "domains", ())):
+            rows = domain.view.ask(lambda state: dict(tables.packs.scan(state)))
+            assert all(not row.live_chunks for pack, row in rows.items() if pack in self.dead[at])
+            self.dead[at] |= {pack for pack, row in rows.items() if not row.live_chunks}
 
     @rule()
     def everything_restores(self) -> None:

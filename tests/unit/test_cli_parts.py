@@ -10,12 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api.cli import cli, names, params, units
+from api.cli import cli, follow, jobs, names, params, units
 from api.cli.exits import REFUSED, Failure, of_status
 from api.cli.names import Named
 from api.cli.params import DiskSpec
 from api.client import Client
 from api.routes import CALLS
+from api.routes.jobs import job_row
+from engine.model import Job
 
 SOURCES = Path(cli.callback.__code__.co_filename).parent if cli.callback else Path()
 NOWHERE = Client("http://127.0.0.1:1")
@@ -163,3 +165,16 @@ def test_what_is_not_named_is_the_only_one_or_default() -> None:
 
 def test_exit_codes_follow_the_class_of_the_status() -> None:
     assert [of_status(status) for status in (400, 404, 409, 500, 503, 507)] == [4, 4, 4, 5, 5, 5]
+
+
+def test_a_stalled_job_says_so_and_on_what() -> None:
+    """In the list, in the card and in the bar, instead of a rate of a minute ago."""
+    moving = job_row(Job(uuid="j", kind="backup", state="running"))
+    hung = job_row(
+        Job(uuid="j", kind="backup", state="running", stalled_s=65.0, stalled_on="backup point nas")
+    )
+    said = "stalled 1:05: backup point nas does not answer"
+    assert (follow.stall(moving), follow.stall(hung)) == ("", said)
+    assert (follow.pace(moving), follow.pace(hung)) == ("0 B of 0 B", said)
+    assert jobs._row(hung)[3] == said
+    assert jobs._row(moving)[3].startswith("0 B of 0 B")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import threading
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
+from msgspec.structs import replace
 
 from storage import tables
 from storage.chunks import Encoder
@@ -25,6 +28,7 @@ from storage.errors import (
 from storage.heartbeats import Observer, beat
 from storage.log import record_path
 from storage.point import ClusterLabel, Point, is_point
+from storage.rebuild import checkpoint_name, manifest_chain
 from storage.session import NewBackup
 from tests.store import (
     CHUNK,
@@ -291,6 +295,44 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     assert dump(open_domain(point, label)) == before
+
+
+def test_a_checkpoint_that_no_record_announces_is_not_opened(
+    point: Point, label: ClusterLabel, domain: Domain, caplog: pytest.LogCaptureFixture
+) -> None:
+    """LMDB follows the numbers in its pages: a forged file, well named, would end the process."""
+    save(domain, image_of(1, 2))
+    domain.checkpoint()
+    before = dump(domain)
+    domain.close()
+    shutil.rmtree(domain.view.path)
+    (name,) = os.listdir(domain.paths.checkpoints)
+    path = Path(domain.paths.checkpoints, name)
+    forged = bytearray(path.read_bytes())
+    forged[2 * 4096 :] = random.Random(1).randbytes(len(forged) - 2 * 4096)
+    path.unlink()
+    path.with_name(checkpoint_name(int(name[:16], 16), blake3(forged).digest())).write_bytes(forged)
+    with caplog.at_level("INFO", logger="storage.rebuild"):
+        again = open_domain(point, label)
+    assert "no record of the log announces it" in caplog.text
+    assert dump(again) == before
+
+
+def test_a_chain_of_manifests_that_goes_in_a_circle_is_damage(domain: Domain) -> None:
+    first = save(domain, image_of(1))
+    save(domain, image_of(2), first)
+
+    def bend(state: tables.Tables) -> None:
+        rows = dict(tables.manifests.scan(state))
+        for name, row in rows.items():
+            other = next(one for one in rows if one != name)
+            tables.manifests.put(state, name, replace(row, base=other))
+
+    domain.view.update(bend)
+    with domain.view.read() as state:
+        (name, _), *_ = tables.manifests.scan(state)
+        with pytest.raises(Damaged, match="builds on itself"):
+            manifest_chain(state, name)
 
 
 def test_an_older_copy_of_the_point_is_refused(

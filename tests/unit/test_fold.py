@@ -13,6 +13,7 @@ from storage.errors import AlreadyOnPoint, Damaged, NotOnPoint, Refused, Session
 from storage.fold import Garbage, fold
 from storage.framing import encode_object
 from storage.record import (
+    HOLDS_LIMIT,
     MAGIC,
     Abort,
     BackupSeal,
@@ -258,6 +259,75 @@ def test_a_rebase_replaces_the_disks_own_chain(state: State) -> None:
     garbage = state.apply(Retire(session=C, manifests=(sealed(0),), rebased=(rebase,)))
     assert garbage.manifests == [file_id(B, 0), file_id(A, 0)]
     assert [name for name, _ in tables.manifests.scan(state.tables)] == [file_id(C, 0)]
+
+
+def test_a_rebase_finds_what_stands_on_the_disk_also_behind_those_that_have_gone(
+    state: State,
+) -> None:
+    """Grandchildren take over what their released parent stood on."""
+    root, middle, *leaves = (new_uuid() for _ in range(5))
+    disks = {name: new_uuid() for name in (root, middle, *leaves)}
+    state.backup(A, root, [disks[root]])
+    state.backup(B, middle, [disks[middle]], (root, disks[root]))
+    for number, leaf in enumerate(leaves):
+        base = root if number == 2 else middle
+        state.backup(f"{number:032x}", leaf, [disks[leaf]], (base, disks[base]))
+    state.apply(Forget(backups=(middle,)))
+    state.apply(opened(C, "gc"))
+    rebase = Rebase(disk=disks[root], manifest=0, was=file_id(A, 0))
+    state.apply(Retire(session=C, manifests=(sealed(0),), rebased=(rebase,)))
+    rows = dict(tables.manifests.scan(state.tables))
+    assert file_id(A, 0) not in rows
+    new, below = file_id(C, 0), file_id(B, 0)
+    assert {name: (row.base, row.users) for name, row in rows.items()} == {
+        new: ("", 3),
+        below: (new, 2),
+        file_id(f"{0:032x}", 0): (below, 1),
+        file_id(f"{1:032x}", 0): (below, 1),
+        file_id(f"{2:032x}", 0): (new, 1),
+    }
+
+
+def test_so_many_build_on_one_disk_and_no_more(
+    state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storage.fold.CHILDREN_LIMIT", 2)
+    parent, disk = new_uuid(), new_uuid()
+    state.backup(A, parent, [disk])
+    for session in ("1" * 32, "2" * 32):
+        state.backup(session, new_uuid(), [new_uuid()], (parent, disk))
+    with pytest.raises(Refused, match="2 build on its parent already"):
+        state.backup("3" * 32, new_uuid(), [new_uuid()], (parent, disk))
+
+
+def test_what_sessions_hold_is_looked_up_once_for_all_that_is_forgotten(
+    state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once for each made a hostile log cost the square of its length."""
+    names = [new_uuid() for _ in range(20)]
+    for number, name in enumerate(names):
+        state.backup(f"{number:032x}", name, [new_uuid()])
+    looks = 0
+    looked = tables.held_backups
+
+    def counted(rows: tables.Tables) -> frozenset[str]:
+        nonlocal looks
+        looks += 1
+        return looked(rows)
+
+    monkeypatch.setattr(tables, "held_backups", counted)
+    state.apply(Forget(backups=tuple(names)))
+    assert looks == 1
+    assert not list(tables.backups.scan(state.tables))
+
+
+def test_a_session_that_holds_too_much_is_no_record() -> None:
+    op = opened(A, holds=tuple(new_uuid() for _ in range(HOLDS_LIMIT + 1)))
+    record = Record(seq=1, previous=bytes(32), nonce=bytes(16), host="h", ops=(op,))
+    with pytest.raises(Refused):
+        encode_record(record)
+    with pytest.raises(Damaged):
+        decode_record(encode_object(MAGIC, msgspec.msgpack.encode(record)), "r")
 
 
 def test_a_checkpoint_of_the_future_is_refused(state: State) -> None:

@@ -152,7 +152,7 @@ def server_away_during_a_backup(site: Site) -> None:
     then, so what hangs is one of its writes, wherever that is.
     """
     config = site.local / "vmkeep.toml"
-    config.write_text("[limits]\npoint_refresh_s = 1\n")
+    config.write_text("[limits]\npoint_refresh_s = 1\nstalled_after_s = 2\n")
     content = random_bytes(CONTENT_BYTES, 1)
     with Service(site.local / "data", "--config", str(config), log=site.local / "log") as service:
         serving = _prepare(Caller(service.url), site, random_bytes(MIB, 2))
@@ -170,7 +170,8 @@ def server_away_during_a_backup(site: Site) -> None:
             server.start_serving()
         site.note(f"the server was away for {time.monotonic() - began:.1f} s")
         back = until("the point is back", lambda: serving.point_state() == "online")
-        assert serving.ended(job)["state"] == "succeeded"
+        ended = serving.ended(job)
+        assert (ended["state"], ended["stalled_s"]) == ("succeeded", 0)
         site.note(f"online {back:.1f} s after the server came back, then the backup ended well")
         assert serving.restored(backup, "copy") == content
         assert service.stop() == 0
@@ -186,7 +187,10 @@ def _while_it_hangs(site: Site, serving: Serving, first: str, job: str) -> None:
     api.slowest_s = 0.0
     took = until("it is seen", lambda: serving.point_state() == "unreachable")
     site.note(f"shown as unreachable after {took:.1f} s")
+    took = until("the job is stalled", lambda: serving.job(job)["stalled_s"] > 0)
     before = serving.job(job)
+    assert before["stalled_on"] == "backup point nfs"
+    site.note(f"shown as stalled after {took:.1f} s more")
     assert api.healthy()
     (row,) = [row for row in api.data("backup_point/list")["list"] if row["name"] == "nfs"]
     assert row["state"] == "unreachable"

@@ -1,0 +1,194 @@
+"""A file system that does not answer for a while: it is shown, and all goes on when it does."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from api.metrics import Metrics
+from engine.config import Config, Limits, PointConfig, PoolConfig
+from engine.jobs import JobContext
+from engine.model import Job
+from engine.views import NewDisk, RestoreTarget
+from storage.in_flight import InFlight, in_flight, longest_in_flight_s
+from tests.conftest import LoopFs
+from tests.engine_rig import ANYWHERE, PATIENCE_S, EngineRig
+from tests.fire.test_point_lost import on_first_batch
+from tests.rig import random_bytes
+
+MIB = 1 << 20
+AT_ONCE = Limits(stalled_after_s=0.001, point_reserve_bytes=0)
+_FREEZE, _THAW = 0xC0045877, 0xC0045878  # ioctls: who writes to the file system stands still
+
+
+class Frozen:
+    """A file system that can be frozen; whose end thaws it."""
+
+    def __init__(self, place: Path) -> None:
+        self._fd = os.open(place, os.O_RDONLY)
+        self._held = False
+
+    def freeze(self) -> None:
+        fcntl.ioctl(self._fd, _FREEZE, 0)
+        self._held = True
+
+    def thaw(self) -> None:
+        if self._held:
+            self._held = False
+            fcntl.ioctl(self._fd, _THAW, 0)
+
+    def __enter__(self) -> Frozen:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.thaw()
+        os.close(self._fd)
+
+
+def until(rig: EngineRig, job: str, wanted: Callable[[Job], bool]) -> Job:
+    """The job as soon as it is so."""
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not wanted(seen := rig.engine.job(job)):
+        assert time.monotonic() < deadline_s, seen
+        time.sleep(0.01)
+    return seen
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("kind", ["xfs", "ext4"])
+def test_a_backup_stalls_on_its_point(
+    tmp_path: Path, loop_fs: LoopFs, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    place = loop_fs(kind, 320 * MIB)
+    config = Config(limits=AT_ONCE, points=(PointConfig("nas", str(place)),))
+    content = random_bytes(24 * MIB, 1)
+    with EngineRig(tmp_path / "data", config) as rig, Frozen(place) as medium:
+        vm = rig.make_vm("web", content)
+        told: list[Job] = []
+        rig.engine.subscribe_jobs(told.append)
+        on_first_batch(monkeypatch, medium.freeze)
+        backup, job = rig.ask_backup(vm)
+        seen = until(rig, job, lambda row: row.stalled_s >= 1)
+        assert (seen.state, seen.stalled_on) == ("running", "backup point nas")
+        # Everybody is answered meanwhile.
+        assert rig.engine.backup(ANYWHERE, backup).uuid == backup
+        assert [row.stalled_on for row in rig.engine.jobs()] == ["backup point nas"]
+        assert 'vmkeep_jobs_stalled_seconds{on="backup point nas"}' in shown(rig)
+        medium.thaw()
+        rig.succeed(job)
+        ended = rig.engine.job(job)
+        assert (ended.stalled_s, ended.stalled_on) == (0, "")
+        assert "on=" not in shown(rig)
+        assert rig.restore(rig.engine.backup(ANYWHERE, backup), "copy") == [content]
+    assert "backup point nas" in {row.stalled_on for row in told}
+    assert told[-1].stalled_on == ""
+
+
+def shown(rig: EngineRig) -> str:
+    """What Prometheus is told."""
+    return Metrics(rig.engine).render().decode()
+
+
+@pytest.mark.root
+def test_a_restore_stalls_on_its_pool(
+    tmp_path: Path, loop_fs: LoopFs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = loop_fs("xfs", 320 * MIB)
+    pools = (PoolConfig("big", str(tmp_path)), PoolConfig("slow", str(pool)))
+    content = random_bytes(24 * MIB, 1)
+    (tmp_path / "source.raw").write_bytes(content)
+    config = Config(limits=AT_ONCE, pools=pools)
+    with EngineRig(tmp_path / "data", config) as rig, Frozen(pool) as medium:
+        uuids = {state.pool.name: state.pool.uuid for state in rig.engine.pools()}
+        disks = [NewDisk("sda", uuids["big"], "source.raw")]
+        vm = rig.engine.vm(rig.engine.create_vm(ANYWHERE, "source", "", "", disks))
+        backup = rig.back_up(vm)
+        on_first_batch(monkeypatch, medium.freeze)
+        target = RestoreTarget("sda", uuids["slow"], "copy", "SSD")
+        group, zone = rig.engine.object_groups()[0].uuid, rig.engine.zones()[0].uuid
+        _, job = rig.engine.restore_backup(ANYWHERE, backup.uuid, "copy", [target], group, zone)
+        seen = until(rig, job, lambda row: row.stalled_s >= 1)
+        assert (seen.state, seen.stalled_on) == ("running", "pool slow")
+        medium.thaw()
+        rig.succeed(job)
+        assert (pool / "copy").read_bytes() == content
+
+
+def test_a_job_that_computes_is_not_stalled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long it has counted nothing; nor is it by a call on files that it doesn't need."""
+    gate, runs = threading.Event(), threading.Event()
+    with EngineRig(tmp_path / "data", Config(limits=AT_ONCE)) as rig:
+        vm = rig.make_vm("web", random_bytes(MIB, 1))
+
+        def compute() -> None:
+            runs.set()
+            assert gate.wait(PATIENCE_S)
+
+        on_first_batch(monkeypatch, compute)
+        _, job = rig.ask_backup(vm)
+        assert runs.wait(PATIENCE_S)
+        with InFlight(str(tmp_path / "elsewhere" / "file")):
+            assert rig.engine.job(job).stalled_on == ""
+        point = rig.engine.points()[0].point
+        with InFlight(f"{point.path}/domains"):
+            until(rig, job, lambda row: row.stalled_on == f"backup point {point.name}")
+        until(rig, job, lambda row: row.stalled_on == "")
+        gate.set()
+        rig.succeed(job)
+
+
+def test_a_job_that_moves_is_not_stalled(tmp_path: Path) -> None:
+    """Though a call is under way all the time."""
+    with EngineRig(tmp_path / "data", Config(limits=Limits(stalled_after_s=3600))) as rig:
+        vm = rig.make_vm("web", random_bytes(MIB, 1))
+        hangs = rig.core.jobs._hang_of
+        _, job = rig.ask_backup(vm)
+        rig.succeed(job)
+        point = rig.engine.points()[0].point.path
+        with InFlight(point):
+            assert hangs(rig.engine.job(job), 3599).on == ""
+
+
+def test_still_is_since_the_last_count() -> None:
+    now = [0.0]
+    context = JobContext(clock=lambda: now[0])
+    now[0] = 5.0
+    assert context.still_s == 5.0
+    context.add(scanned=1)
+    assert context.still_s == 0.0
+
+
+def test_calls_under_way(tmp_path: Path) -> None:
+    """By path and by descriptor, below a directory, while they last and no longer."""
+
+    class Files:
+        @in_flight
+        def read(self, _place: int, then: Callable[[], float]) -> float:
+            return then()
+
+    def seen(directory: Path = tmp_path) -> bool:
+        return longest_in_flight_s(str(directory)) > 0
+
+    fd = os.open(tmp_path / "file", os.O_CREAT | os.O_RDWR)
+    try:
+        assert Files().read(fd, lambda: float(seen())) == 1.0
+        assert not seen()
+        with InFlight(str(tmp_path) + "-other/file"):
+            assert not seen()
+        with contextlib.suppress(ZeroDivisionError):
+            Files().read(fd, lambda: 1 / 0)
+        assert not seen()
+    finally:
+        os.close(fd)
+    with InFlight(fd), InFlight(str(tmp_path)):
+        assert seen()
+        assert not seen(tmp_path / "below")
