@@ -18,8 +18,6 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.config import parse_config
-from engine.errors import ConfigInvalid
 from engine.labels import UNREADABLE_NAME, decode_label, encode_label
 from engine.model import BackupLabel, DiskBackup
 from storage.chunks import MAX_CHUNK_BYTES, ChunkHasher, Decoder, Encoder
@@ -257,6 +255,11 @@ def test_a_session_is_no_path(name: str) -> None:
         decode_record(forging.small_object(b"VKRE", body), "record")
 
 
+def test_a_newer_format_is_told_apart() -> None:
+    with pytest.raises(PointNewerFormat):
+        decode_record(forging.small_object(b"VKRE", b"\x80", version=2), "record")
+
+
 # Sealed files -------------------------------------------------------------------------------
 
 
@@ -458,7 +461,7 @@ def test_pages() -> None:
         only_named(partial(decode_page, mutant))
 
 
-# Labels and configuration -------------------------------------------------------------------
+# Labels -------------------------------------------------------------------------------------
 
 ROW = BackupRow(UUID, "", encode_label(LABEL), 3, (DiskRow(UUID, 77),))
 
@@ -470,34 +473,3 @@ def test_labels_always_give_a_label_with_the_true_disks() -> None:
         assert [(disk.disk_uuid, disk.capacity) for disk in label.disks] == [(UUID, 77)]
         msgspec.json.encode(label)
     assert decode_label(BackupRow(UUID, "", DEEP, 3, ())).name == UNREADABLE_NAME
-
-
-CONFIG = b"""
-[limits]
-max_jobs = 2
-point_refresh_s = 3.5
-[freeze]
-command = ["/bin/true", "x"]
-[[pools]]
-name = "fast"
-path = "/srv/pools/fast"
-usd_types = ["SSD"]
-[[vms]]
-name = "mail"
-disks = [{ target_device = "sda", pool = "fast", volume_name = "mail.raw" }]
-"""
-
-
-def test_configurations_are_understood_or_refused_by_name() -> None:
-    parse_config(CONFIG, "here")
-    deep = b"x = " + b"[" * 5_000 + b"]" * 5_000
-    refused = sum(
-        only_named(partial(parse_config, mutant, "here"), (ConfigInvalid,))
-        for mutant in [*mutants(CONFIG, 8), b"\xff\xfe", deep, b"a." * 5_000 + b"b = 1"]
-    )
-    assert refused > 50
-
-
-def test_a_newer_format_is_told_apart() -> None:
-    with pytest.raises(PointNewerFormat):
-        decode_record(forging.small_object(b"VKRE", b"\x80", version=2), "record")
