@@ -20,6 +20,7 @@ import msgspec
 
 from bench.lab import Cost, measured, peak_bytes
 from engine.backup import BackupWork, DiskWork, run_backup
+from engine.backups import MOST_LENDERS
 from engine.jobs import JobContext
 from engine.restore import RestoreDisk, run_restore
 from engine.sources import DiskFile
@@ -56,9 +57,12 @@ class VmkeepPoint:
 
 def backup_here(domain: Domain, volume: Path, name: str, parent: str = "") -> Cost:
     """A backup in this process."""
-    parent_disk = _uuid("disk", parent) if parent else ""
     disk = DiskWork(
-        DiskFile("vda", str(volume)), _uuid("disk", name), parent_disk, volume.stat().st_size
+        DiskFile("vda", str(volume)),
+        _uuid("disk", name),
+        parent_disk=_uuid("disk", parent) if parent else "",
+        parent_capacity=volume.stat().st_size,
+        lenders=tuple(disk.disk for row in domain.backups()[-MOST_LENDERS:] for disk in row.disks),
     )
     work = BackupWork(
         domain=domain,

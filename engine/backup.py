@@ -17,6 +17,7 @@ from engine.errors import Cancelled
 from engine.freeze import NO_HOOK, FreezeHook
 from engine.hold import Held, Hold
 from engine.jobs import JobContext
+from engine.likeness import find_lender
 from engine.pages import Ranges
 from engine.patching import Bases
 from engine.pipeline import scan_disk, store_again
@@ -44,12 +45,16 @@ COMMIT_ROUNDS = 3
 
 @dataclass(frozen=True, slots=True)
 class DiskWork:
-    """A disk to back up as `disk_uuid`, against `parent_disk` (`parent_capacity` bytes) or ""."""
+    """A disk to back up as `disk_uuid`, against `parent_disk` (`parent_capacity` bytes) or "".
+
+    `lenders`: disk backups that it may resemble, for when it builds on no parent.
+    """
 
     file: DiskFile
     disk_uuid: str
     parent_disk: str = ""
     parent_capacity: int = 0
+    lenders: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,8 +198,10 @@ def _scanned(
     source = snapshot.sources[target]
     base = disk.parent_disk if target in facts.incremental else None
     parent = work.domain.disk_map(base) if base else None
-    changed, note = None, ""
-    if parent is not None:
+    changed, note, lender = None, "", None
+    if parent is None:
+        lender = find_lender(work.domain, source, disk.lenders, ctx)
+    else:
         note = _compare(work, disk, snapshot)
         if not note:
             changed, note = _trusted_changes(work, disk, source, parent, ctx)
@@ -210,10 +217,12 @@ def _scanned(
             chunk_size=work.domain.chunk_size,
             changed=changed,
             bases=bases,
+            lender=lender,
         )
     found_by: FoundBy = "scan" if changed is None else source.found_by
     notes = [f"scanned: {note}"] if note else []
     notes += [bases.note] if bases.note else []
+    notes += ["is like another disk there: stored as what differs"] if lender else []
     return replace(
         facts,
         found_by={**facts.found_by, target: found_by},

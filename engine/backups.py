@@ -48,6 +48,7 @@ log = logging.getLogger(__name__)
 MOST_DISKS = 256
 MOST_NAME_CHARS = 1024
 MOST_DESCRIPTION_CHARS = 64 << 10
+MOST_LENDERS = 16  # maps that are looked into for a disk without a parent
 RECLAIM_TIMEOUT_S = 30.0
 
 NOTHING_TO_BUILD_ON = "full: nothing to build on"
@@ -195,11 +196,27 @@ class _BackupRun:
             form = disk.format if by_path else "raw"
             file = DiskFile(disk.target_device, path, form, roots, bitmaps)
             works.append(
-                DiskWork(file, made.disk_uuid, base.disk_uuid, base.capacity)
-                if base
-                else DiskWork(file, made.disk_uuid)
+                DiskWork(
+                    file,
+                    made.disk_uuid,
+                    parent_disk=base.disk_uuid if base else "",
+                    parent_capacity=base.capacity if base else 0,
+                    lenders=self._lenders(disk),
+                )
             )
         return works
+
+    def _lenders(self, disk: Disk) -> tuple[str, ...]:
+        """What the disk may resemble: itself, as it was; then disks of its size, and others."""
+        row, found = self._row, dict[str, tuple[bool, bool]]()
+        before = _parent(self._core, row)
+        others = self._core.catalogue.newest_of_each(row.cluster_uuid, row.point_uuid, MOST_LENDERS)
+        for backup in [*([before] if before else []), *others]:
+            own = backup.label.vm_uuid == row.label.vm_uuid
+            for one in backup.label.disks:
+                itself = own and one.target_device == disk.target_device
+                found[one.disk_uuid] = (not itself, one.capacity != disk.capacity)
+        return tuple(sorted(found, key=lambda uuid: found[uuid])[:MOST_LENDERS])
 
     def _kept_bitmaps(self) -> frozenset[str]:
         """Those that the VM's chains on other points build on."""

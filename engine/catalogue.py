@@ -22,7 +22,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 
 from msgspec.structs import replace
 
@@ -36,6 +36,7 @@ from engine.views import BackupPage, BackupQuery, RangeState
 SYNC_ATTEMPTS = 5
 DEFAULT_PAGE_SIZE = 20
 MOST_PAGE_SIZE = 1000
+LOOKED_AT = 1000
 ROWS_PER_HOLD = 100  # what is changed before others may look
 
 
@@ -88,6 +89,20 @@ class Catalogue:
                 if row.status == BACKUP_DONE:
                     newest = row if newest is None else max(newest, row, key=self._age)
         return newest
+
+    def newest_of_each(self, cluster_uuid: str, point_uuid: str, most: int) -> list[Backup]:
+        """A finished backup of each of the `most` VMs that were backed up there last. Those beyond
+        the newest LOOKED_AT backups are not looked for."""
+        found: dict[str, Backup] = {}
+        with self._lock:
+            places = self._shelves.of_point(cluster_uuid, point_uuid)
+            for _, uuid, _ in islice(places, LOOKED_AT):
+                row = self._rows[backup_key(cluster_uuid, uuid)]
+                if row.status == BACKUP_DONE:
+                    found.setdefault(row.label.vm_uuid, row)
+                if len(found) == most:
+                    break
+        return list(found.values())
 
     def query(self, ranges: Sequence[Range], query: BackupQuery) -> BackupPage:
         """The page that `query` asks for, of the backups in `ranges`."""

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 
 from engine.crew import run_crew
 from engine.jobs import JobContext
+from engine.likeness import Lender
 from engine.pages import (
     PAGE_CHUNKS,
     Emit,
@@ -53,12 +54,13 @@ def scan_disk(
     chunk_size: int,
     changed: Ranges | None = None,
     bases: Bases | None = None,
+    lender: Lender | None = None,
 ) -> None:
     """Stores what `session`'s domain lacks of a disk, and gives all its pages to `builder`.
 
     With a `parent` (same capacity and chunk size, held by the session) only what differs from it;
     with `changed` too (see DiskSource.changed_ranges) only what that touches is looked at. What is
-    stored may be patches if `bases` is given.
+    stored may be patches if `bases` is given: on the parent's chunks, or else on the `lender`'s.
     Counts the whole capacity as scanned. Raises Cancelled, StorageError, PoolUnreachable,
     Conflict("volume_changed"); then `builder` is incomplete and of no use.
     """
@@ -74,6 +76,8 @@ def scan_disk(
         while (item := line.pull()) is not None:
             ctx.check()
             found = _examine(bench, item, hasher)
+            if lender is not None:
+                found.borrow(lender.page(item.page.page_no))
             stored_bytes = storing.store(found)
             line.finish(item, found.entries)
             ctx.add(
@@ -141,13 +145,19 @@ def ignore_page(_page_no: int, _entries: Mapping[int, bytes]) -> None:
 @dataclass(slots=True)
 class Findings:
     """What one item came to. `changed`: id → content, each once; views of the bench's buffer.
-    `before`: id → the id that the parent has at its place, if any."""
+    `before`: id → the id that the parent (or a lender) has at its place, if any."""
 
     entries: dict[int, bytes] = field(default_factory=dict)
     changed: dict[bytes, memoryview] = field(default_factory=dict)
     before: dict[bytes, bytes] = field(default_factory=dict)
     read_bytes: int = 0
     changed_bytes: int = 0
+
+    def borrow(self, page: Mapping[int, bytes]) -> None:
+        """Takes what another disk has at the places for what was there before."""
+        for index, chunk_id in self.entries.items():
+            if index in page:
+                self.before.setdefault(chunk_id, page[index])
 
 
 def _examine(bench: Bench, item: Item, hasher: ChunkHasher) -> Findings:

@@ -125,14 +125,21 @@ class Shelves:
 
     def of_vm(self, cluster_uuid: str, point_uuid: str, vm_uuid: str) -> Iterator[Place]:
         """A VM's backups in a cluster and on a point, newest first."""
-        index = self._by_vm.get(vm_uuid, {})
-        shelves = [
-            shelf
-            for (cluster, _), points in index.items()
-            if cluster == cluster_uuid
-            for shelf in _at(points, point_uuid)
-        ]
-        return heapq.merge(*(shelf.places for shelf in shelves))
+        return _merged(self._by_vm.get(vm_uuid, {}), cluster_uuid, point_uuid)
+
+    def of_point(self, cluster_uuid: str, point_uuid: str) -> Iterator[Place]:
+        """All backups of a cluster on a point, newest first."""
+        return _merged(self._all, cluster_uuid, point_uuid)
+
+
+def _merged(index: _Index, cluster_uuid: str, point_uuid: str) -> Iterator[Place]:
+    shelves = [
+        shelf
+        for (cluster, _), points in index.items()
+        if cluster == cluster_uuid
+        for shelf in _at(points, point_uuid)
+    ]
+    return heapq.merge(*(shelf.places for shelf in shelves))
 
 
 def place_of(row: Backup) -> Place:

@@ -140,6 +140,21 @@ def test_of_one_second_the_newest_is_what_was_committed_last_after_a_restart_too
     assert newest.uuid == "b"
 
 
+def test_the_newest_of_each_vm(state: State) -> None:
+    catalogue = Catalogue(state)
+    for one in (
+        row("old", 1, vm="v1"),
+        row("new", 2, vm="v1"),
+        row("failed", 3, vm="v1", status=BACKUP_FAILED),
+        row("second", 4, vm="v2", namespace="m"),
+        row("third", 5, vm="v3"),
+        row("there", 6, vm="v4", point="q"),
+    ):
+        catalogue.put(one)
+    assert [one.uuid for one in catalogue.newest_of_each("c", "p", 9)] == ["third", "second", "new"]
+    assert [one.uuid for one in catalogue.newest_of_each("c", "p", 2)] == ["third", "second"]
+
+
 def test_sync_follows_the_domain(state: State) -> None:
     catalogue = Catalogue(state)
     for one in (
