@@ -14,6 +14,7 @@ import pytest
 
 from storage.fs import NO_FD, Buffer, OsFs
 from storage.growing import STAGE_BYTES, GrowingFile
+from tests.failing_fs import open_below
 from tests.rig import random_bytes
 
 PIECE_BYTES = 700_001
@@ -57,20 +58,15 @@ def grow(fs: OsFs, path: Path, content: bytes) -> None:
     os.close(file.finish())
 
 
-def open_count() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
 @pytest.mark.parametrize(
     "size_bytes", [0, 1, 4096, STAGE_BYTES - 1, STAGE_BYTES, STAGE_BYTES + 1, 2 * STAGE_BYTES + 777]
 )
 @pytest.mark.parametrize(("direct", "refusal"), [(True, 0), (True, errno.EINVAL), (False, 0)])
 def test_the_same_bytes(tmp_path: Path, size_bytes: int, direct: bool, refusal: int) -> None:
-    before = open_count()
     content = random_bytes(size_bytes)
     grow(Writes(direct=direct, refusal=refusal), tmp_path / "x", content)
     assert (tmp_path / "x").read_bytes() == content
-    assert open_count() == before
+    assert open_below(tmp_path) == []
 
 
 def test_only_the_rest_goes_through_the_cache(tmp_path: Path) -> None:
@@ -83,7 +79,6 @@ def test_only_the_rest_goes_through_the_cache(tmp_path: Path) -> None:
 
 
 def test_a_full_file_system_is_told_and_leaves_nothing(tmp_path: Path) -> None:
-    before = open_count()
     fs = Writes(refusal=errno.ENOSPC)
     file = GrowingFile(fs, f"{tmp_path}/x", large=True)
     if has_direct(tmp_path):
@@ -92,7 +87,7 @@ def test_a_full_file_system_is_told_and_leaves_nothing(tmp_path: Path) -> None:
     file.abandon()
     file.abandon()
     assert os.listdir(tmp_path) == []
-    assert open_count() == before
+    assert open_below(tmp_path) == []
 
 
 def test_no_second_descriptor_leaves_nothing(tmp_path: Path) -> None:
@@ -100,11 +95,10 @@ def test_no_second_descriptor_leaves_nothing(tmp_path: Path) -> None:
         def open_direct(self, fd: int, path: str) -> int:
             raise OSError(errno.EMFILE, f"{path} {fd}")
 
-    before = open_count()
     with pytest.raises(OSError, match="Errno 24"):
         GrowingFile(Fails(), f"{tmp_path}/x", large=True)
     assert os.listdir(tmp_path) == []
-    assert open_count() == before
+    assert open_below(tmp_path) == []
 
 
 @pytest.fixture
@@ -124,7 +118,6 @@ def without_direct(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.root
 def test_a_file_system_without_it_is_written_through_the_cache(without_direct: Path) -> None:
-    before = open_count()
     content = random_bytes(STAGE_BYTES + 777)
     with pytest.raises(OSError, match=os.strerror(errno.EINVAL)):
         os.open(without_direct / "y", os.O_RDWR | os.O_CREAT | os.O_DIRECT)
@@ -133,4 +126,4 @@ def test_a_file_system_without_it_is_written_through_the_cache(without_direct: P
     assert (without_direct / "x").read_bytes() == content
     assert fs.seen
     assert not any(direct for direct, _ in fs.seen)
-    assert open_count() == before
+    assert open_below(without_direct) == []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import gc
 import os
 import threading
 from pathlib import Path
@@ -18,7 +17,7 @@ from storage.heartbeats import Observer, beat
 from storage.point import ClusterLabel, Point
 from storage.reader import MAX_RUN_BYTES, plan_reads
 from storage.session import UNSEALED_PACKS_LIMIT, NewBackup
-from tests.failing_fs import FailingFs, HookFs, open_count
+from tests.failing_fs import FailingFs, HookFs, open_below
 from tests.store import (
     CHUNK,
     Saved,
@@ -208,14 +207,13 @@ def test_two_hosts_that_import_the_same_both_succeed(point: Point, domain: Domai
     assert (row.backup, row.label) == (there.backup, b"other")
 
 
-def test_rebuilds_leave_nothing_open(domain: Domain) -> None:
+def test_rebuilds_leave_nothing_open(domain: Domain, tmp_path: Path) -> None:
     save(domain, image_of(1))
     domain.rebuild()
-    gc.collect()  # what other tests have left open
-    before = open_count()
+    before = open_below(tmp_path)
     for _ in range(3):
         domain.rebuild()
-    assert open_count() == before
+    assert open_below(tmp_path) == before
 
 
 def test_what_a_killed_replacement_left_is_cleared(

@@ -20,7 +20,7 @@ from storage.manifests import (
 )
 from storage.sealed import Seal
 from tests import forging
-from tests.failing_fs import FailingFs, open_count
+from tests.failing_fs import FailingFs, open_below
 from tests.forging import CHUNK_SIZE, DISK, SESSION
 
 PAGE_SPAN_BYTES = PAGE_ENTRIES * CHUNK_SIZE
@@ -132,14 +132,13 @@ def test_an_incremental_manifest_says_so(tmp_path: Path) -> None:
 
 def test_the_reader_knows_the_disk(tmp_path: Path) -> None:
     seal = write_manifest(tmp_path / "m", PAGES)
-    before = open_count()
     with ManifestReader(OsFs(), str(tmp_path / "m")) as reader:
         assert (reader.seal, reader.disk_id, reader.capacity) == (seal, DISK, CAPACITY)
         assert reader.full
         assert (reader.header.session, reader.header.n) == (SESSION, 7)
         assert list(reader.pages()) == list(reader.pages())
         assert [page_no for page_no, _ in reader.pages()] == [0, 3, 5]
-    assert open_count() == before
+    assert open_below(tmp_path) == []
     assert read_whole(tmp_path / "m") == PAGES
 
 
@@ -218,12 +217,11 @@ def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
 def test_every_truncation_is_noticed(tmp_path: Path) -> None:
     write_manifest(tmp_path / "m", PAGES)
     content = (tmp_path / "m").read_bytes()
-    before = open_count()
     for size in range(len(content)):
         (tmp_path / "m").write_bytes(content[:size])
         with pytest.raises(Damaged):
             read_whole(tmp_path / "m")
-    assert open_count() == before
+    assert open_below(tmp_path) == []
 
 
 PAGE = by_hand({0: chunk_id(1)})
@@ -252,10 +250,9 @@ FORGED_EXTRA = DISK + struct.pack("<QB", CAPACITY, 0) + bytes(6) + b"\1"
 )
 def test_a_table_that_lies_with_a_right_digest(tmp_path: Path, lie: forging.Sealed) -> None:
     (tmp_path / "m").write_bytes(lie.encoded())
-    before = open_count()
     with pytest.raises(Damaged):
         ManifestReader(OsFs(), str(tmp_path / "m"))
-    assert open_count() == before
+    assert open_below(tmp_path) == []
 
 
 @pytest.mark.parametrize(

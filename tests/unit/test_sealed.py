@@ -9,7 +9,7 @@ import pytest
 from storage.errors import Damaged, PointNewerFormat, Refused
 from storage.fs import OsFs
 from storage.sealed import Header, Seal, SealedWriter, Table, read_table
-from tests.failing_fs import FailingFs, open_count
+from tests.failing_fs import FailingFs, open_below
 from tests.forging import CHUNK_SIZE, SESSION, Sealed, digest16
 
 EXTRA = bytes(range(200, 232))
@@ -90,7 +90,6 @@ def test_sealing_follows_the_durable_order(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("step", ["pwrite", "fsync", "close", "link"])
 def test_a_failed_seal_leaves_nothing(tmp_path: Path, step: str) -> None:
-    before = open_count()
     fs = FailingFs()
     writer = SealedWriter(fs, f"{tmp_path}/tmp", HEADER, 8)
     fs.fail = {step: errno.EIO}
@@ -98,25 +97,23 @@ def test_a_failed_seal_leaves_nothing(tmp_path: Path, step: str) -> None:
         writer.seal(f"{tmp_path}/x")
     writer.abandon()
     assert os.listdir(tmp_path) == []
-    assert open_count() == before
+    assert open_below(tmp_path) == []
     assert fs.calls.count("fsync") <= 1
 
 
 def test_a_failed_header_leaves_nothing(tmp_path: Path) -> None:
-    before = open_count()
     with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
         SealedWriter(FailingFs({"pwrite": errno.ENOSPC}), f"{tmp_path}/tmp", HEADER, 8)
     assert os.listdir(tmp_path) == []
-    assert open_count() == before
+    assert open_below(tmp_path) == []
 
 
 def test_abandoning(tmp_path: Path) -> None:
-    before = open_count()
     writer = SealedWriter(OsFs(), f"{tmp_path}/tmp", HEADER, 8)
     writer.abandon()
     writer.abandon()
     assert os.listdir(tmp_path) == []
-    assert open_count() == before
+    assert open_below(tmp_path) == []
 
 
 def test_abandoning_after_the_seal_changes_nothing(tmp_path: Path) -> None:

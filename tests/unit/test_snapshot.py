@@ -19,6 +19,7 @@ from engine.freeze import NO_HOOK, FreezeHook, frozen
 from engine.snapshot import RESTORES, SNAPSHOTS, can_clone, clear_leftovers, take_snapshot
 from engine.sources import DiskFile, DiskSource
 from tests.conftest import LoopFs
+from tests.failing_fs import open_below
 
 MIB = 1 << 20
 REFLINK_KINDS = ["xfs", "btrfs"]
@@ -81,19 +82,7 @@ class TestDirect:
         here = DiskFile("vda", str(volume(tmp_path)))
         with pytest.raises(PoolUnreachable, match="gone"):
             take_snapshot([here, DiskFile("vdb", str(tmp_path / "gone"))], NO_HOOK)
-        assert open_files_below(tmp_path) == []
-
-
-def open_files_below(path: Path) -> list[str]:
-    found = []
-    for fd in os.listdir("/proc/self/fd"):
-        try:
-            target = os.readlink(f"/proc/self/fd/{fd}")
-        except OSError:
-            continue
-        if target.startswith(str(path)):
-            found.append(target)
-    return found
+        assert open_below(tmp_path) == []
 
 
 @pytest.mark.root
@@ -110,7 +99,7 @@ class TestReflink:
             snapshot.verify_unchanged()
             assert list((pool / SNAPSHOTS).glob("*/*")) == []  # no name left to leak
         assert sorted(os.listdir(pool)) == ["v"]
-        assert open_files_below(pool) == []
+        assert open_below(pool) == []
 
     def test_unsynced_writes_are_in_the_clone(self, loop_fs: LoopFs, kind: str) -> None:
         path = volume(loop_fs(kind, FS_BYTES))
