@@ -11,7 +11,7 @@ from collections.abc import Callable
 from engine.model import PackRead
 from engine.state import State
 
-BATCH_PACKS = 64
+BATCH_PACKS = 8  # half a GiB of full packs: a sync for each is little beside reading them
 
 
 class PackReads:

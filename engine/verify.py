@@ -42,21 +42,16 @@ def run_verify(
 
 
 class _Progress:
-    """The checker counts anew in each domain; a job counts on."""
+    """What is new since the last report goes to the job."""
 
     def __init__(self, ctx: JobContext) -> None:
         self._ctx = ctx
-        self._before = 0  # the domains that are done
         self._done = 0
-        self._total = 0
 
     def report(self, done: int, total: int) -> None:
-        if done <= self._done:
-            self._before += self._total
-            self._done = 0
-        self._ctx.set_total(self._before + total)
+        self._ctx.set_total(total)
         self._ctx.add(scanned=done - self._done, read=done - self._done)
-        self._done, self._total = done, total
+        self._done = done
 
 
 def report_lines(report: CheckReport) -> tuple[str, ...]:
@@ -66,6 +61,8 @@ def report_lines(report: CheckReport) -> tuple[str, ...]:
         f"{count or 'no'} finding{'' if count == 1 else 's'} in {report.backups} backups, "
         f"{report.packs} packs, {report.chunks} chunks; {report.bytes_read} bytes read"
     )
+    if report.packs_skipped:
+        summary += f"; {report.packs_skipped} packs had been read before it was interrupted"
     return (
         summary,
         *(_line(finding) for finding in report.findings[:SHOWN_FINDINGS]),

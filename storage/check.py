@@ -132,8 +132,6 @@ class _DomainCheck:
         self._contents = FileContents(fs, paths)
         self._frames = FrameCheck(fs, point, report, watch)
         self._names: dict[int, str] = {}  # the packs that were checked, by number
-        self._done = 0
-        self._total = 0
 
     def run(self, *, deep: bool) -> None:
         orphans = self._listed()
@@ -241,8 +239,7 @@ class _DomainCheck:
                 self._watch.pause()
                 self._names[row.number] = pack
                 self._check_pack(pack, row, deep=deep)
-                self._done += row.size_bytes if deep else 1
-                self._watch.on_progress(self._done, self._total)
+                self._watch.did(self._to_do(pack, row, deep=deep))
         if deep and found:
             for one in standing(self._view):
                 self._check_patches(one)
@@ -273,12 +270,18 @@ class _DomainCheck:
 
     def _in_order(self, packs: dict[str, PackState], *, deep: bool) -> list[tuple[str, PackState]]:
         last = self._watch.reads.last
-        self._total += sum(row.size_bytes for row in packs.values()) if deep else len(packs)
+        self._watch.total += sum(self._to_do(pack, row, deep=deep) for pack, row in packs.items())
         if not deep:
             return list(packs.items())
         return sorted(
             packs.items(), key=lambda item: last(f"{self._cluster}/{item[0]}") or float("-inf")
         )
+
+    def _to_do(self, pack: str, row: PackState, *, deep: bool) -> int:
+        """What the pack counts for in the progress: bytes to read; 1 in a shallow check."""
+        if not deep:
+            return 1
+        return 0 if self._watch.reads.skip(f"{self._cluster}/{pack}") else row.size_bytes
 
     def _check_pack(self, pack: str, row: PackState, *, deep: bool) -> None:
         path = self._paths.pack(pack)

@@ -114,7 +114,8 @@ class Damage(NamedTuple):
 
 @dataclass(slots=True)
 class Watch:
-    """How a check reports, is stopped and held back. on_progress(bytes done, bytes in all)."""
+    """How a check reports, is stopped and held back. on_progress(bytes done, bytes known of yet),
+    of all domains."""
 
     cancelled: Callable[[], bool]
     on_progress: Callable[[int, int], None]
@@ -122,6 +123,12 @@ class Watch:
     reads: Reads
     rate_bytes_per_s: int
     free_at_s: float = 0.0
+    done: int = 0
+    total: int = 0
+
+    def did(self, size_bytes: int) -> None:
+        self.done += size_bytes
+        self.on_progress(self.done, self.total)
 
     def pause(self, size_bytes: int = 0) -> None:
         """Raises Cancelled; waits until what was read is no more than the rate allows."""

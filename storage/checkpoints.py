@@ -32,12 +32,14 @@ def publish_checkpoint(domain: Domain) -> None:
     """
     copy_directory = f"{domain.view.path}.copy"
     shutil.rmtree(copy_directory, ignore_errors=True)
-    os.makedirs(copy_directory, mode=0o700)
     try:
-        copy = domain.view.copy_to(copy_directory)
+        with translated(copy_directory):
+            os.makedirs(copy_directory, mode=0o700)
+            copy = domain.view.copy_to(copy_directory)
+            copy_bytes = os.path.getsize(copy)
         with domain.view.read() as state:
             seq, _ = tables.applied(state)
-        _require_room(domain, os.path.getsize(copy))
+        _require_room(domain, copy_bytes)
         digest, size_bytes = _put(domain, copy, seq)
     finally:
         shutil.rmtree(copy_directory, ignore_errors=True)

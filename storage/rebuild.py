@@ -65,7 +65,9 @@ def open_view(fs: Fs, paths: DomainPaths, path: str, identity: bytes) -> View:
             destroy(path)
     view = _from_checkpoint(fs, paths, path, identity)
     if view is None:
-        os.rename(make_view(fs, paths, path, identity), path)
+        made = make_view(fs, paths, path, identity)
+        with translated(f"view {path}"):
+            os.rename(made, path)
         view = View(path, identity)
     return view
 
@@ -106,7 +108,7 @@ def _from_checkpoint(fs: Fs, paths: DomainPaths, path: str, identity: bytes) -> 
     """The view in the newest checkpoint that proves whole and belongs to this log, if any."""
     with translated(paths.checkpoints):
         names = [name for name in fs.listdir(paths.checkpoints) if _CHECKPOINT.fullmatch(name)]
-    for name in reversed(names):
+    for name in _announced(Log(fs, paths.log, paths.tmp), names):
         try:
             view = _adopted(fs, paths, name, path, identity)
         except StorageError as error:
@@ -120,10 +122,9 @@ def _from_checkpoint(fs: Fs, paths: DomainPaths, path: str, identity: bytes) -> 
 
 def _adopted(fs: Fs, paths: DomainPaths, name: str, path: str, identity: bytes) -> View:
     records, source = Log(fs, paths.log, paths.tmp), os.path.join(paths.checkpoints, name)
-    if not _is_announced(records, name):
-        raise Damaged(f"{source}: no record of the log announces it")
     unfinished = _unfinished(path)
-    os.makedirs(unfinished, mode=0o700)
+    with translated(f"view {unfinished}"):
+        os.makedirs(unfinished, mode=0o700)
     copy = os.path.join(unfinished, "copy")
     if checkpoint_name(int(name[:16], 16), _copied(fs, source, copy)) != name:
         raise Damaged(f"{source}: its content does not match its name")
@@ -135,19 +136,29 @@ def _adopted(fs: Fs, paths: DomainPaths, name: str, path: str, identity: bytes) 
     found = records.read(seq)
     if found is None or found[1] != digest:
         raise Damaged(f"{source}: is not a state of this log")
-    os.rename(unfinished, path)
+    with translated(f"view {path}"):
+        os.rename(unfinished, path)
     return View(path, identity)
 
 
-def _is_announced(records: Log, name: str) -> bool:
-    """Whether a record vouches for the file. Nobody else does, and LMDB believes what it reads:
-    a file that was put there must not be opened, however well its name fits it."""
-    seq = int(name[:16], 16)
-    while (found := records.read(seq := seq + 1)) is not None:
-        ops = (op for op in found[0].ops if isinstance(op, Checkpoint))
-        if any(checkpoint_name(op.seq, op.digest) == name for op in ops):
-            return True
-    return False
+def _announced(records: Log, names: list[str]) -> Iterator[str]:
+    """Those of the names, newest first, that a record vouches for. Nobody else does, and LMDB
+    believes what it reads: a file that was put there must not be opened, however well its name
+    fits it. Each record is read once, however many names there are."""
+    vouched: set[str] = set()
+    known = None  # what this record and those after it vouch for
+    for name in sorted(names, reverse=True):
+        seq = int(name[:16], 16) + 1
+        start = seq
+        while seq != known and (found := records.read(seq)) is not None:
+            ops = (op for op in found[0].ops if isinstance(op, Checkpoint))
+            vouched.update(checkpoint_name(op.seq, op.digest) for op in ops)
+            seq += 1
+        known = start
+        if name in vouched:
+            yield name
+        else:
+            log.warning("checkpoint_unannounced name=%s", name)
 
 
 def _copied(fs: Fs, source: str, target: str) -> bytes:

@@ -106,9 +106,9 @@ class View:
         """
         old = self.path + ".old"
         destroy(old)
-        os.rename(self.path, old)
-        os.rename(other, self.path)
         with translated(f"view {self.path}"):
+            os.rename(self.path, old)
+            os.rename(other, self.path)
             opened = _open(self.path)
         with self._gate:
             self._replaced.append(self._current)
@@ -229,7 +229,8 @@ class View:
 
     def size_bytes(self) -> int:
         """Of its data file."""
-        return os.path.getsize(os.path.join(self.path, _DATA_FILE))
+        with translated(f"view {self.path}"):
+            return os.path.getsize(os.path.join(self.path, _DATA_FILE))
 
     def copy_to(self, path: str) -> str:
         """A compact copy of the last committed state in directory `path`; returns the file.
@@ -251,13 +252,14 @@ class View:
 def adopt_copy(source: str, path: str) -> None:
     """Lets the LMDB file `source`, which the caller has proved, be the data of a new view directory
     `path`."""
-    os.makedirs(path, mode=0o700, exist_ok=True)
     data_file = os.path.join(path, _DATA_FILE)
-    os.replace(source, data_file)
+    with translated(f"view {path}"):
+        os.makedirs(path, mode=0o700, exist_ok=True)
+        os.replace(source, data_file)
     put_seal(data_file)
 
 
 def destroy(path: str) -> None:
     """Deletes a view that nobody has open. Nothing is lost: it can be made anew."""
-    if os.path.isdir(path):
+    with translated(f"view {path}"), contextlib.suppress(FileNotFoundError):
         shutil.rmtree(path)

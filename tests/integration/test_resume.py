@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.model import BACKUP_FAILED
+from engine.model import BACKUP_FAILED, Job
+from engine.packreads import BATCH_PACKS
 from storage import tables
 from storage.check import check_point
 from storage.point import ClusterLabel, Point
@@ -43,9 +44,29 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+# argv: the data directory, packs to wait for. Kills itself in the middle of a verify.
+KILLED_VERIFY = """
+import os, signal, sys
+from pathlib import Path
+from engine.config import Config, Limits
+from tests.engine_rig import EngineRig
+
+rig = EngineRig(Path(sys.argv[1]), Config(limits=Limits(verify_bytes_per_s=1 << 20)))
+job = rig.engine.start_maintenance("verify", rig.point_uuid, deep=True)
+while len([row for row in rig.core.state.pack_reads.values() if row.pack]) < int(sys.argv[2]):
+    row = rig.engine.job(job)
+    assert not row.finished_at, row
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
 def killed_amid_a_backup(data: Path, sealed_packs: int) -> None:
+    kills_itself(KILLED, data, sealed_packs)
+
+
+def kills_itself(program: str, data: Path, after: int) -> None:
     child = subprocess.run(
-        [sys.executable, "-c", KILLED, str(data), str(sealed_packs)],
+        [sys.executable, "-c", program, str(data), str(after)],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         timeout=PATIENCE_S,
         check=False,
@@ -157,3 +178,28 @@ def fast_path(tmp_path: Path) -> Iterator[Path]:
     path = Path(tempfile.mkdtemp(prefix="vmkeep-resume-", dir="/dev/shm"))
     yield path
     shutil.rmtree(path)
+
+
+def test_a_killed_verify_goes_on_where_it_was(tmp_path: Path) -> None:
+    packs = 2 * BATCH_PACKS + 1
+    with EngineRig(tmp_path / "data") as rig:
+        vm = rig.make_vm("web", bytes(packs * MIB))
+        for at in range(packs):
+            with rig.volume(vm.disks[0]).open("r+b") as volume:
+                volume.seek(at * MIB)
+                volume.write(random_bytes(128 << 10, at + 1))
+            rig.back_up(vm)
+        assert len(_packs(rig)) == packs
+    kills_itself(KILLED_VERIFY, tmp_path / "data", BATCH_PACKS)
+    with EngineRig(tmp_path / "data") as rig:
+        (killed,) = [job for job in rig.engine.jobs() if job.kind == "verify"]
+        assert (killed.state, killed.error) == ("failed", "interrupted by a restart")
+        read = [_verify(rig) for _ in range(2)]
+        assert f"; {BATCH_PACKS} packs had been read before it was interrupted" in read[0].result[0]
+        rest, whole = (job.progress.bytes_read for job in read)
+        assert rest == pytest.approx(whole * (packs - BATCH_PACKS) / packs, rel=0.01)
+        assert whole == sum(pack.stat().st_size for pack in _packs(rig))
+
+
+def _verify(rig: EngineRig) -> Job:
+    return rig.succeed(rig.engine.start_maintenance("verify", rig.point_uuid, deep=True))

@@ -25,6 +25,7 @@ from storage.errors import (
     PointUnreachable,
     SessionEnded,
 )
+from storage.fs import OsFs
 from storage.heartbeats import Observer, beat
 from storage.log import record_path
 from storage.point import ClusterLabel, Point, is_point
@@ -314,8 +315,59 @@ def test_a_checkpoint_that_no_record_announces_is_not_opened(
     path.with_name(checkpoint_name(int(name[:16], 16), blake3(forged).digest())).write_bytes(forged)
     with caplog.at_level("INFO", logger="storage.rebuild"):
         again = open_domain(point, label)
-    assert "no record of the log announces it" in caplog.text
+    assert "checkpoint_unannounced" in caplog.text
     assert dump(again) == before
+
+
+@pytest.mark.parametrize("what", ["copy", "unfinished", "old"])
+def test_what_the_disk_of_the_views_says_has_a_name(
+    point: Point, label: ClusterLabel, domain: Domain, what: str
+) -> None:
+    save(domain, image_of(1, 2))
+    before = dump(domain)
+    in_the_way = Path(f"{domain.view.path}.{what}")
+    in_the_way.write_text("")
+    if what == "copy":
+        with pytest.raises(PointUnreachable, match="copy"):
+            domain.checkpoint()
+    else:
+        domain.view.suspect = "a test says so"
+        with pytest.raises(PointUnreachable, match=what):
+            domain.refresh()
+    domain.close()
+    in_the_way.unlink()
+    assert dump(open_domain(point, label)) == before
+
+
+def test_planted_checkpoints_cost_one_pass_over_the_log(
+    point: Point, label: ClusterLabel, domain: Domain
+) -> None:
+    save(domain, image_of(1, 2))
+    domain.checkpoint()
+    before = dump(domain)
+    domain.close()
+    shutil.rmtree(domain.view.path)
+    (real,) = os.listdir(domain.paths.checkpoints)
+    for seq in [*range(1, 5), 1 << 40, (1 << 64) - 1]:
+        for number in range(20):
+            digest = blake3(b"%d" % number).digest()
+            Path(domain.paths.checkpoints, checkpoint_name(seq, digest)).touch()
+
+    class Counting(OsFs):
+        def __init__(self) -> None:
+            self.opened: list[str] = []
+
+        def open_read(self, path: str) -> int:
+            self.opened.append(path)
+            return super().open_read(path)
+
+    fs = Counting()
+    again = open_domain(Point.open(point.path, fs=fs), label)
+    assert dump(again) == before
+    looked_at = [path for path in fs.opened if "/checkpoints/" in path]
+    assert [os.path.basename(path) for path in looked_at] == [real]
+    records = [path for path in fs.opened if "/log/" in path]
+    assert len(records) < 20, "each record once for the names, and once for the tail"
 
 
 def test_a_chain_of_manifests_that_goes_in_a_circle_is_damage(domain: Domain) -> None:
