@@ -8,7 +8,7 @@ ARGS ?=
 # command or file:Debian package
 TEST_TOOLS := qemu-img:qemu-utils nbdkit:nbdkit mkfs.xfs:xfsprogs mkfs.btrfs:btrfs-progs mke2fs:e2fsprogs \
 	strace:strace systemd-analyze:systemd qemu-system-x86_64:qemu-system-x86 \
-	busybox:busybox-static depmod:kmod faketime:faketime \
+	busybox:busybox-static depmod:kmod dmsetup:dmsetup faketime:faketime \
 	libvirtd:libvirt-daemon virt-qemu-run:libvirt-daemon-driver-qemu qemu-ga:qemu-guest-agent \
 	/usr/include/libvirt/libvirt.h:libvirt-dev pkg-config:pkg-config gcc:gcc
 
@@ -68,6 +68,7 @@ soak: .venv/.test
 	$(BIN)/python -m tests.fire.sweep --stride 1
 	$(BIN)/python -m tests.reflink_sweep --rounds 10000
 	$(BIN)/python -m tests.fire.plug --count 5000
+	$(BIN)/python -m tests.fire.replay --words 400
 	$(BIN)/python -m bench.soak_two --rounds 1000 --hosts-rounds 200
 	VMKEEP_DAMAGE=20000 $(BIN)/python -m pytest tests/damage/test_point_damage.py
 	VMKEEP_SOAK=1 $(BIN)/python -m pytest tests/hostile tests/nfs -rP

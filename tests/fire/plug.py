@@ -25,7 +25,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -79,15 +79,28 @@ class Told:
             getattr(self, verb).add(what)
 
 
+Tell = Callable[[str, str], None]
+
+
+def judged(domain: Domain, told: Told, truth: set[str]) -> set[str]:
+    """The uuids of the backups that are there, each of which restores. Broken when one is not that
+    must be, of the `truth` of before and what was told since, or one is that must not."""
+    rows = {row.backup: row for row in domain.backups()}
+    lost = (truth | told.saved) - told.forgetting - rows.keys()
+    risen = told.forgotten & rows.keys()
+    if lost or risen:
+        raise Broken(f"lost {lost}, back from the dead {risen}")
+    for row in rows.values():
+        if load(domain, Saved(row.backup, row.disks[0].disk)) != image_of(row.label):
+            raise Broken(f"backup {row.backup} does not come back")
+    return set(rows)
+
+
 # The child.
 
 
-def work(site: Site, seed: int, out: int) -> None:
-    """Backups, deletes and gcs until the file system fails."""
-
-    def tell(verb: str, what: str) -> None:
-        os.write(out, json.dumps([verb, what]).encode() + b"\n")
-
+def work(site: Site, seed: int, tell: Tell) -> None:
+    """Backups, deletes and gcs until the file system, or who is told, fails."""
     chance = random.Random(seed)
     domain = site.opened()
     tell("forgotten", "")  # ready
@@ -103,8 +116,7 @@ def work(site: Site, seed: int, out: int) -> None:
             _save_one(domain, rows, chance, tell)
 
 
-def _save_one(domain: Domain, rows: list[BackupRow], chance: random.Random, tell: object) -> None:
-    assert callable(tell)
+def _save_one(domain: Domain, rows: list[BackupRow], chance: random.Random, tell: Tell) -> None:
     seed = str(chance.getrandbits(40)).encode()
     parent = chance.choice(sorted(rows, key=lambda row: row.backup)) if rows else None
     if parent is None or chance.random() < 0.3:
@@ -123,10 +135,14 @@ def _start(site: Site, seed: int) -> tuple[int, int]:
     if child:
         os.close(out)
         return child, heard
+
+    def tell(verb: str, what: str) -> None:
+        os.write(out, json.dumps([verb, what]).encode() + b"\n")
+
     code = 1
     try:
         os.close(heard)
-        work(site, seed, out)
+        work(site, seed, tell)
     except StorageError:
         code = 0
     except BaseException:  # noqa: BLE001 (what the child fails with is its result)
@@ -207,16 +223,10 @@ class Bench:
         self.counts["acknowledged"] += len(told.saved) + len(told.forgotten - {""})
         domain = self.site.opened()
         try:
-            rows = {row.backup: row for row in domain.backups()}
-            lost = (self.truth | told.saved) - told.forgetting - rows.keys()
-            risen = told.forgotten & rows.keys()
-            if lost or risen:
-                raise Broken(f"seed {seed}: lost {lost}, back from the dead {risen}")
-            for row in rows.values():
-                if load(domain, Saved(row.backup, row.disks[0].disk)) != image_of(row.label):
-                    raise Broken(f"seed {seed}: backup {row.backup} does not come back")
-            self.truth = set(rows)
-            self.counts["restored"] += len(rows)
+            self.truth = judged(domain, told, self.truth)
+            self.counts["restored"] += len(self.truth)
+        except Broken as broken:
+            raise Broken(f"seed {seed}: {broken}") from broken
         finally:
             domain.close()
         self.site.check()

@@ -17,13 +17,17 @@ HOST = "host-1"
 class Site:
     """A point in `place`, one cluster's domain on it, and the host's memory of it in `memory`."""
 
-    def __init__(self, place: Path, memory: Path, fs: Fs | None = None) -> None:
+    def __init__(
+        self, place: Path, memory: Path, fs: Fs | None = None, *, found: ClusterLabel | None = None
+    ) -> None:
+        """Made anew, unless there is one already, of the cluster `found`."""
         self.path = place / "point"
-        self.path.mkdir()
         self.memory = memory
-        self.label: ClusterLabel = cluster("c")
+        self.label: ClusterLabel = found or cluster("c")
         self.truth: dict[Saved, bytes] = {}
-        Point.create(str(self.path), "p", chunk_size=CHUNK, fs=fs).close()
+        if found is None:
+            self.path.mkdir()
+            Point.create(str(self.path), "p", chunk_size=CHUNK, fs=fs).close()
         self.domain = self.opened(fs)
 
     def opened(self, fs: Fs | None = None) -> Domain:

@@ -23,6 +23,8 @@ HOST_TOOLS = {
     "qemu-system-x86_64": "qemu-system-x86",
     "busybox": "busybox-static",
     "depmod": "kmod",
+    "dmsetup": "dmsetup",
+    "blockdev": "util-linux",
     "mke2fs": "e2fsprogs",
     "e2fsck": "e2fsprogs",
     "apt-get": "apt",
