@@ -62,6 +62,7 @@ class _EngineCollector(Collector):
         yield self._backups()
         yield from self._points()
         yield from self._tracking()
+        yield self._hypervisors()
 
     def _jobs(self) -> Iterator[Metric]:
         family = GaugeMetricFamily("vmkeep_jobs", "Jobs by state.", labels=["state"])
@@ -110,6 +111,14 @@ class _EngineCollector(Collector):
             yield SummaryMetricFamily(f"vmkeep_{name}_seconds", text, stall.count, stall.sum_s)
             longest = f"vmkeep_{name}_longest_seconds"
             yield GaugeMetricFamily(longest, "The longest since the start.", stall.longest_s)
+
+    def _hypervisors(self) -> Metric:
+        up = GaugeMetricFamily(
+            "vmkeep_hypervisor_online", "1 = this libvirt answers and lets us in.", labels=["host"]
+        )
+        for state in self._engine.hypervisors():
+            up.add_metric([state.name], float(not state.problem))
+        return up
 
     def _points(self) -> Iterator[Metric]:
         states = self._engine.points()

@@ -31,6 +31,7 @@ from engine.model import (
     Zone,
 )
 from engine.state import State
+from engine.views import HypervisorState
 
 DEFAULT_NAME = "default"
 
@@ -59,6 +60,10 @@ class Inventory(Protocol):
     def vms(self) -> list[Vm]: ...
     def vm(self, uuid: str) -> Vm:
         """NotFound."""
+        ...
+
+    def hypervisors(self) -> list[HypervisorState]:
+        """The hosts that VMs are known from; none where the VMs are our own."""
         ...
 
     def look_at(self, uuid: str) -> Vm:
@@ -119,6 +124,9 @@ class EmbeddedInventory:
     @property
     def places(self) -> Places:
         return self._places
+
+    def hypervisors(self) -> list[HypervisorState]:
+        return []
 
     def vms(self) -> list[Vm]:
         return sorted(self._state.vms.values(), key=lambda vm: (vm.name, vm.uuid))

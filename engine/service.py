@@ -50,6 +50,7 @@ from engine.tending import Tending, tend
 from engine.views import (
     BackupPage,
     BackupQuery,
+    HypervisorState,
     Maintenance,
     NewDisk,
     PointState,
@@ -252,7 +253,11 @@ class Engine:
         """Slow. See engine.remote.import_backups."""
         return remote.import_backups(self._core, cluster_uuid, wanted)
 
-    # Tracking -------------------------------------------------------------------------------
+    # Hosts and tracking ---------------------------------------------------------------------
+
+    def hypervisors(self) -> list[HypervisorState]:
+        """The hosts that VMs are known from, and which of them are away."""
+        return self._core.inventory.hypervisors()
 
     def tracking(self) -> list[TrackingState]:
         """Of all disks that were ever cloned for a backup, and are still some VM's."""

@@ -75,6 +75,14 @@ class PoolState:
 
 
 @dataclass(frozen=True, slots=True)
+class HypervisorState:
+    """A host that VMs run on. `problem`: why it is away, "" while it is in sight."""
+
+    name: str
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class TrackingState:
     """How the changes of a disk are found. `off`: why tracking was ended; an operator has to look.
 

@@ -25,7 +25,7 @@ _MOST_MARK_CHARS = 200
 
 @dataclass(frozen=True, slots=True)
 class DomainDisk:
-    """A disk that has a medium. `source` is a path for a file or a block device, else a name."""
+    """A disk that has a medium. `source`: a file's or block device's path, else its name."""
 
     target: str
     kind: str  # file, block, network, volume, …
@@ -96,20 +96,25 @@ def _disk(node: ET.Element) -> DomainDisk | None:
     source, target = node.find("source"), node.find("target")
     if node.get("device", "disk") not in _DISK_DEVICES or source is None or target is None:
         return None
-    place = next((source.get(key, "") for key in ("file", "dev", "name") if source.get(key)), "")
-    if not place and source.get("volume"):
-        place = f"{source.get('pool', '')}/{source.get('volume')}"
-    name = target.get("dev", "")
+    kind, name, place = node.get("type", "file"), target.get("dev", ""), _place(source)
+    if not place and kind not in ("file", "block"):
+        place = source.get("protocol") or source.get("type") or kind  # some disks have no name
     if not place or not name or node.find("readonly") is not None:
         return None
     driver = node.find("driver")
     return DomainDisk(
         target=name,
-        kind=node.get("type", "file"),
+        kind=kind,
         source=place,
         format="raw" if driver is None else driver.get("type", "raw"),
         share=node.find("shareable") is not None,
     )
+
+
+def _place(source: ET.Element) -> str:
+    if source.get("volume"):
+        return f"{source.get('pool', '')}/{source.get('volume')}"
+    return next((source.get(key, "") for key in ("file", "dev", "name") if source.get(key)), "")
 
 
 def _marks(root: ET.Element) -> dict[str, str]:

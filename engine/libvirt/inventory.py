@@ -34,6 +34,7 @@ from engine.libvirt.watch import DomainSeen, Sight, Watch, look_at
 from engine.model import BackupLabel, Disk, Pool, Vm, VmAction
 from engine.seed import refer
 from engine.state import State
+from engine.views import HypervisorState
 from engine.volumes import volume_path
 
 log = logging.getLogger(__name__)
@@ -88,6 +89,9 @@ class LibvirtInventory(EmbeddedInventory):
                 for pool in pools.values():
                     found.setdefault(pool.uuid, pool)
         return changed(super().places, pools=tuple(found.values()))
+
+    def hypervisors(self) -> list[HypervisorState]:
+        return [HypervisorState(name, watch.problem) for name, watch in self._watches.items()]
 
     def vms(self) -> list[Vm]:
         return [self._as_reachable(vm) for vm in super().vms()]
