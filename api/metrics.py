@@ -5,6 +5,7 @@ Counts of requests are kept here; all else is asked of the engine when it is scr
 
 from __future__ import annotations
 
+import os
 from collections import Counter as Tally
 from collections.abc import Iterator
 
@@ -102,9 +103,17 @@ class _EngineCollector(Collector):
             "1 = a sample proved the tracking of this disk's changes wrong; it is scanned.",
             labels=["compute", "target_device"],
         )
+        pinned = GaugeMetricFamily(
+            "vmkeep_tracking_pinned_bytes",
+            "Room in the pool that the clone kept for tracking takes up.",
+            labels=["compute", "target_device", "pool"],
+        )
         for state in self._engine.tracking():
-            off.add_metric([state.vm_uuid, state.target_device], float(bool(state.off)))
+            names = [state.vm_uuid, state.target_device]
+            off.add_metric(names, float(bool(state.off)))
+            pinned.add_metric([*names, os.path.dirname(state.volume)], state.pinned_bytes)
         yield off
+        yield pinned
         stalls = self._engine.stalls()
         for name, stall in (("clone", stalls.clone), ("freeze", stalls.freeze)):
             text = f"How long VMs stood still for a {name}."
