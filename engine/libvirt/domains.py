@@ -43,7 +43,8 @@ class DomainFacts:
     disks: tuple[DomainDisk, ...]
     marks: dict[str, str] = field(default_factory=dict)
     agent: str = ""  # the guest agent's channel: "" = none, connected, disconnected, unknown
-    nvram: str = ""
+    nvram: str = ""  # the file of the firmware's variables; what is none counts as unreadable
+    tpm: str = ""  # the version of an emulated TPM
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,8 @@ def read_domain(xml: str) -> DomainFacts:
         disks=tuple(disk for disk in disks if disk is not None),
         marks=_marks(root),
         agent=_agent(root),
-        nvram=root.findtext("os/nvram", ""),
+        nvram=_nvram(root),
+        tpm=_tpm(root),
     )
 
 
@@ -129,3 +131,20 @@ def _agent(root: ET.Element) -> str:
         if target.get("name") == AGENT_CHANNEL:
             return target.get("state", "unknown")
     return ""
+
+
+def _nvram(root: ET.Element) -> str:
+    node = root.find("os/nvram")
+    if node is None:
+        return ""
+    source = node.find("source")
+    if source is None:
+        return (node.text or "").strip()
+    return source.get("file", "") or node.get("type", "unknown")
+
+
+def _tpm(root: ET.Element) -> str:
+    backend = root.find("devices/tpm/backend")
+    if backend is None or backend.get("type") != "emulator":
+        return ""
+    return backend.get("version", "2.0")

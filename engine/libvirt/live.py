@@ -267,7 +267,8 @@ def _told(
     begun: _Begun,
     sources: dict[str, NbdSource],
 ) -> SnapshotFacts:
-    machine, notes = machine_of(domain, facts, checkpoints.xml_of(domain, job.checkpoint))
+    xml = checkpoints.xml_of(domain, job.checkpoint)
+    machine, notes = machine_of(domain, facts, job.setup.tpm_directory, xml)
     return SnapshotFacts(
         methods=dict.fromkeys(sources, "live"),
         capacities={target: source.capacity for target, source in sources.items()},
