@@ -27,7 +27,8 @@ from engine.hold import Hold, HoldWish
 from engine.inventory import EmbeddedInventory, Places, find, pool_of
 from engine.libvirt.binding import NO_SUCH_DOMAIN, Domain, LibvirtFault, code_of, require_libvirt
 from engine.libvirt.domains import read_domain
-from engine.libvirt.live import begin_live, end_left_job
+from engine.libvirt.ending import end_left_job
+from engine.libvirt.live import begin_live
 from engine.libvirt.machine import machine_of
 from engine.libvirt.restored import define_restored
 from engine.libvirt.rows import pools_of, vm_of
