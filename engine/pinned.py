@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 from engine.extents import MapUnclear, unshared_bytes
 from engine.model import Baseline
@@ -45,27 +46,30 @@ class Pinned:
         return seen.size_bytes if seen else 0
 
     def look(self, rows: Iterable[Baseline], probes: Probes) -> None:
-        """Looks at those whose turn it is, and forgets all that are none of `rows`."""
+        """Looks at those whose turn it is, and forgets all that are none of `rows`.
+
+        Of a pool that hangs one baseline is asked for, not all.
+        """
         here = {row.file: row for row in rows if row.file}
         with self._lock:
             self._seen = {file: seen for file, seen in self._seen.items() if file in here}
             rested = {f: seen.next_look_s for f, seen in self._seen.items()}
+        hung: set[str] = set()
         for file, row in here.items():
             began_s = self._clock()
-            if began_s < rested.get(file, began_s):
+            if began_s < rested.get(file, began_s) or os.path.dirname(file) in hung:
                 continue
-            size_bytes = _bounded_look(row, probes)
+            try:
+                size_bytes = probes.ask(
+                    f"pinned {file}", partial(pinned_bytes, row), LOOK_TIMEOUT_S
+                )
+            except TimeoutError as error:
+                log.info("pinned_unknown", extra={"file": file, "why": str(error)})
+                hung.add(os.path.dirname(file))
+                continue
             now_s = self._clock()
             with self._lock:
                 self._seen[file] = _Seen(size_bytes, now_s + _REST_SHARE * (now_s - began_s))
-
-
-def _bounded_look(row: Baseline, probes: Probes) -> int:
-    try:
-        return probes.ask(f"pinned {row.file}", lambda: pinned_bytes(row), LOOK_TIMEOUT_S)
-    except TimeoutError as error:
-        log.info("pinned_unknown", extra={"file": row.file, "why": str(error)})
-        return 0
 
 
 def pinned_bytes(row: Baseline) -> int:

@@ -100,7 +100,7 @@ def _disk(node: ET.Element) -> DomainDisk | None:
         return None
     kind, name, place = node.get("type", "file"), target.get("dev", ""), _place(source)
     if not place and kind not in ("file", "block"):
-        place = source.get("protocol") or source.get("type") or kind  # some disks have no name
+        place = f"{kind}:{_address(source)}"  # some disks have no name
     if not place or not name or node.find("readonly") is not None:
         return None
     driver = node.find("driver")
@@ -117,6 +117,12 @@ def _place(source: ET.Element) -> str:
     if source.get("volume"):
         return f"{source.get('pool', '')}/{source.get('volume')}"
     return next((source.get(key, "") for key in ("file", "dev", "name") if source.get(key)), "")
+
+
+def _address(source: ET.Element) -> str:
+    """What tells a source that has no name from others: all that it says of itself."""
+    nodes = [source, *source.iterfind("host"), *source.iterfind("address")]
+    return " ".join(value for node in nodes for value in node.attrib.values())
 
 
 def _marks(root: ET.Element) -> dict[str, str]:

@@ -9,7 +9,9 @@ import stat
 
 
 def read_bounded(path: str, most_bytes: int) -> bytes:
-    """All of a regular file. Raises OSError, also for one that is larger."""
+    """All of a regular file, by its absolute path. Raises OSError, also for one that is larger."""
+    if not path.startswith("/"):
+        raise OSError(errno.EINVAL, f"{path!r} is no file's path")
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     with open(fd, "rb") as file:
         if not stat.S_ISREG(os.fstat(fd).st_mode):

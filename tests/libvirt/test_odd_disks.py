@@ -83,7 +83,8 @@ class TestStopped:
     def test_a_disk_that_has_no_name_is_not_left_out(self, host: Host, rig: EngineRig) -> None:
         """A backup that lacks a disk would be the worst of all."""
         domain = define_with(host, "nameless", network_disk(host.root / "nobody.sock"))
-        assert "disk vdc (nbd) is no file in a pool" in refused_job(rig, "nameless").error
+        named = f"disk vdc (network:nbd unix {host.root}/nobody.sock) is no file in a pool"
+        assert named in refused_job(rig, "nameless").error
         domain.undefineFlags(0)
 
     def test_a_chain_is_backed_up_as_the_flattened_disk(self, host: Host, rig: EngineRig) -> None:

@@ -36,6 +36,24 @@ def test_facts() -> None:
 
 
 @pytest.mark.parametrize(
+    ("kind", "source", "place"),
+    [
+        ("network", "protocol='nbd'><host name='h' port='1'/></source", "network:nbd h 1"),
+        ("vhostuser", "type='unix' path='/run/v'/", "vhostuser:unix /run/v"),
+        ("volume", "pool='p' volume='v'/", "p/v"),
+        ("block", "dev='/dev/v'/", "/dev/v"),
+        ("file", "startupPolicy='optional'/", ""),  # an empty drive
+    ],
+)
+def test_only_a_disk_without_a_medium_is_left_out(kind: str, source: str, place: str) -> None:
+    xml = (
+        f"<domain><devices><disk type='{kind}' device='disk'><source {source}>"
+        "<target dev='vda'/></disk></devices></domain>"
+    )
+    assert [disk.source for disk in read_domain(xml).disks] == ([place] if place else [])
+
+
+@pytest.mark.parametrize(
     ("nvram", "place"),
     [
         ("<nvram template='/t'>/old/VARS.fd</nvram>", "/old/VARS.fd"),
