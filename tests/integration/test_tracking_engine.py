@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -114,6 +115,28 @@ def test_a_look_that_takes_long_is_not_taken_often(monkeypatch: pytest.MonkeyPat
         assert pinned.bytes_of(row) == 7
     pinned.look([], Probes())
     assert pinned.bytes_of(row) == 0
+
+
+def test_of_a_pool_that_hangs_one_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer, looked = threading.Event(), list[str]()
+
+    def look(row: Baseline) -> int:
+        looked.append(row.file)
+        if row.file.startswith("/hung/"):
+            answer.wait()
+        return 7
+
+    monkeypatch.setattr("engine.pinned.pinned_bytes", look)
+    monkeypatch.setattr("engine.pinned.LOOK_TIMEOUT_S", 0.5)
+    files = ("/hung/1", "/hung/2", "/well/1")
+    rows = [Baseline("v", "sda", "", file=file) for file in files]
+    pinned = Pinned()
+    try:
+        pinned.look(rows, Probes())
+    finally:
+        answer.set()
+    assert looked == ["/hung/1", "/well/1"]
+    assert [pinned.bytes_of(row) for row in rows] == [0, 0, 7]
 
 
 def test_without_room_they_go(rig: EngineRig) -> None:
