@@ -5,6 +5,7 @@ Counts of requests are kept here; all else is asked of the engine when it is scr
 
 from __future__ import annotations
 
+import os
 from collections import Counter as Tally
 from collections.abc import Iterator
 
@@ -62,6 +63,7 @@ class _EngineCollector(Collector):
         yield self._backups()
         yield from self._points()
         yield from self._tracking()
+        yield self._hypervisors()
 
     def _jobs(self) -> Iterator[Metric]:
         family = GaugeMetricFamily("vmkeep_jobs", "Jobs by state.", labels=["state"])
@@ -101,15 +103,31 @@ class _EngineCollector(Collector):
             "1 = a sample proved the tracking of this disk's changes wrong; it is scanned.",
             labels=["compute", "target_device"],
         )
+        pinned = GaugeMetricFamily(
+            "vmkeep_tracking_pinned_bytes",
+            "Room in the pool that the clone kept for tracking takes up.",
+            labels=["compute", "target_device", "pool"],
+        )
         for state in self._engine.tracking():
-            off.add_metric([state.vm_uuid, state.target_device], float(bool(state.off)))
+            names = [state.vm_uuid, state.target_device]
+            off.add_metric(names, float(bool(state.off)))
+            pinned.add_metric([*names, os.path.dirname(state.volume)], state.pinned_bytes)
         yield off
+        yield pinned
         stalls = self._engine.stalls()
         for name, stall in (("clone", stalls.clone), ("freeze", stalls.freeze)):
             text = f"How long VMs stood still for a {name}."
             yield SummaryMetricFamily(f"vmkeep_{name}_seconds", text, stall.count, stall.sum_s)
             longest = f"vmkeep_{name}_longest_seconds"
             yield GaugeMetricFamily(longest, "The longest since the start.", stall.longest_s)
+
+    def _hypervisors(self) -> Metric:
+        up = GaugeMetricFamily(
+            "vmkeep_hypervisor_online", "1 = this libvirt answers and lets us in.", labels=["host"]
+        )
+        for state in self._engine.hypervisors():
+            up.add_metric([state.name], float(not state.problem))
+        return up
 
     def _points(self) -> Iterator[Metric]:
         states = self._engine.points()

@@ -51,6 +51,7 @@ class PoolRow(Answer, frozen=True, kw_only=True):
     capacity: int
     free: int
     error: Annotated[str, Meta(description="Why size and room are unknown (0).")]
+    pinned: Annotated[int, Meta(description="Bytes that clones kept for tracking take up.")]
 
 
 class ComputeListQuery(ScopeMembers, frozen=True, kw_only=True):
@@ -103,6 +104,7 @@ class ComputeDiskRow(Answer, frozen=True, kw_only=True):
     replica: int
     share: bool
     format: str
+    pinned: Annotated[int, Meta(description="Bytes that the clone kept for tracking takes up.")]
 
 
 class ComputeRow(Answer, frozen=True, kw_only=True):

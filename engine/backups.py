@@ -32,6 +32,7 @@ from engine.model import (
     BackupLabel,
     Disk,
     DiskBackup,
+    Machine,
     Vm,
 )
 from engine.qemu.bitmaps import bitmap_name
@@ -122,6 +123,7 @@ class _BackupRun:
         self._row = row
         self._vm = vm
         self._full_wanted = full_wanted
+        self._machine: tuple[Machine | None, tuple[str, ...]] = (None, ())
 
     def __call__(self, ctx: JobContext) -> tuple[str, ...]:
         core = self._core
@@ -129,6 +131,8 @@ class _BackupRun:
         row = self._row
         parent = None if self._full_wanted else _parent(core, row)
         hold = core.inventory.hold_for(self._vm, self._wish(parent))
+        if hold is None:
+            self._machine = core.inventory.machine_of(self._vm)
         result = run_backup(
             BackupWork(
                 domain=core.points.domain(row.point_uuid, row.cluster_uuid),
@@ -244,7 +248,8 @@ class _BackupRun:
     def _label_bytes(self, facts: BackupFacts) -> bytes:
         """The label as the backup turned out."""
         label = self._row.label
-        notes = [*_snapshot_notes(facts.snapshot), *_changes_notes(facts), *facts.notes]
+        machine, missing = self._machine
+        notes = [*_snapshot_notes(facts.snapshot), *_changes_notes(facts), *facts.notes, *missing]
         told = any(note.startswith("full: ") for note in notes)
         if facts.full and not self._full_wanted and not told:
             notes.insert(0, NOTHING_TO_BUILD_ON)
@@ -262,7 +267,7 @@ class _BackupRun:
             notes=tuple(notes),
             disks=disks,
             frozen=facts.snapshot.frozen,
-            machine=facts.snapshot.machine,
+            machine=facts.snapshot.machine or machine,
         )
         self._row = replace(self._row, label=label)
         return encode_label(label)

@@ -14,6 +14,7 @@ from engine.ids import normal
 from engine.inventory import Inventory
 from engine.jobs import Jobs
 from engine.model import Backup, Vm
+from engine.pinned import Pinned
 from engine.points import Points
 from engine.probes import Probes
 from engine.rooms import Rooms
@@ -37,6 +38,7 @@ class Core:
     probes: Probes = field(default_factory=Probes)
     rooms: Rooms = field(default_factory=Rooms)
     stalls: Stalls = field(default_factory=Stalls)
+    pinned: Pinned = field(default_factory=Pinned)
     clock: Callable[[], float] = time.time
 
     def vm_in(self, scope: Scope, uuid: str) -> Vm:

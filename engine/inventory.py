@@ -22,6 +22,7 @@ from engine.model import (
     BackupLabel,
     Cluster,
     Disk,
+    Machine,
     Namespace,
     ObjectGroup,
     Pool,
@@ -31,6 +32,7 @@ from engine.model import (
     Zone,
 )
 from engine.state import State
+from engine.views import HypervisorState
 
 DEFAULT_NAME = "default"
 
@@ -61,6 +63,10 @@ class Inventory(Protocol):
         """NotFound."""
         ...
 
+    def hypervisors(self) -> list[HypervisorState]:
+        """The hosts that VMs are known from; none where the VMs are our own."""
+        ...
+
     def look_at(self, uuid: str) -> Vm:
         """The VM as it is now where it runs. NotFound, HypervisorAway."""
         ...
@@ -75,6 +81,13 @@ class Inventory(Protocol):
 
     def hold_for(self, vm: Vm, wish: HoldWish) -> Hold | None:
         """How to hold the VM's disks for a backup; None: as engine/snapshot.py does."""
+        ...
+
+    def machine_of(self, vm: Vm) -> tuple[Machine | None, tuple[str, ...]]:
+        """(what a restore needs to make such a VM again, notes on what of it is not kept).
+
+        Of a VM that `hold_for` has no way for. NotFound, HypervisorAway.
+        """
         ...
 
     def realize(self, vm: Vm, label: BackupLabel) -> None:
@@ -120,6 +133,9 @@ class EmbeddedInventory:
     def places(self) -> Places:
         return self._places
 
+    def hypervisors(self) -> list[HypervisorState]:
+        return []
+
     def vms(self) -> list[Vm]:
         return sorted(self._state.vms.values(), key=lambda vm: (vm.name, vm.uuid))
 
@@ -134,6 +150,9 @@ class EmbeddedInventory:
 
     def hold_for(self, vm: Vm, wish: HoldWish) -> Hold | None:
         """Nobody else has the volumes that are ours to clone or to read."""
+
+    def machine_of(self, vm: Vm) -> tuple[Machine | None, tuple[str, ...]]:  # noqa: ARG002
+        return None, ()
 
     def realize(self, vm: Vm, label: BackupLabel) -> None:
         """A VM is its record here."""

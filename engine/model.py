@@ -125,6 +125,7 @@ class Machine(Row, frozen=True):
     xml: bytes
     checkpoint: bytes = b""  # what the next backup builds on
     nvram: bytes = b""
+    tpm: bytes = b""
 
 
 class BackupLabel(Row, frozen=True):

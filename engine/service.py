@@ -8,7 +8,9 @@ upkeep.py; this is where the parts are put together, started and stopped.
 from __future__ import annotations
 
 import logging
+import os
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -50,6 +52,7 @@ from engine.tending import Tending, tend
 from engine.views import (
     BackupPage,
     BackupQuery,
+    HypervisorState,
     Maintenance,
     NewDisk,
     PointState,
@@ -151,7 +154,13 @@ class Engine:
 
     def pools(self) -> list[PoolState]:
         """Each with its room; one that does not answer says so, and delays this a little."""
-        return [self._look_at(pool) for pool in self._core.inventory.places.pools]
+        pinned = Counter[str]()
+        for one in self.tracking():
+            pinned[os.path.dirname(one.volume)] += one.pinned_bytes
+        return [
+            replace(self._look_at(pool), pinned_bytes=pinned[pool.path])
+            for pool in self._core.inventory.places.pools
+        ]
 
     def vms(self, scope: Scope) -> list[Vm]:
         """Those in scope, by name. NotFound for an unknown member of the scope."""
@@ -252,12 +261,23 @@ class Engine:
         """Slow. See engine.remote.import_backups."""
         return remote.import_backups(self._core, cluster_uuid, wanted)
 
-    # Tracking -------------------------------------------------------------------------------
+    # Hosts and tracking ---------------------------------------------------------------------
+
+    def hypervisors(self) -> list[HypervisorState]:
+        """The hosts that VMs are known from, and which of them are away."""
+        return self._core.inventory.hypervisors()
 
     def tracking(self) -> list[TrackingState]:
         """Of all disks that were ever cloned for a backup, and are still some VM's."""
         return [
-            TrackingState(row.vm_uuid, row.target_device, row.volume, row.off, row.why)
+            TrackingState(
+                row.vm_uuid,
+                row.target_device,
+                row.volume,
+                row.off,
+                row.why,
+                self._core.pinned.bytes_of(row),
+            )
             for row in self._core.baselines.rows()
         ]
 

@@ -2,7 +2,8 @@
 
 A round forgets the disks that are no VM's any more (or have another volume), drops the baselines of
 backups that are gone, and all those in a pool with less room than the operator reserves. Rounds go
-every `look_every_s`, and at once where something was deleted.
+every `look_every_s`, and at once where something was deleted. The regular ones also look how much
+room is pinned (engine/pinned.py).
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import threading
 
 from engine.core import Core
 from engine.errors import EngineError, NotFound
-from engine.extents import unshared_bytes
 from engine.inventory import pool_of
 from engine.model import BACKUP_FAILED, Baseline
 from engine.volumes import volume_path
@@ -74,21 +74,6 @@ def _short_of_room(core: Core, place: str) -> bool:
         return False
 
 
-def pinned_bytes(row: Baseline) -> int:
-    """How much room the baseline takes up that would be free without it; 0 if it can't be told.
-
-    Takes some microseconds an extent.
-    """
-    try:
-        fd = os.open(row.file, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        try:
-            return unshared_bytes(fd)
-        finally:
-            os.close(fd)
-    except OSError:
-        return 0
-
-
 class Tending:
     """The thread that does the rounds."""
 
@@ -109,6 +94,7 @@ class Tending:
         while not self._stopped.wait(self._core.config.tracking.look_every_s):
             try:
                 tend(self._core)
+                self._core.pinned.look(self._core.baselines.rows(), self._core.probes)
             except (EngineError, StorageError):
                 if not self._stopped.is_set():
                     log.exception("baselines_not_tended")

@@ -66,19 +66,32 @@ class BackupPage:
 
 @dataclass(frozen=True, slots=True)
 class PoolState:
-    """A pool and its room; `error` when it could not be looked at (then both are 0)."""
+    """A pool and its room; `error` when it could not be looked at (then both are 0).
+
+    `pinned_bytes`: what the baselines in it take up (see TrackingState).
+    """
 
     pool: Pool
     capacity: int = 0
     free: int = 0
     error: str = ""
+    pinned_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class HypervisorState:
+    """A host that VMs run on. `problem`: why it is away, "" while it is in sight."""
+
+    name: str
+    problem: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class TrackingState:
     """How the changes of a disk are found. `off`: why tracking was ended; an operator has to look.
 
-    `why`: why there is no baseline just now, "" when there is one.
+    `why`: why there is no baseline just now, "" when there is one. `pinned_bytes`: room that it
+    takes up, as last looked at.
     """
 
     vm_uuid: str
@@ -86,6 +99,7 @@ class TrackingState:
     volume: str
     off: str = ""
     why: str = ""
+    pinned_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

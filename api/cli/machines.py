@@ -16,6 +16,7 @@ from api.schemas_companion import (
     ComputeCreate,
     ComputeCreated,
     ComputeDelete,
+    ComputeDiskRow,
     ComputeInspectQuery,
     ComputeListQuery,
     ComputeRow,
@@ -145,8 +146,9 @@ def _card(row: ComputeRow) -> Table:
         ("last error", row.last_error),
         *(("alert", alert) for alert in row.alerts),
     ]
-    disks = (
-        (disk.target_device, f"{units.size(disk.capacity)} {disk.usd_type} {disk.path}")
-        for disk in row.disks
-    )
-    return card([*pairs, *disks])
+    return card([*pairs, *((disk.target_device, _disk(disk)) for disk in row.disks)])
+
+
+def _disk(disk: ComputeDiskRow) -> str:
+    pinned = f" ({units.size(disk.pinned)} pinned)" if disk.pinned else ""
+    return f"{units.size(disk.capacity)} {disk.usd_type} {disk.path}{pinned}"

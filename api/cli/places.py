@@ -58,13 +58,14 @@ def list_pools(here: Here) -> None:
     here.screen.answer(
         here.client.get("pool/list", RowList[PoolRow]),
         lambda answer: table(
-            ("name", "types", ">size", ">free", "uuid", "path"),
+            ("name", "types", ">size", ">free", ">pinned", "uuid", "path"),
             (
                 (
                     row.name,
                     " ".join(row.usd_types),
                     units.size(row.capacity),
                     units.size(row.free),
+                    units.size(row.pinned),
                     row.pool_uuid,
                     row.error or row.path,
                 )

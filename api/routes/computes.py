@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 from api.calls import AnyCall, Call, Reply, scope_of
 from api.schemas import Empty, RowList
@@ -19,17 +20,20 @@ from api.schemas_companion import (
 )
 from engine.model import Vm
 from engine.service import Engine
-from engine.views import NewDisk
+from engine.views import NewDisk, TrackingState
+
+Tracking: TypeAlias = Mapping[str, Sequence[TrackingState]]  # by VM
 
 
 def _list(engine: Engine, query: ComputeListQuery) -> Reply[RowList[ComputeRow]]:
-    alerts = _alerts(engine)
-    rows = [_row(engine, vm, alerts) for vm in engine.vms(scope_of(query))]
+    tracking = _tracking(engine)
+    rows = [_row(engine, vm, tracking.get(vm.uuid, [])) for vm in engine.vms(scope_of(query))]
     return Reply(RowList(rows=rows, total_count=len(rows)))
 
 
 def _inspect(engine: Engine, query: ComputeInspectQuery) -> Reply[ComputeRow]:
-    return Reply(_row(engine, engine.vm(query.compute_uuid), _alerts(engine)))
+    vm = engine.vm(query.compute_uuid)
+    return Reply(_row(engine, vm, _tracking(engine).get(vm.uuid, [])))
 
 
 def _create(engine: Engine, body: ComputeCreate) -> Reply[ComputeCreated]:
@@ -65,17 +69,15 @@ def _track(engine: Engine, body: ComputeTrack) -> Reply[Empty]:
     return Reply(Empty())
 
 
-def _alerts(engine: Engine) -> Mapping[str, list[str]]:
-    """By VM."""
-    found: dict[str, list[str]] = {}
+def _tracking(engine: Engine) -> Tracking:
+    found: dict[str, list[TrackingState]] = {}
     for one in engine.tracking():
-        if one.off:
-            text = f"changes of {one.target_device} are not tracked any more: {one.off}"
-            found.setdefault(one.vm_uuid, []).append(text)
+        found.setdefault(one.vm_uuid, []).append(one)
     return found
 
 
-def _row(engine: Engine, vm: Vm, alerts: Mapping[str, list[str]]) -> ComputeRow:
+def _row(engine: Engine, vm: Vm, tracking: Sequence[TrackingState]) -> ComputeRow:
+    pinned = {one.target_device: one.pinned_bytes for one in tracking}
     return ComputeRow(
         compute_uuid=vm.uuid,
         compute_name=vm.name,
@@ -98,10 +100,15 @@ def _row(engine: Engine, vm: Vm, alerts: Mapping[str, list[str]]) -> ComputeRow:
                 replica=disk.replica,
                 share=disk.share,
                 format=disk.format,
+                pinned=pinned.get(disk.target_device, 0),
             )
             for disk in vm.disks
         ],
-        alerts=alerts.get(vm.uuid, []),
+        alerts=[
+            f"changes of {one.target_device} are not tracked any more: {one.off}"
+            for one in tracking
+            if one.off
+        ],
         last_error=vm.last_error,
         host=vm.host,
     )

@@ -58,6 +58,7 @@ def _pool_row(state: PoolState) -> PoolRow:
         capacity=state.capacity,
         free=state.free,
         error=state.error,
+        pinned=state.pinned_bytes,
     )
 
 

@@ -25,7 +25,7 @@ _MOST_MARK_CHARS = 200
 
 @dataclass(frozen=True, slots=True)
 class DomainDisk:
-    """A disk that has a medium. `source` is a path for a file or a block device, else a name."""
+    """A disk that has a medium. `source`: a file's or block device's path, else its name."""
 
     target: str
     kind: str  # file, block, network, volume, …
@@ -43,7 +43,8 @@ class DomainFacts:
     disks: tuple[DomainDisk, ...]
     marks: dict[str, str] = field(default_factory=dict)
     agent: str = ""  # the guest agent's channel: "" = none, connected, disconnected, unknown
-    nvram: str = ""
+    nvram: str = ""  # the file of the firmware's variables; what is none counts as unreadable
+    tpm: str = ""  # the version of an emulated TPM
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,8 @@ def read_domain(xml: str) -> DomainFacts:
         disks=tuple(disk for disk in disks if disk is not None),
         marks=_marks(root),
         agent=_agent(root),
-        nvram=root.findtext("os/nvram", ""),
+        nvram=_nvram(root),
+        tpm=_tpm(root),
     )
 
 
@@ -96,20 +98,31 @@ def _disk(node: ET.Element) -> DomainDisk | None:
     source, target = node.find("source"), node.find("target")
     if node.get("device", "disk") not in _DISK_DEVICES or source is None or target is None:
         return None
-    place = next((source.get(key, "") for key in ("file", "dev", "name") if source.get(key)), "")
-    if not place and source.get("volume"):
-        place = f"{source.get('pool', '')}/{source.get('volume')}"
-    name = target.get("dev", "")
+    kind, name, place = node.get("type", "file"), target.get("dev", ""), _place(source)
+    if not place and kind not in ("file", "block"):
+        place = f"{kind}:{_address(source)}"  # some disks have no name
     if not place or not name or node.find("readonly") is not None:
         return None
     driver = node.find("driver")
     return DomainDisk(
         target=name,
-        kind=node.get("type", "file"),
+        kind=kind,
         source=place,
         format="raw" if driver is None else driver.get("type", "raw"),
         share=node.find("shareable") is not None,
     )
+
+
+def _place(source: ET.Element) -> str:
+    if source.get("volume"):
+        return f"{source.get('pool', '')}/{source.get('volume')}"
+    return next((source.get(key, "") for key in ("file", "dev", "name") if source.get(key)), "")
+
+
+def _address(source: ET.Element) -> str:
+    """What tells a source that has no name from others: all that it says of itself."""
+    nodes = [source, *source.iterfind("host"), *source.iterfind("address")]
+    return " ".join(value for node in nodes for value in node.attrib.values())
 
 
 def _marks(root: ET.Element) -> dict[str, str]:
@@ -124,3 +137,20 @@ def _agent(root: ET.Element) -> str:
         if target.get("name") == AGENT_CHANNEL:
             return target.get("state", "unknown")
     return ""
+
+
+def _nvram(root: ET.Element) -> str:
+    node = root.find("os/nvram")
+    if node is None:
+        return ""
+    source = node.find("source")
+    if source is None:
+        return (node.text or "").strip()
+    return source.get("file", "") or node.get("type", "unknown")
+
+
+def _tpm(root: ET.Element) -> str:
+    backend = root.find("devices/tpm/backend")
+    if backend is None or backend.get("type") != "emulator":
+        return ""
+    return backend.get("version", "2.0")

@@ -26,14 +26,18 @@ from engine.errors import ConfigInvalid, Conflict, EngineError, HypervisorAway, 
 from engine.hold import Hold, HoldWish
 from engine.inventory import EmbeddedInventory, Places, find, pool_of
 from engine.libvirt.binding import NO_SUCH_DOMAIN, Domain, LibvirtFault, code_of, require_libvirt
-from engine.libvirt.live import begin_live, end_left_job
+from engine.libvirt.domains import read_domain
+from engine.libvirt.ending import end_left_job
+from engine.libvirt.live import begin_live
+from engine.libvirt.machine import machine_of
 from engine.libvirt.restored import define_restored
 from engine.libvirt.rows import pools_of, vm_of
 from engine.libvirt.setup import LiveSetup
 from engine.libvirt.watch import DomainSeen, Sight, Watch, look_at
-from engine.model import BackupLabel, Disk, Pool, Vm, VmAction
+from engine.model import BackupLabel, Disk, Machine, Pool, Vm, VmAction
 from engine.seed import refer
 from engine.state import State
+from engine.views import HypervisorState
 from engine.volumes import volume_path
 
 log = logging.getLogger(__name__)
@@ -60,6 +64,7 @@ class LibvirtInventory(EmbeddedInventory):
             limit_bytes=config.libvirt.scratch_limit_bytes,
             freeze_timeout_s=config.freeze.timeout_s,
             freeze_hold_s=config.freeze.hold_s,
+            tpm_directory=config.libvirt.tpm_directory,
         )
         self._rules = config.libvirt.rules
         self._clusters = _clusters_of(hosts, places)
@@ -89,6 +94,9 @@ class LibvirtInventory(EmbeddedInventory):
                     found.setdefault(pool.uuid, pool)
         return changed(super().places, pools=tuple(found.values()))
 
+    def hypervisors(self) -> list[HypervisorState]:
+        return [HypervisorState(name, watch.problem) for name, watch in self._watches.items()]
+
     def vms(self) -> list[Vm]:
         return [self._as_reachable(vm) for vm in super().vms()]
 
@@ -111,6 +119,14 @@ class LibvirtInventory(EmbeddedInventory):
             return None
         return partial(begin_live, partial(self.domain, vm), vm, self._live, wish)
 
+    def machine_of(self, vm: Vm) -> tuple[Machine | None, tuple[str, ...]]:
+        if not vm.host:
+            return None, ()
+        domain = self.domain(vm)
+        with libvirt_errors(vm):
+            facts = read_domain(domain.XMLDesc())
+        return machine_of(domain, facts, self._live.tpm_directory)
+
     def realize(self, vm: Vm, label: BackupLabel) -> None:
         if label.machine is None:
             log.warning("no_domain_in_backup", extra={"vm": vm.uuid})
@@ -120,7 +136,9 @@ class LibvirtInventory(EmbeddedInventory):
             disk.target_device: volume_path(pool_of(self.places, disk), disk.volume_name)
             for disk in vm.disks
         }
-        made = define_restored(watch.connection(), vm, label.machine, paths, self._marks(vm))
+        made = define_restored(
+            watch.connection(), vm, label.machine, paths, self._marks(vm), self._live.tpm_directory
+        )
         seen = look_at(made)
         if seen is not None:
             self._put([self._row(watch.name, seen)])

@@ -9,15 +9,14 @@ What libvirt refuses is asked for again with less: without the parent's bitmaps,
 bitmaps at all. So lost tracking costs a read, never a backup, and the reason is in the notes.
 
 The end of the block ends the job and puts the checkpoints in order (checkpoints.py). libvirtd may
-be restarted meanwhile: QEMU serves on, and the end is patient.
+be restarted meanwhile: QEMU serves on, and the end is patient (ending.py).
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -27,7 +26,6 @@ from engine.errors import (
     DiskServerRefused,
     EngineError,
     HypervisorRefused,
-    NotFound,
     ScratchFull,
 )
 from engine.freeze import frozen
@@ -36,14 +34,13 @@ from engine.libvirt import checkpoints
 from engine.libvirt.agent import agent_hook
 from engine.libvirt.binding import (
     INCREMENTAL_LOST,
-    NO_SUCH_DOMAIN,
-    OPERATION_INVALID,
     Domain,
     LibvirtFault,
     code_of,
 )
 from engine.libvirt.domains import DomainDisk, DomainFacts, read_domain
-from engine.libvirt.jobxml import JobDisk, backup_xml, checkpoint_xml, export_bitmap, job_socket
+from engine.libvirt.ending import FindDomain, end_job, end_later, end_left_job
+from engine.libvirt.jobxml import JobDisk, backup_xml, checkpoint_xml, export_bitmap
 from engine.libvirt.machine import inflated, machine_of
 from engine.libvirt.media import has_bitmaps, identity_of
 from engine.libvirt.scratch import ScratchWatch, remove_left
@@ -57,11 +54,6 @@ from engine.sources import DiskSource, VolumeSource
 log = logging.getLogger(__name__)
 
 READ_TIMEOUT_S = 120.0
-END_TIMEOUT_S = 90.0  # libvirt may be blind for 30 s around a change of the agent's channel
-_POLL_S = 0.02
-_RETRY_S = 0.2
-
-FindDomain = Callable[[], Domain]
 
 
 def begin_live(
@@ -164,7 +156,9 @@ class _Job:
     def end(self, *, committed: bool) -> bool:
         """Ends the job, and puts the checkpoints in order. Whether the domain is not running."""
         self.watch.stop()
-        stopped = end_job(self.find)
+        end = end_job(self.find)
+        if end == "unknown":
+            end_later(self.find, self.socket, [*self._files, self.socket])
         try:
             domain = self.find()
             if committed:
@@ -177,7 +171,7 @@ class _Job:
             fields = {"vm": self.vm.uuid, "why": str(error)}
             log.warning("checkpoints_left", extra=fields)
         remove_left([*self._files, self.socket])
-        return stopped
+        return end == "stopped"
 
     def _abort(self) -> None:
         with contextlib.suppress(LibvirtFault, EngineError):
@@ -267,7 +261,8 @@ def _told(
     begun: _Begun,
     sources: dict[str, NbdSource],
 ) -> SnapshotFacts:
-    machine, notes = machine_of(domain, facts, checkpoints.xml_of(domain, job.checkpoint))
+    xml = checkpoints.xml_of(domain, job.checkpoint)
+    machine, notes = machine_of(domain, facts, job.setup.tpm_directory, xml)
     return SnapshotFacts(
         methods=dict.fromkeys(sources, "live"),
         capacities={target: source.capacity for target, source in sources.items()},
@@ -310,36 +305,3 @@ def _require_no_job(domain: Domain, vm: Vm) -> None:
         return  # it stopped: what follows says so
     if busy:
         raise Conflict("domain_busy", f"libvirt runs another job on VM {vm.name}")
-
-
-def end_left_job(find: FindDomain, scratch: str) -> None:
-    """Ends a backup job that a killed service left: one that serves its disks in our directory."""
-    try:
-        socket = job_socket(find().backupGetXMLDesc())
-    except (LibvirtFault, ValueError):
-        return
-    if scratch and socket.startswith(f"{scratch}/"):
-        log.warning("left_job_ended", extra={"socket": socket})
-        end_job(find)
-        remove_left([socket])
-
-
-def end_job(find: FindDomain) -> bool:
-    """Ends the backup job, and waits until it has. Whether the domain is not running."""
-    deadline_s = time.monotonic() + END_TIMEOUT_S
-    while time.monotonic() < deadline_s:
-        try:
-            domain = find()
-            with contextlib.suppress(LibvirtFault):
-                domain.abortJob()
-            while domain.jobInfo()[0] and time.monotonic() < deadline_s:
-                time.sleep(_POLL_S)
-            return not domain.isActive()
-        except NotFound:
-            return True
-        except (LibvirtFault, EngineError) as error:
-            if code_of(error) in (OPERATION_INVALID, NO_SUCH_DOMAIN):
-                return True
-            time.sleep(_RETRY_S)
-    log.error("job_not_ended", extra={"after_s": END_TIMEOUT_S})
-    return False

@@ -1,9 +1,11 @@
-"""The domain itself, as it is kept with a backup: its XML, and the firmware's variables."""
+"""The domain itself, as kept with a backup: its XML, the firmware's variables, its TPM's state."""
 
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 import zlib
+from collections.abc import Callable
+from functools import partial
 
 from engine.libvirt.binding import (
     XML_INACTIVE,
@@ -13,6 +15,8 @@ from engine.libvirt.binding import (
     LibvirtFault,
 )
 from engine.libvirt.domains import DomainFacts, parsed, target_of
+from engine.libvirt.files import read_bounded
+from engine.libvirt.tpm import read_tpm
 from engine.model import Machine
 
 MOST_XML_BYTES = 1 << 20
@@ -21,7 +25,7 @@ MOST_DEFLATED_BYTES = 256 << 10
 
 
 def machine_of(
-    domain: Domain, facts: DomainFacts, checkpoint: str
+    domain: Domain, facts: DomainFacts, tpm_directory: str, checkpoint: str = ""
 ) -> tuple[Machine | None, tuple[str, ...]]:
     """(what is kept, notes on what is not)."""
     try:
@@ -32,8 +36,16 @@ def machine_of(
     packed = _deflated(xml.encode())
     if not packed:
         return None, ("the domain's XML is not in the backup: it is too large",)
-    nvram, note = _nvram(facts)
-    return Machine(xml=packed, checkpoint=_deflated(checkpoint.encode()), nvram=nvram), note
+    nvram, notes = b"", tuple[str, ...]()
+    if facts.nvram:
+        what = "the firmware's variables are not"
+        nvram, notes = _small_file(what, partial(read_bounded, facts.nvram, MOST_NVRAM_BYTES))
+    tpm = b""
+    if facts.tpm:
+        read = partial(read_tpm, tpm_directory, facts.uuid, facts.tpm)
+        tpm, more = _small_file("the TPM's state is not", read)
+        notes += more
+    return Machine(packed, _deflated(checkpoint.encode()), nvram, tpm), notes
 
 
 def with_plugged_disks(kept: str, live: str) -> str:
@@ -73,12 +85,11 @@ def _deflated(content: bytes) -> bytes:
     return packed if len(packed) <= MOST_DEFLATED_BYTES else b""
 
 
-def _nvram(facts: DomainFacts) -> tuple[bytes, tuple[str, ...]]:
-    if not facts.nvram:
-        return b"", ()
+def _small_file(what: str, read: Callable[[], bytes]) -> tuple[bytes, tuple[str, ...]]:
+    """(the file, deflated; a note if it is not kept)."""
     try:
-        with open(facts.nvram, "rb") as file:
-            packed = _deflated(file.read(MOST_NVRAM_BYTES + 1))
+        packed = _deflated(read())
+        why = "" if packed else "it is empty or too large"
     except OSError as error:
-        return b"", (f"the firmware's variables are not in the backup: {error.strerror}",)
-    return packed, () if packed else ("the firmware's variables are not in the backup",)
+        packed, why = b"", error.strerror or str(error)
+    return packed, (f"{what} in the backup: {why}",) if why else ()

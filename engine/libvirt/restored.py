@@ -8,8 +8,12 @@ from collections.abc import Mapping
 
 from engine.errors import HypervisorRefused
 from engine.libvirt.binding import Connection, Domain, LibvirtFault
+from engine.libvirt.domains import read_domain
+from engine.libvirt.files import hand_over, write_new
 from engine.libvirt.machine import MOST_NVRAM_BYTES, inflated, inflated_bytes
 from engine.libvirt.revive import NewDomain, new_domain_xml
+from engine.libvirt.scratch import remove_left
+from engine.libvirt.tpm import MOST_TPM_BYTES, remove_tpm, write_tpm
 from engine.model import Machine, Vm
 
 
@@ -19,45 +23,46 @@ def define_restored(
     machine: Machine,
     paths: Mapping[str, str],
     marks: Mapping[str, str],
+    tpm_directory: str,
 ) -> Domain:
     """The new domain. `paths`: of its volumes by target. HypervisorRefused; then there is none."""
     formats = {disk.target_device: disk.format for disk in vm.disks}
     volumes = {target: (path, formats[target]) for target, path in paths.items()}
     for path in paths.values():
-        _hand_over(path)
-    nvram = _nvram(machine, vm, next(iter(paths.values())))
-    new = NewDomain(vm.uuid, vm.name, volumes, marks, nvram)
-    try:
-        made = connection.defineXML(new_domain_xml(inflated(machine.xml), new))
-    except (LibvirtFault, ValueError) as error:
-        with contextlib.suppress(OSError):
-            os.unlink(nvram)
-        raise HypervisorRefused(f"domain {vm.name}: {error}") from error
+        hand_over(path)
+    xml = inflated(machine.xml)
+    with contextlib.ExitStack() as undo:
+        try:
+            nvram = _nvram(machine, vm, next(iter(paths.values())), undo)
+            _tpm(machine, vm, xml, tpm_directory, undo)
+            new = NewDomain(vm.uuid, vm.name, volumes, marks, nvram)
+            made = connection.defineXML(new_domain_xml(xml, new))
+        except (LibvirtFault, ValueError, OSError) as error:
+            raise HypervisorRefused(f"domain {vm.name}: {error}") from error
+        undo.pop_all()
     _refresh_pools(connection)
     return made
 
 
-def _hand_over(path: str) -> None:
-    """To whom the pool's directory belongs: a QEMU that is not root's has to write to it."""
-    with contextlib.suppress(OSError):
-        owner = os.stat(os.path.dirname(path))
-        os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
-
-
-def _nvram(machine: Machine, vm: Vm, beside: str) -> str:
-    """The firmware's variables in a file of their own; "" when there are none."""
+def _nvram(machine: Machine, vm: Vm, beside: str, undo: contextlib.ExitStack) -> str:
+    """The firmware's variables in a file of their own; "" when there are none. Raises OSError."""
     content = inflated_bytes(machine.nvram, MOST_NVRAM_BYTES)
     if not content:
         return ""
     path = f"{os.path.dirname(beside)}/{vm.uuid}.nvram"
-    try:
-        with open(path, "xb") as file:
-            file.write(content)
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise HypervisorRefused(f"{path}: {error.strerror}") from error
-    _hand_over(path)
+    write_new(path, content)
+    undo.callback(remove_left, [path])
+    hand_over(path)
     return path
+
+
+def _tpm(machine: Machine, vm: Vm, xml: str, directory: str, undo: contextlib.ExitStack) -> None:
+    """The TPM's state where libvirt will look for it. Raises OSError, ValueError."""
+    content = inflated_bytes(machine.tpm, MOST_TPM_BYTES)
+    version = read_domain(xml).tpm
+    if content and version:
+        write_tpm(directory, vm.uuid, version, content)
+        undo.callback(remove_tpm, directory, vm.uuid)
 
 
 def _refresh_pools(connection: Connection) -> None:

@@ -73,6 +73,7 @@ def _set_identity(root: ET.Element, new: NewDomain) -> None:
     nvram = root.find("os/nvram")
     if nvram is not None:
         nvram.text = new.nvram or None
+        nvram.attrib.pop("type", None)
         _remove(nvram, "source")
 
 

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class LiveSetup:
-    """`host` tells our checkpoints from another service's. The freeze limits: engine/freeze.py."""
+    """`host` tells our checkpoints from another service's. The freeze limits: engine/freeze.py.
+
+    `tpm_directory`: engine/libvirt/tpm.py.
+    """
 
     host: str
     scratch: str
@@ -15,3 +18,4 @@ class LiveSetup:
     limit_bytes: int
     freeze_timeout_s: float
     freeze_hold_s: float
+    tpm_directory: str = ""

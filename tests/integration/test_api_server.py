@@ -51,7 +51,10 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
         ("object_group/list", ["uuid", "name"]),
         (
             "pool/list",
-            ["pool_uuid", "name", "path", "usd_types", "replica", "capacity", "free", "error"],
+            [
+                *("pool_uuid", "name", "path", "usd_types", "replica", "capacity", "free"),
+                *("error", "pinned"),
+            ],
         ),
         (
             "backup_point/list",
@@ -106,6 +109,7 @@ async def test_a_vms_life(site: Site) -> None:
             "replica": 1,
             "share": False,
             "format": "raw",
+            "pinned": 0,
         }
     ]
     assert row == {

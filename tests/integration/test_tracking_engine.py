@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from engine.config import Config, PoolConfig, Tracking
-from engine.model import Vm
+from api.calls import Call
+from api.metrics import Metrics
+from api.routes import CALLS
+from api.schemas_companion import ComputeInspectQuery
+from engine.config import Clone, Config, PoolConfig, Tracking
+from engine.model import Baseline, Vm
+from engine.pinned import Pinned
+from engine.probes import Probes
 from engine.snapshot import SNAPSHOTS
-from engine.tending import pinned_bytes, tend
+from engine.tending import tend
 from engine.views import Scope
 from tests.conftest import LoopFs
 from tests.engine_rig import EngineRig
@@ -56,14 +63,80 @@ def test_an_incremental_reads_what_changed_also_after_a_restart(rig: EngineRig) 
     assert rig.restore(backup, "copy") == [content]
 
 
-def test_what_the_vm_overwrites_is_pinned(rig: EngineRig) -> None:
+def test_what_the_vm_overwrites_is_pinned_and_shown(rig: EngineRig) -> None:
+    rig.core.pinned._clock = lambda: 0.0  # no look takes any time, so none is too early
     vm = rig.make_vm("web", random_bytes(SIZE))
     rig.back_up(vm)
-    (row,) = rig.core.baselines.rows()
-    assert pinned_bytes(row) == 0
-    write_at(rig.volume(vm.disks[0]), 0, random_bytes(SIZE, seed=1))  # btrfs frees whole extents
+    assert pinned_shown(rig, vm) == 0
+    overwrite_all(rig, vm)
+    assert pinned_shown(rig, vm) == SIZE
+    rig.back_up(vm)
+    assert pinned_shown(rig, vm) == 0
+    overwrite_all(rig, vm)
+    assert pinned_shown(rig, vm) == SIZE
+    rig.engine.delete_vm(vm.uuid, False)
+    assert rig.engine.pools()[0].pinned_bytes == 0
+
+
+def pinned_shown(rig: EngineRig, vm: Vm) -> int:
+    """After a look; the API, the metrics and the pool must say the same."""
+    rig.core.pinned.look(rig.core.baselines.rows(), rig.core.probes)
+    (call,) = [call for call in CALLS if call.path == "/v1/compute/inspect"]
+    assert isinstance(call, Call)
+    (disk,) = call.run(rig.engine, ComputeInspectQuery(compute_uuid=vm.uuid)).data.disks
+    assert rig.engine.pools()[0].pinned_bytes == disk.pinned
+    metric = f'vmkeep_tracking_pinned_bytes{{compute="{vm.uuid}",pool="{rig.pool_path}",'
+    (line,) = [
+        line for line in Metrics(rig.engine).render().decode().splitlines() if metric in line
+    ]
+    assert float(line.split()[-1]) == disk.pinned
+    assert isinstance(disk.pinned, int)
+    return disk.pinned
+
+
+def overwrite_all(rig: EngineRig, vm: Vm) -> None:
+    write_at(rig.volume(vm.disks[0]), 0, os.urandom(SIZE))  # btrfs frees whole extents
     os.sync()
-    assert pinned_bytes(row) == SIZE
+
+
+def test_a_look_that_takes_long_is_not_taken_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = iter([0.0, 2.0, 100.0, 201.9, 202.1, 203.0])
+    looked: list[Baseline] = []
+
+    def look(row: Baseline) -> int:
+        looked.append(row)
+        return 7
+
+    monkeypatch.setattr("engine.pinned.pinned_bytes", look)
+    pinned, row = Pinned(lambda: next(now_s)), Baseline("v", "sda", "", file="/baseline")
+    for count in (1, 1, 1, 2):
+        pinned.look([row], Probes())
+        assert len(looked) == count
+        assert pinned.bytes_of(row) == 7
+    pinned.look([], Probes())
+    assert pinned.bytes_of(row) == 0
+
+
+def test_of_a_pool_that_hangs_one_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer, looked = threading.Event(), list[str]()
+
+    def look(row: Baseline) -> int:
+        looked.append(row.file)
+        if row.file.startswith("/hung/"):
+            answer.wait()
+        return 7
+
+    monkeypatch.setattr("engine.pinned.pinned_bytes", look)
+    monkeypatch.setattr("engine.pinned.LOOK_TIMEOUT_S", 0.5)
+    files = ("/hung/1", "/hung/2", "/well/1")
+    rows = [Baseline("v", "sda", "", file=file) for file in files]
+    pinned = Pinned()
+    try:
+        pinned.look(rows, Probes())
+    finally:
+        answer.set()
+    assert looked == ["/hung/1", "/well/1"]
+    assert [pinned.bytes_of(row) for row in rows] == [0, 0, 7]
 
 
 def test_without_room_they_go(rig: EngineRig) -> None:
@@ -97,6 +170,17 @@ def test_they_go_with_their_vm(rig: EngineRig, with_volumes: bool) -> None:
     rig.engine.delete_vm(vm.uuid, with_volumes)
     assert kept(rig) == []
     assert rig.core.baselines.rows() == []
+
+
+def test_what_has_too_many_extents_is_not_cloned(rig: EngineRig) -> None:
+    rig.config = Config(pools=rig.config.pools, clone=Clone(most_extents=1))
+    rig.restart()
+    vm = rig.make_vm("web", random_bytes(SIZE))
+    write_at(rig.volume(vm.disks[0]), 2 * SIZE, b"apart")
+    backup = rig.back_up(vm)
+    assert "snapshot: direct" in backup.label.notes
+    assert any("extents, 1 are the limit" in note for note in backup.label.notes)
+    assert kept(rig) == []
 
 
 def test_without_tracking_there_are_none(rig: EngineRig) -> None:

@@ -15,7 +15,11 @@ from tests.nfs.kit import find_tool
 
 
 def config_for(
-    *uris: str, scratch: Path | None = None, reserve_bytes: int = 1 << 20, limit_bytes: int = 0
+    *uris: str,
+    scratch: Path | None = None,
+    reserve_bytes: int = 1 << 20,
+    limit_bytes: int = 0,
+    tpm_directory: Path = Path("/nowhere"),
 ) -> Config:
     return Config(
         inventory="libvirt",
@@ -28,6 +32,7 @@ def config_for(
             scratch=str(scratch or ""),
             scratch_reserve_bytes=reserve_bytes,
             scratch_limit_bytes=limit_bytes,
+            tpm_directory=str(tpm_directory),
         ),
         namespaces=(NamespaceConfig("default"), NamespaceConfig("shop")),
         zones=(ZoneConfig("default"), ZoneConfig("cellar")),

@@ -15,11 +15,12 @@ from typing import Any
 import msgspec
 import pytest
 
+from engine.libvirt import ending
 from engine.libvirt.binding import METADATA_ONLY
 from tests.engine_rig import EngineRig
 from tests.libvirt.host import MIB, Host, disk_xml
 from tests.libvirt.lab import NAME, QCOW2_BYTES, RAW_BYTES, Lab, make_lab, paused_reading
-from tests.libvirt.site import config_for, contents, rig_on, wait_for_vm
+from tests.libvirt.site import config_for, contents, rig_on, wait_for_vm, wait_until
 from tests.nfs.kit import find_tool
 
 
@@ -225,6 +226,27 @@ def test_libvirtd_is_restarted_in_the_middle(lab: Lab, monkeypatch: pytest.Monke
     assert [name[-36:] for name in lab.checkpoints()] == [backup]
     row = lab.rig.core.catalogue.get(backup)
     assert lab.restored_sums(row) == truth
+
+
+def test_libvirtd_stays_away_at_the_end(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backup is done; QEMU's job, which takes up scratch space, ends when it can be ended."""
+    monkeypatch.setattr(ending, "END_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(ending, "LATER_PAUSE_S", 0.05)
+    truth = lab.quiet()
+    with paused_reading(monkeypatch) as reached:
+        backup, job = lab.rig.ask_backup(lab.vm)
+        assert reached.wait(60)
+        lab.host.stop()
+    try:
+        lab.rig.succeed(job)
+    finally:
+        lab.host.start()
+    domain = lab.domain = lab.host.connection.lookupByUUIDString(lab.vm.uuid)
+    wait_until(lambda: domain.jobInfo()[0] == 0 and not list(lab.host.scratch.iterdir()))
+    assert lab.restored_sums(lab.rig.core.catalogue.get(backup)) == truth
+    wait_for_vm(lab.rig, NAME, lambda vm: vm is not None and vm.state == "running")
+    lab.back_up()
+    assert len(lab.checkpoints()) == 1
 
 
 def test_a_checkpoint_that_is_gone_costs_a_full_read(lab: Lab) -> None:

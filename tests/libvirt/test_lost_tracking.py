@@ -5,6 +5,7 @@ One VM for all tests. Each leaves it running with a backup that the next one's m
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from collections.abc import Iterator
 from typing import Any
@@ -23,6 +24,7 @@ _COPY_TRANSIENT_REUSED = 1 << 2 | 1 << 1
 _ABORT_PIVOT = 1 << 1
 _UNDEFINE_WITH_CHECKPOINTS = 1 << 4
 _LIVE = 1
+_INACTIVE = 1 << 1
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +85,7 @@ def test_the_domain_is_defined_anew(lab: Lab) -> None:
     """libvirt forgets the checkpoint, the image does not: it is put on record again."""
     domain: Any = lab.domain
     lab.back_up()
-    xml = domain.XMLDesc(1 << 1)
+    xml = domain.XMLDesc(_INACTIVE)
     domain.undefineFlags(_UNDEFINE_WITH_CHECKPOINTS)
     lab.domain = lab.host.connection.defineXML(xml)
     lab.write("/mnt/anew", 128)
@@ -102,6 +104,32 @@ def test_the_disk_moves_to_another_pool_while_the_vm_runs(lab: Lab) -> None:
     _pivot(domain)
     backup = _right_backup(lab)
     assert "vda full read: its medium is another one" in backup.label.notes
+    _is_tracked_again(lab)
+
+
+def test_it_stops_moves_to_another_pool_and_is_backed_up_there(lab: Lab) -> None:
+    """A backup of the stopped domain comes between two of the running one."""
+    domain: Any = lab.domain
+    lab.back_up()
+    lab.write("/mnt/last", 128)
+    truth = lab.quiet()
+    lab.guest.close()
+    domain.destroy()
+    (vda, _) = lab.vm.disks
+    old = lab.rig.volume(vda)
+    (other,) = {"images", "pool"} - {old.parent.name}
+    new = lab.host.root / other / "moved-again.qcow2"
+    xml = domain.XMLDesc(_INACTIVE).replace(str(old), str(new))
+    shutil.move(old, new)
+    lab.domain = lab.host.connection.defineXML(xml)
+    wait_for_vm(lab.rig, NAME, lambda vm: vm is not None and vm.disks[0].volume_name == new.name)
+    stopped = lab.back_up()
+    assert "changes found by: vda scan, vdb scan" in stopped.label.notes
+    assert lab.restored_sums(stopped) == truth
+    lab.guest = lab.host.boot(lab.domain)
+    wait_for_vm(lab.rig, NAME, lambda vm: vm is not None and vm.state == "running")
+    lab.write("/mnt/elsewhere", 128)
+    _right_backup(lab)
     _is_tracked_again(lab)
 
 

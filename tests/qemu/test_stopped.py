@@ -264,6 +264,24 @@ class TestBitmaps:
         changed = self.back_up(tmp_path / "copy", "vmkeep-1", "vmkeep-2")
         assert changed == [(6 * MIB, 65536)]
 
+    def test_a_snapshot_is_taken_and_committed(self, tmp_path: Path, image: Path) -> None:
+        """The bitmap records what the commit writes; on the overlay there is none."""
+        self.back_up(image, "", "vmkeep-1")
+        top = create(tmp_path / "top.qcow2", "16M", "-b", image.name, "-F", "qcow2")
+        qemu_io(top, "write -P 3 5M 64k", "write -z 1M 64k")
+        assert self.back_up(top, "vmkeep-1", "vmkeep-2") is None
+        qemu_img("commit", "-q", top)
+        assert self.back_up(image, "vmkeep-1", "vmkeep-3") == [(MIB, 65536), (5 * MIB, 65536)]
+
+    def test_it_grew_and_shrank(self, image: Path) -> None:
+        self.back_up(image, "", "vmkeep-1")
+        qemu_img("resize", "-q", "-f", "qcow2", image, "20M")
+        qemu_io(image, "write -P 3 18M 64k")
+        assert self.back_up(image, "vmkeep-1", "vmkeep-2") == [(18 * MIB, 65536)]
+        qemu_img("bitmap", "--remove", "-f", "qcow2", image, "vmkeep-2")  # QEMU wants that
+        qemu_img("resize", "-q", "-f", "qcow2", "--shrink", image, "8M")
+        assert self.back_up(image, "vmkeep-2", "vmkeep-3") is None
+
     def test_an_internal_snapshot_can_not_be_gone_back_to(self, image: Path) -> None:
         """It would change all of the disk and no bitmap. QEMU sees to that, which we rely on."""
         qemu_img("snapshot", "-c", "s1", image)

@@ -35,6 +35,53 @@ def test_facts() -> None:
     assert facts.agent == "connected"
 
 
+@pytest.mark.parametrize(
+    ("kind", "source", "place"),
+    [
+        ("network", "protocol='nbd'><host name='h' port='1'/></source", "network:nbd h 1"),
+        ("vhostuser", "type='unix' path='/run/v'/", "vhostuser:unix /run/v"),
+        ("volume", "pool='p' volume='v'/", "p/v"),
+        ("block", "dev='/dev/v'/", "/dev/v"),
+        ("file", "startupPolicy='optional'/", ""),  # an empty drive
+    ],
+)
+def test_only_a_disk_without_a_medium_is_left_out(kind: str, source: str, place: str) -> None:
+    xml = (
+        f"<domain><devices><disk type='{kind}' device='disk'><source {source}>"
+        "<target dev='vda'/></disk></devices></domain>"
+    )
+    assert [disk.source for disk in read_domain(xml).disks] == ([place] if place else [])
+
+
+@pytest.mark.parametrize(
+    ("nvram", "place"),
+    [
+        ("<nvram template='/t'>/old/VARS.fd</nvram>", "/old/VARS.fd"),
+        ("<nvram type='file'><source file='/old/VARS.fd'/></nvram>", "/old/VARS.fd"),
+        ("<nvram type='block'><source dev='/dev/x'/></nvram>", "block"),
+        ("<nvram/>", ""),
+    ],
+)
+def test_where_the_firmware_has_its_variables(nvram: str, place: str) -> None:
+    xml = XML.replace("<nvram template='/t'>/old/VARS.fd</nvram>", nvram)
+    assert read_domain(xml).nvram == place
+    new = NewDomain(NEW.uuid, "mail2", NEW.volumes, {}, nvram="/new/VARS.fd")
+    made = parsed(new_domain_xml(xml, new)).find("os/nvram")
+    assert made is not None
+    assert (made.text, made.get("type"), list(made)) == ("/new/VARS.fd", None, [])
+
+
+def test_a_tpm_that_is_a_file() -> None:
+    for backend, version in (
+        ("<backend type='emulator'/>", "2.0"),
+        ("<backend type='emulator' version='1.2'/>", "1.2"),
+        ("<backend type='passthrough'/>", ""),
+    ):
+        xml = XML.replace("</devices>", f"<tpm>{backend}</tpm></devices>")
+        assert read_domain(xml).tpm == version
+    assert read_domain(XML).tpm == ""
+
+
 def test_a_new_domain_shares_nothing_with_the_old_one() -> None:
     made = new_domain_xml(XML, NEW)
     root = parsed(made)

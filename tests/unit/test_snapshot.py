@@ -15,8 +15,16 @@ from pathlib import Path
 import pytest
 
 from engine.errors import Conflict, PoolUnreachable
+from engine.extents import count_extents
 from engine.freeze import NO_HOOK, FreezeHook, frozen
-from engine.snapshot import RESTORES, SNAPSHOTS, can_clone, clear_leftovers, take_snapshot
+from engine.snapshot import (
+    RESTORES,
+    SNAPSHOTS,
+    CloneLimits,
+    can_clone,
+    clear_leftovers,
+    take_snapshot,
+)
 from engine.sources import DiskFile, DiskSource
 from tests.conftest import LoopFs
 from tests.failing_fs import open_below
@@ -42,6 +50,11 @@ def volume(pool: Path, name: str = "v", size_bytes: int = 3 * MIB + 7) -> Path:
 def overwrite(path: Path) -> None:
     with path.open("r+b") as file:
         file.write(b"changed")
+
+
+def extents(path: Path) -> int:
+    with path.open("rb") as file:
+        return count_extents(file.fileno())
 
 
 def recorder(tmp_path: Path, body: str = "") -> tuple[str, Path]:
@@ -119,6 +132,33 @@ class TestReflink:
             for disk in disks:
                 assert content(snapshot.sources[disk.target_device]) == Path(disk.path).read_bytes()
         assert lines(journal) == ["--now freeze uuid-1", "--now thaw uuid-1"]
+
+    def test_limits_are_of_all_disks_together(
+        self, loop_fs: LoopFs, tmp_path: Path, kind: str
+    ) -> None:
+        pool = loop_fs(kind, FS_BYTES)
+        command, journal = recorder(tmp_path)
+        disks = [DiskFile(name, str(volume(pool, name, MIB))) for name in ("vda", "vdb")]
+        os.sync()
+        count = sum(extents(Path(disk.path)) for disk in disks)
+        hook = FreezeHook([command], "uuid-1")
+        with take_snapshot(disks, hook, CloneLimits(frozen=count, cloned=count)) as snapshot:
+            assert (snapshot.method, snapshot.facts.frozen) == ("reflink", True)
+        journal.write_text("")
+        with take_snapshot(disks, hook, CloneLimits(frozen=count - 1)) as snapshot:
+            assert (snapshot.method, snapshot.facts.frozen) == ("reflink", False)
+            assert (
+                f"not frozen: {count} extents, {count - 1} are the limit" in snapshot.facts.notes[0]
+            )
+        with take_snapshot(disks, hook, CloneLimits(cloned=count - 1)) as snapshot:
+            assert (snapshot.method, snapshot.facts.frozen) == ("direct", False)
+            assert snapshot.facts.notes == (
+                f"not cloned: {count} extents, {count - 1} are the limit",
+            )
+            overwrite(Path(disks[1].path))
+            with pytest.raises(Conflict):  # it is guarded then, as on any other file system
+                snapshot.verify_unchanged()
+        assert lines(journal) == []
 
     def test_disks_in_different_pools_go_their_own_ways(
         self, loop_fs: LoopFs, tmp_path: Path, kind: str
