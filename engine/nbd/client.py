@@ -1,14 +1,16 @@
 """An NBD server's export as the engine uses it: read, write, ask what is allocated or dirty.
 
-A client is one connection. Any thread may call anything; who reads while others write over the same
-client depends on the server for not waiting for itself, so the engine does one or the other.
-Requests are cut to REQUEST_BYTES, of which several are under way (exchange.py). Errors name the
-server and the export.
+A client is one connection or, where the server says that all of them see the same, several, which
+take turns: a server works on each with another thread (bench/nbd.py). Any thread may call anything;
+who reads while others write over the same client depends on the server for not waiting for itself,
+so the engine does one or the other. Requests are cut to REQUEST_BYTES, of which several are under
+way (exchange.py). Errors name the server and the export.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 
@@ -20,7 +22,7 @@ from engine.nbd.handshake import negotiate
 from engine.nbd.protocol import ExportFacts, Extent
 from storage.fs import Buffer
 
-# Four of these fill what may be under way (bench/nbd.py). Less is more system calls.
+# Less is more system calls, more falls out of the processor's caches (bench/nbd.py).
 REQUEST_BYTES = 512 << 10
 # One question about a disk's state, or one order without data: lengths are 32 bits.
 _STATUS_BYTES = (1 << 32) - (64 << 10)
@@ -29,30 +31,45 @@ _LEAST_ANSWER_BYTES = 512
 
 
 class NbdClient:
-    """An export that is open. A context manager; its end closes the connection."""
+    """An export that is open. A context manager; its end closes the connections."""
 
-    def __init__(self, connection: Connection, facts: ExportFacts, name: str) -> None:
-        self._exchange = Exchange(connection, facts.structured)
+    def __init__(self, exchanges: Sequence[Exchange], facts: ExportFacts, name: str) -> None:
+        """`facts` are what the first exchange was told; its contexts are the first's alone."""
+        self._exchanges = exchanges
+        self._turns = itertools.count()
         self._facts = facts
         self._name = name
 
     @classmethod
     def connect(
-        cls, address: NbdAddress, export: str, contexts: Sequence[str] = (), *, timeout_s: float
+        cls,
+        address: NbdAddress,
+        export: str,
+        contexts: Sequence[str] = (),
+        *,
+        timeout_s: float,
+        connections: int = 1,
     ) -> NbdClient:
         """Opens `export`, and those of `contexts` that the server has (see `contexts`).
 
-        `timeout_s` bounds the connecting, and then every single wait for the server. Raises
-        DiskServerLost, DiskServerRefused (no such export, it wants TLS), DiskServerBroken.
+        `timeout_s` bounds the connecting, and then every single wait for the server. More than one
+        of `connections` only to a server that lets as many in: another one may leave us waiting.
+        Raises DiskServerLost, DiskServerRefused (no such export, it wants TLS), DiskServerBroken.
         """
         name = f"{address} {export!r}" if export else str(address)
-        with _naming(name):
-            connection = Connection(address, timeout_s)
-            try:
-                return cls(connection, negotiate(connection, export, contexts), name)
-            except BaseException:
-                connection.close()
-                raise
+        with _naming(name), contextlib.ExitStack() as undo:
+            first, facts = _open(address, export, contexts, timeout_s)
+            undo.callback(first.close)
+            opened = [first]
+            if facts.flags & protocol.FLAG_CAN_MULTI_CONN:
+                for _ in range(connections - 1):
+                    more, same = _open(address, export, (), timeout_s)
+                    undo.callback(more.close)
+                    opened.append(more)
+                    if same.size_bytes != facts.size_bytes:
+                        raise DiskServerBroken(f"of {facts.size_bytes} and {same.size_bytes} bytes")
+            undo.pop_all()
+        return cls(opened, facts, name)
 
     @property
     def size_bytes(self) -> int:
@@ -122,8 +139,9 @@ class NbdClient:
         self._run([Request(protocol.CMD_FLUSH)])
 
     def close(self) -> None:
-        """Ends the connection; a call that is under way fails with DiskServerLost."""
-        self._exchange.close()
+        """Ends the connections; a call that is under way fails with DiskServerLost."""
+        for exchange in self._exchanges:
+            exchange.close()
 
     def __enter__(self) -> NbdClient:
         return self
@@ -137,8 +155,9 @@ class NbdClient:
         self.close()
 
     def _run(self, requests: Sequence[Request]) -> None:
+        exchange = self._exchanges[next(self._turns) % len(self._exchanges)]
         with _naming(self._name):
-            self._exchange.run(requests)
+            exchange.run(requests)
 
     def _without_data(self, command: int, flag: int, offset: int, size_bytes: int) -> None:
         self._require_inside(offset, size_bytes)
@@ -151,7 +170,8 @@ class NbdClient:
         """The extents from `offset` to `end` as they come: an answer may stop early, or overrun."""
         while offset < end:
             request = Request(protocol.CMD_BLOCK_STATUS, offset, min(_STATUS_BYTES, end - offset))
-            self._run([request])
+            with _naming(self._name):
+                self._exchanges[0].run([request])
             asked_to = offset + request.size_bytes
             for extent in request.extents.get(number, ()):
                 if offset >= end:
@@ -182,6 +202,18 @@ class NbdClient:
             raise DiskServerRefused(f"{self._name} is read-only")
         if self._facts.flags & flag != flag:
             raise DiskServerRefused(f"{self._name} can't {verb}")
+
+
+def _open(
+    address: NbdAddress, export: str, contexts: Sequence[str], timeout_s: float
+) -> tuple[Exchange, ExportFacts]:
+    connection = Connection(address, timeout_s)
+    try:
+        facts = negotiate(connection, export, contexts)
+    except BaseException:
+        connection.close()
+        raise
+    return Exchange(connection, facts.structured), facts
 
 
 @contextlib.contextmanager

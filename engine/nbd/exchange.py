@@ -32,7 +32,7 @@ from storage.fs import Buffer
 # QEMU works on 16 requests of a connection at a time. More bytes under way were slower, as the
 # server's buffers fall out of the processor's caches (bench/nbd.py).
 MOST_IN_FLIGHT = 16
-MOST_BYTES_IN_FLIGHT = 2 << 20
+MOST_BYTES_IN_FLIGHT = 1 << 20
 # A request may be answered in pieces; none of ours is larger than 512 × this.
 _MOST_CHUNKS = 1 << 14
 

@@ -15,6 +15,7 @@ from engine.nbd.connection import NbdAddress
 from engine.nbd.protocol import BASE_ALLOCATION, STATE_DIRTY, STATE_ZERO, Extent
 from engine.sources import FoundBy
 
+CONNECTIONS = 2  # a third gained nothing (bench/nbd.py)
 _MOST_KEPT_RANGES = 1 << 20
 
 
@@ -32,13 +33,16 @@ class NbdSource:
     def open(
         cls, address: NbdAddress, export: str = "", bitmap: str = "", *, timeout_s: float
     ) -> NbdSource:
-        """Connects. A `bitmap` that the server does not export means: all may have changed.
+        """Connects, to a server that lets CONNECTIONS in. A `bitmap` that it does not export means:
+        all may have changed.
 
         DiskServerLost, DiskServerRefused, DiskServerBroken.
         """
         dirty = f"qemu:dirty-bitmap:{bitmap}" if bitmap else ""
         contexts = [BASE_ALLOCATION, *([dirty] if dirty else [])]
-        client = NbdClient.connect(address, export, contexts, timeout_s=timeout_s)
+        client = NbdClient.connect(
+            address, export, contexts, timeout_s=timeout_s, connections=CONNECTIONS
+        )
         return cls(client, dirty if dirty in client.contexts else "")
 
     @property

@@ -1,8 +1,9 @@
 """QEMU's tools as children: bounded in time, ended with us, their complaints in our errors.
 
-A qemu-nbd of ours serves one connection and ends when that does, so it can't outlive us: the kernel
-closes our end. Until it has a connection the kernel kills it when we die (PR_SET_PDEATHSIG, by way
-of setpriv; in a child between fork and exec of a process with threads we could not ask for it).
+A qemu-nbd of ours serves one client and ends with its last connection, so it can't outlive us: the
+kernel closes our end. Until it has a connection the kernel kills it when we die (PR_SET_PDEATHSIG,
+by way of setpriv; in a child between fork and exec of a process with threads we could not ask for
+it).
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ from engine.errors import (
     DiskServerRefused,
     EngineError,
 )
-from engine.nbd.source import NbdSource
+from engine.nbd.source import CONNECTIONS, NbdSource
 from engine.qemu.bitmaps import OURS, add_bitmap, bitmaps_of, remove_bitmap
 from engine.qemu.header import chain_below, read_header
 from engine.qemu.process import QemuNbd, image_options
@@ -171,7 +171,8 @@ class Qcow2Source:
         alone = len(self._members) == 1
         fd = self._members[0].fd
         place = f"/proc/self/fd/{fd}" if alone else self._disk.path
-        options = ["--read-only", *(["--bitmap", bitmap] if bitmap else [])]
+        options = ["--read-only", f"--shared={CONNECTIONS}"]
+        options += ["--bitmap", bitmap] if bitmap else []
         image = image_options("qcow2", place, "force-share=on")
         return QemuNbd(self._disk.path, [*options, "--image-opts", image], [fd] if alone else [])
 

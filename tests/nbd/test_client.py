@@ -8,6 +8,7 @@ import socket
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,35 @@ class TestReading:
         delayed = ["--filter=delay", "file", str(tmp_path / "v"), "delay-read=2ms"]
         with nbdkit(tmp_path, *delayed) as server, connect(server.address) as client:
             assert _read_by_many(client, content) == []
+
+    @pytest.mark.parametrize(("mode", "connections"), [("emulate", 3), ("disable", 1)])
+    def test_several_connections_where_all_see_the_same(
+        self, tmp_path: Path, mode: str, connections: int
+    ) -> None:
+        content = make_raw(tmp_path / "v")
+        filters = ["--filter=multi-conn", "--filter=delay", "file", str(tmp_path / "v")]
+        options = [f"multi-conn-mode={mode}", "delay-read=1ms"]
+        with nbdkit(tmp_path, *filters, *options) as server:
+            client = NbdClient.connect(
+                server.address, "", [BASE_ALLOCATION], timeout_s=WAIT_S, connections=3
+            )
+            with client:
+                assert _connected_to(server.address) == connections
+                assert _read_by_many(client, content) == []
+                for _ in range(4):  # of the one connection that knows the context
+                    assert sum(e.size_bytes for e in client.extents(BASE_ALLOCATION)) == 16 * MIB
+            _await(lambda: _connected_to(server.address) == 0)
+
+    def test_a_server_that_lets_fewer_in_than_was_said(self, tmp_path: Path) -> None:
+        make_raw(tmp_path / "v")
+        arguments = ["--filter=limit", "file", str(tmp_path / "v"), "limit=1"]
+        with nbdkit(tmp_path, *arguments) as server:
+            _await(lambda: _connected_to(server.address) == 0)  # who looked whether it is there
+            with pytest.raises(DiskServerLost):
+                NbdClient.connect(server.address, "", timeout_s=WAIT_S, connections=2)
+            _await(lambda: _connected_to(server.address) == 0)
+            with connect(server.address) as client:
+                assert len(read(client, 0, MIB)) == MIB
 
     def test_an_error_of_the_disk(self, tmp_path: Path) -> None:
         make_raw(tmp_path / "v")
@@ -234,6 +264,19 @@ def _read_by_many(client: NbdClient, content: bytes) -> list[int]:
         thread.join(WAIT_S)
         assert not thread.is_alive()
     return wrong
+
+
+def _connected_to(address: NbdAddress) -> int:
+    """How many connections the server at a unix socket has accepted (proc(5): state 03)."""
+    rows = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()]
+    return sum(row[-1] == address.path and row[5] == "03" for row in rows)
+
+
+def _await(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def _assert_whole(extents: list[Extent], size_bytes: int) -> None:
