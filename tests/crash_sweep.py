@@ -13,13 +13,15 @@ All is derived from the seed; a failure is printed with the arguments that repea
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 
 from storage.errors import StorageError
 from tests.crash_scripts import SCRIPTS, Step, random_script
@@ -40,6 +42,12 @@ class Tally:
     points: int = 0
     faults: int = 0
     failures: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.points} crash points, {self.faults} failing calls, "
+            f"{len(self.failures)} failures"
+        )
 
     def add(self, other: Tally) -> None:
         self.points += other.points
@@ -230,23 +238,36 @@ def plan(seed: int, points: int, faults_every: int, processes: int) -> Iterator[
         yield Work(seed, f"random-{seed}{number:06d}", range(3), Share())
 
 
-def sweep(seed: int, points: int, faults_every: int, processes: int = 2) -> Tally:
-    """At least so many points, and every so-manieth fault of the named scripts."""
+def sweep(
+    seed: int,
+    points: int,
+    faults_every: int,
+    processes: int = 2,
+    time_s: float = math.inf,
+    tell: Callable[[Tally], None] = lambda _total: None,
+) -> Tally:
+    """At least so many points, and every so-manieth fault of the named scripts; fewer when the
+    time is over before. `tell` sees the tally grow."""
     total = Tally()
+    end_s = time.monotonic() + time_s
     with ProcessPoolExecutor(processes) as pool:
         parts = plan(seed, points, faults_every, processes)
-        named = [next(parts) for _ in range(len(SCRIPTS) * processes)]
-        for tally in pool.map(work, named):
-            total.add(tally)
-        while total.points < points and len(total.failures) < FAILURES_KEPT:
-            for tally in pool.map(work, [next(parts) for _ in range(processes)]):
+        named = len(SCRIPTS) * processes
+        while (named > 0 or total.points < points) and time.monotonic() < end_s:
+            for tally in pool.map(work, islice(parts, processes)):
                 total.add(tally)
+                print(*tally.failures, sep="\n", end="", file=sys.stderr, flush=True)
+            if len(total.failures) >= FAILURES_KEPT:
+                break
+            named -= processes
+            tell(total)
     return total
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="tests.crash_sweep")
     parser.add_argument("--points", type=int, default=10_000)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="at most")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--faults-every", type=int, default=1, help="0: none")
     parser.add_argument("--processes", type=int, default=2)
@@ -279,11 +300,15 @@ def main() -> int:
     if arguments.script:
         tally = repeat(arguments)
     else:
-        tally = sweep(arguments.seed, arguments.points, arguments.faults_every, arguments.processes)
-    print(
-        f"seed {arguments.seed}: {tally.points} crash points, {tally.faults} failing calls, "
-        f"{len(tally.failures)} failures, {time.monotonic() - start_s:.1f} s"
-    )
+        tally = sweep(
+            arguments.seed,
+            arguments.points,
+            arguments.faults_every,
+            arguments.processes,
+            arguments.minutes * 60,
+            lambda total: print(f"{total} so far", file=sys.stderr, flush=True),
+        )
+    print(f"seed {arguments.seed}: {tally}, {time.monotonic() - start_s:.1f} s")
     for failure in tally.failures:
         print(failure)
     return 1 if tally.failures or not tally.points else 0
