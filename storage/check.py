@@ -15,14 +15,13 @@ is damaged only so much is listed (the rest is counted). storage.check_view comp
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from storage import orphans, tables
-from storage.bad_places import BadPlace
-from storage.check_frames import FrameCheck, file_digest
+from storage import tables
+from storage.check_frames import FrameCheck
+from storage.check_harmless import HarmlessCheck
 from storage.check_places import Lack, Standing, lacks, note, note_unsound, standing
 from storage.check_report import (
     MOST_FINDINGS,
@@ -41,7 +40,6 @@ from storage.chunks import ZERO_MARK
 from storage.errors import Damaged, PointNewerFormat, StorageError, translated
 from storage.fold import fold
 from storage.fs import Fs, OsFs
-from storage.heartbeats import check_beat
 from storage.listing import backup_rows
 from storage.log import Log
 from storage.manifests import PAGE_ENTRIES, ManifestReader, decode_page
@@ -50,7 +48,6 @@ from storage.paths import DomainPaths, FileContents
 from storage.point import Point
 from storage.rebuild import (
     RECORDS_PER_STEP,
-    checkpoint_name,
     manifest_chain,
     merged_pages,
     own_part,
@@ -68,8 +65,6 @@ __all__ = [
     "Reads",
     "check_point",
 ]
-
-_SEQ = re.compile("[0-9a-f]{16}")
 
 
 def check_point(
@@ -131,10 +126,11 @@ class _DomainCheck:
         self._records = Log(fs, paths.log, paths.tmp)
         self._contents = FileContents(fs, paths)
         self._frames = FrameCheck(fs, point, report, watch)
+        self._harmless = HarmlessCheck(fs, paths, report, watch)
         self._names: dict[int, str] = {}  # the packs that were checked, by number
 
     def run(self, *, deep: bool) -> None:
-        orphans = self._listed()
+        self._harmless.list_files()
         if not self._fold():
             return
         packs, manifests = self._live()
@@ -143,10 +139,10 @@ class _DomainCheck:
             self._watch.pause()
             self._check_manifest(manifest, row)
         self._check_disks(deep=deep)
-        self._check_heartbeats()
+        self._harmless.check_heartbeats()
         if deep:
-            self._check_checkpoints()
-        self._check_orphans(orphans, packs, manifests)
+            self._harmless.check_checkpoints()
+        self._harmless.check_orphans(self._view, packs.keys(), manifests.keys())
 
     def _found(
         self, kind: str, path: str, detail: str, offset: int = -1, backups: tuple[str, ...] = ()
@@ -165,14 +161,13 @@ class _DomainCheck:
         try:
             while self._view.update(self._fold_some):
                 self._watch.pause()
+            self._check_gaps()
         except StorageError as error:
             self._found("log", self._paths.log, str(error), backups=self._all_backups())
             return False
         with self._view.read() as state:
-            last, _ = tables.applied(state)
-            self._report.records += last
+            self._report.records += tables.applied(state)[0]
             self._report.backups += sum(1 for _ in backup_rows(state))
-        self._check_gaps(last)
         return True
 
     def _fold_some(self, state: tables.Tables, *, surely: bool = False) -> bool:
@@ -200,10 +195,19 @@ class _DomainCheck:
         with self._view.read() as state:
             return tuple(row.backup for row in backup_rows(state))[:SHOWN_RANGES]
 
-    def _check_gaps(self, last: int) -> None:
-        """Records behind the last one that can be reached mean that one is missing."""
-        if self._records.newest_name() > last + 1:
+    def _check_gaps(self) -> None:
+        """A name behind the last record that can be reached means that one is missing. Names first:
+        what is appended meanwhile must not look as if it came after a gap."""
+        newest = self._records.newest_name()
+        self._fold_to_the_end()
+        with self._view.read() as state:
+            last, _ = tables.applied(state)
+        if newest > last:
             self._found("log", self._paths.log, f"record {last + 1} is missing")
+
+    def _fold_to_the_end(self) -> None:
+        while self._view.update(partial(self._fold_some, surely=True)):
+            self._watch.pause()
 
     def _live(self) -> tuple[dict[str, PackState], dict[str, ManifestState]]:
         """Live packs and live manifests."""
@@ -222,8 +226,7 @@ class _DomainCheck:
 
     def _still_live(self, table: str, name: str) -> bool:
         """Whether the log, read to its end by now, still has it: else it was deleted beside us."""
-        while self._view.update(partial(self._fold_some, surely=True)):
-            pass
+        self._fold_to_the_end()
         with self._view.read() as state:
             return state.table(table).get(name.encode()) is not None
 
@@ -428,60 +431,6 @@ class _DomainCheck:
             self._report.disks.append(
                 DiskDamage(row.backup, disk, row.capacity, pieces.size_bytes, pieces.count, shown)
             )
-
-    # What costs no data.
-
-    def _check_heartbeats(self) -> None:
-        with translated(self._paths.hosts):
-            for host in orphans.names_in(self._fs, self._paths.hosts):
-                path = os.path.join(self._paths.hosts, host)
-                try:
-                    check_beat(self._fs, path)
-                except FileNotFoundError:
-                    continue
-                except StorageError as error:
-                    self._found("heartbeat", path, str(error))
-
-    def _check_checkpoints(self) -> None:
-        with translated(self._paths.checkpoints):
-            for name in orphans.names_in(self._fs, self._paths.checkpoints):
-                path = os.path.join(self._paths.checkpoints, name)
-                seq = name[:16]
-                try:
-                    digest = file_digest(self._fs, path, self._report, self._watch)
-                except BadPlace as error:
-                    self._found("checkpoint", path, str(error))
-                    continue
-                if digest is None:
-                    continue
-                if not _SEQ.fullmatch(seq) or checkpoint_name(int(seq, 16), digest) != name:
-                    self._found("checkpoint", path, f"{path}: its content does not match its name")
-
-    # What nobody owns.
-
-    def _listed(self) -> list[tuple[str, str]]:
-        """(table, FileId) of all pack and manifest files, listed before the log is read."""
-        found = []
-        for table, root in (("packs", self._paths.packs), ("manifests", self._paths.manifests)):
-            with translated(root):
-                for session in orphans.names_in(self._fs, root):
-                    names = orphans.names_in(self._fs, os.path.join(root, session))
-                    found += [(table, f"{session}/{name}") for name in names]
-        return found
-
-    def _check_orphans(
-        self,
-        listed: list[tuple[str, str]],
-        packs: dict[str, PackState],
-        manifests: dict[str, ManifestState],
-    ) -> None:
-        with self._view.read() as state:
-            for table, name in listed:
-                owned = name in packs if table == "packs" else name in manifests
-                open_session = tables.sessions.get(state, name.partition("/")[0]) is not None
-                if not owned and not open_session:
-                    path = os.path.join(self._paths.root, table, name)
-                    self._found("orphan", path, "belongs to nobody; the next gc removes it")
 
 
 def _heirs(state: tables.Tables, disk: str) -> set[str]:

@@ -88,6 +88,8 @@ def make_view(fs: Fs, paths: DomainPaths, path: str, identity: bytes) -> str:
             view.close(seal=True)
         # What is gone was lost only if no later record has let it go.
         if whole or records.read_surely(last + 1) is None:
+            if not whole:
+                log.warning("view_incomplete path=%s: what the point lost is missing in it", path)
             records.make_names_durable(max(1, last - 1), last)
             return unfinished
 
@@ -231,7 +233,7 @@ def _placed(state: Tables, packs: list[tuple[int, str]], contents: Contents) -> 
         try:
             index.place({pack: number})
         except (FileDamaged, FileGone) as error:
-            log.warning("pack_lost pack=%s error=%s", pack, error)
+            log.info("pack_unreadable pack=%s error=%s", pack, error)
             lost.append(pack)
     index.flush()
     return tuple(lost)
@@ -265,7 +267,7 @@ def _fill_disk(update: Update, contents: Contents, disk: str) -> bool:
         for batch in _batches(merged_pages(contents, chain, root=root), PAGES_PER_STEP):
             _run(update, contents, partial(_add_pages, layer, batch))
     except (FileDamaged, FileGone) as error:
-        log.warning("map_lost disk=%s error=%s", disk, error)
+        log.info("map_unreadable disk=%s error=%s", disk, error)
         _run(update, contents, lambda index: index.withdraw_layer(layer))
         update(partial(_note_lost_layer, disk=disk))
         return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from storage.check import Finding, check_point
 from storage.chunks import FRAME_HEADER_BYTES
 from storage.domain import Domain
 from storage.errors import Damaged
+from storage.fs import OsFs
 from storage.log import record_path
 from storage.point import Point
 from storage.session import NewBackup
@@ -161,6 +163,49 @@ def test_a_check_beside_a_gc_finds_no_damage(point: Point, domain: Domain) -> No
     report = check_point(point.path, deep=True, fs=fs)
     assert report.clean, report.findings
     assert load(domain, small) == chunks[0]
+
+
+def test_what_a_gc_deletes_beside_a_check_is_no_orphan(
+    point: Point, domain: Domain, saved: list[Saved]
+) -> None:
+    fs = HookFs()
+    fs.root = domain.paths.log
+
+    def delete() -> None:
+        domain.forget([saved[2].backup])
+        assert domain.reclaim().packs_removed == 1
+
+    fs.hook = delete
+    assert check_point(point.path, deep=True, fs=fs).findings == []
+    assert fs.hook is None
+
+
+class BusyLog(OsFs):
+    """Somebody appends records just before the checker asks a second time for the newest."""
+
+    def __init__(self, directory: str, append: Callable[[], None]) -> None:
+        self.looks = 0
+        self._directory = directory
+        self._append = append
+
+    def listdir(self, path: str) -> list[str]:
+        self.looks += path == self._directory
+        if path == self._directory and self.looks == 2:
+            self._append()
+        return super().listdir(path)
+
+
+@pytest.mark.usefixtures("saved")
+def test_records_that_come_beside_a_check_leave_no_gap(point: Point, domain: Domain) -> None:
+    fs = BusyLog(domain.paths.log, lambda: _save_two(domain))
+    report = check_point(point.path, deep=True, fs=fs)
+    assert report.findings == []
+    assert (fs.looks >= 2, report.backups) == (True, 5)
+
+
+def _save_two(domain: Domain) -> None:
+    for _ in range(2):
+        save(domain, os.urandom(CHUNK))
 
 
 @pytest.mark.parametrize("damaged", [0, 1])
