@@ -22,7 +22,7 @@ help:
 	@echo "make check      lint, types, layers and tests, as CI does"
 	@echo "make test-deps  Debian packages that the tests use (as root)"
 	@echo "make bench      how fast, beside others and the machine's limits;  make bench-quick: in minutes"
-	@echo "make soak       hours of crashes, faults, damage and hostile input"
+	@echo "make soak       hours of crashes, faults, damage, hostile input; MINUTES=480 keeps to a time"
 	@echo "make lock       renews requirements/*.txt from pyproject.toml"
 
 .venv/bin/python:
@@ -61,18 +61,9 @@ bench: .venv/.runtime
 bench-quick: .venv/.runtime
 	$(BIN)/python -m bench --quick $(ARGS)
 
-# Hours: each line alone is a sweep that `make check` runs a small part of. As root for all of it.
+# Hours: what `make check` runs a small part of. MINUTES=480 keeps it to a time. As root for all.
 soak: .venv/.test
-	$(BIN)/python -m bench.soak $(ARGS)
-	$(BIN)/python -m tests.model.search --full
-	$(BIN)/python -m tests.crash_sweep --points 1000000
-	$(BIN)/python -m tests.fire.sweep --stride 1
-	$(BIN)/python -m tests.reflink_sweep --rounds 10000
-	$(BIN)/python -m tests.fire.plug --count 5000
-	$(BIN)/python -m tests.fire.replay --words 400
-	$(BIN)/python -m bench.soak_two --rounds 1000 --hosts-rounds 200
-	VMKEEP_DAMAGE=20000 $(BIN)/python -m pytest tests/damage/test_point_damage.py
-	VMKEEP_SOAK=1 $(BIN)/python -m pytest tests/hostile tests/nfs -rP
+	$(BIN)/python -m tests.soak $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
 
 test-deps:
 	@packages=""; for pair in $(TEST_TOOLS); do \

@@ -267,8 +267,10 @@ def main() -> int:
                 except (Broken, StorageError, AssertionError) as broken:
                     print(f"plug: {kind}: BROKEN: {broken!r}", file=sys.stderr)
                     return 1
-            counts = ", ".join(f"{n} {what}" for what, n in bench.counts.items())
-            print(f"plug: {kind}: {counts}; nothing lost; {time.monotonic() - began_s:.0f} s")
+                finally:  # also when it is interrupted
+                    counts = ", ".join(f"{n} {what}" for what, n in bench.counts.items())
+                    print(f"plug: {kind}: {counts}; {time.monotonic() - began_s:.0f} s")
+            print(f"plug: {kind}: nothing lost")
     return 0
 
 
