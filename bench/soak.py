@@ -22,37 +22,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from api.cli.follow import ENDED
-from api.cli.names import groups, pick_or_only, points, pools, zones
-from api.client import Client
-from api.schemas import Empty
-from api.schemas_backup import (
-    BackupCreate,
-    BackupCreated,
-    BackupDelete,
-    BackupRestore,
-    ComputeBackupRestoreDisk,
-)
-from api.schemas_companion import (
-    ComputeCreate,
-    ComputeCreated,
-    ComputeDelete,
-    JobQuery,
-    JobRow,
-    JobStarted,
-    NewDiskMembers,
-    PointMaintenance,
-)
 from bench.disks import sha256
 from bench.service import Service
+from bench.witness import Witness, Wrong
 
 MIB = 1 << 20
 VOLUME_BYTES = 192 * MIB
 MOST_BACKUPS = 12
-LOOK_EVERY_S = 0.02
-
-
-class Wrong(Exception):
-    """A promise was broken."""
 
 
 class Soak:
@@ -60,24 +36,14 @@ class Soak:
 
     def __init__(self, root: Path, chance: random.Random) -> None:
         self.chance = chance
-        self.truth: dict[str, str] = {}  # acknowledged backup → SHA-256 of the volume
         self._data = root / "data"
-        self._restored = 0
-        self._start()
-        self._point = pick_or_only(self.client, "backup point", "", points)
-        self._pool = pick_or_only(self.client, "pool", "", pools)
-        self._group = pick_or_only(self.client, "object group", "", groups)
-        self._zone = pick_or_only(self.client, "zone", "", zones)
-        self._volume = self._data / "pool" / "volume"
-        with self._volume.open("xb") as file:
-            file.truncate(VOLUME_BYTES)
-        disk = NewDiskMembers(target_device="sda", pool_uuid=self._pool, volume_name="volume")
-        body = ComputeCreate(compute_name="soak", disks=[disk])
-        self._vm = self.client.post("compute/create", ComputeCreated, body).data.compute_uuid
+        self._service = self._started()
+        self._witness = Witness(self._service.url, self._data, "soak")
+        self._vm = self._witness.new_vm("volume", b"", VOLUME_BYTES)
 
     def scribble(self) -> None:
         """Noise, zeros and repeats at random places, not aligned to anything."""
-        with self._volume.open("r+b") as file:
+        with self._vm.volume.open("r+b") as file:
             for _ in range(self.chance.randint(1, 20)):
                 size_bytes = self.chance.randint(1, 6 * MIB)
                 file.seek(self.chance.randint(0, VOLUME_BYTES - size_bytes))
@@ -86,115 +52,61 @@ class Soak:
                 file.write(bytes(size_bytes) if kind == "zeros" else same.randbytes(size_bytes))
 
     def backup(self) -> None:
-        expected = sha256(self._volume)
-        backup, job = self._start_backup()
-        self._succeed(job)
-        self.truth[backup] = expected
-        while len(self.truth) > MOST_BACKUPS:
+        self._witness.backup(self._vm, full=self._sometimes_full())
+        while len(self._vm.truth) > MOST_BACKUPS:
             self.delete()
 
     def restore(self) -> None:
-        if self.truth:
-            self._compare(self.chance.choice(list(self.truth)))
+        if self._vm.truth:
+            self._witness.compare(*self.chance.choice(list(self._vm.truth.items())))
 
     def delete(self) -> None:
-        if self.truth:
-            backup = self.chance.choice(list(self.truth))
-            self.client.post("compute/backup/delete", Empty, BackupDelete(backup_uuid=backup))
-            del self.truth[backup]
+        if self._vm.truth:
+            self._witness.delete(self._vm, self.chance.choice(list(self._vm.truth)))
 
     def collect(self) -> None:
-        self._maintain("gc")
+        self._witness.maintain("gc")
 
     def rebuild(self) -> None:
-        self._maintain("rebuild")
+        self._witness.maintain("rebuild")
 
     def verify(self) -> None:
-        self._maintain("verify")
+        self._witness.maintain("verify")
 
     def kill(self) -> None:
         """kill -9 at a random place of a backup or a restore. What had succeeded by then counts."""
-        expected = sha256(self._volume)
+        expected = sha256(self._vm.volume)
         backup, vm = "", ""
-        if self.truth and self.chance.random() < 0.3:
-            vm, _, job = self._start_restore(self.chance.choice(list(self.truth)))
+        if self._vm.truth and self.chance.random() < 0.3:
+            vm, _, job = self._witness.start_restore(self.chance.choice(list(self._vm.truth)))
         else:
-            backup, job = self._start_backup()
+            backup, job = self._witness.start_backup(self._vm, full=self._sometimes_full())
         time.sleep(self.chance.random() ** 2)
         self._service.kill()
-        self.client.close()
-        self._start()
-        state = self._look(job).state
+        self._service = self._started()
+        self._witness.follow(self._service.url)
+        state = self._witness.look(job).state
         if state not in ENDED:
             raise Wrong(f"job {job} is {state} after the restart")
         if backup and state == "succeeded":
-            self.truth[backup] = expected
+            self._vm.truth[backup] = expected
         if vm:
-            self._delete_vm(vm)
+            self._witness.delete_vm(vm)
 
     def finish(self) -> None:
         """Every backup comes back, and every byte is sound."""
-        for backup in self.truth:
-            self._compare(backup)
-        self._maintain("verify", deep=True)
-        self.client.close()
+        for backup, expected in self._vm.truth.items():
+            self._witness.compare(backup, expected)
+        self._witness.maintain("verify", deep=True)
+        self._witness.close()
         if self._service.stop() != 0:
             raise Wrong("the service did not end well")
 
-    def _compare(self, backup: str) -> None:
-        vm, volume, job = self._start_restore(backup)
-        self._succeed(job)
-        if sha256(volume) != self.truth[backup]:
-            raise Wrong(f"backup {backup} did not come back: see {volume}")
-        self._delete_vm(vm)
+    def _started(self) -> Service:
+        return Service(self._data, log=self._data.parent / "service.log")
 
-    def _start(self) -> None:
-        self._service = Service(self._data, log=self._data.parent / "service.log")
-        self.client = Client(self._service.url)
-
-    def _start_backup(self) -> tuple[str, str]:
-        full = self.chance.random() < 0.2
-        body = BackupCreate(
-            backup_point_uuid=self._point,
-            compute_uuid=self._vm,
-            backup_name="soak",
-            full_backup=full,
-        )
-        reply = self.client.post("compute/backup/create", BackupCreated, body)
-        return reply.data.backup_uuid, reply.headers["X-Job-Uuid"]
-
-    def _start_restore(self, backup: str) -> tuple[str, Path, str]:
-        self._restored += 1
-        name = f"restored-{self._restored}"
-        disk = ComputeBackupRestoreDisk(
-            target_device="sda", pool_uuid=self._pool, volume_name=name, usd_type="SSD"
-        )
-        body = BackupRestore(
-            backup_uuid=backup,
-            new_vm_name=name,
-            restore_disks=[disk],
-            object_group=self._group,
-            zone_uuid=self._zone,
-        )
-        headers = self.client.post("compute/backup/restore", Empty, body).headers
-        return headers["X-Compute-Uuid"], self._data / "pool" / name, headers["X-Job-Uuid"]
-
-    def _delete_vm(self, vm: str) -> None:
-        body = ComputeDelete(compute_uuid=vm, delete_volumes=True)
-        self.client.post("compute/delete", Empty, body)
-
-    def _maintain(self, verb: str, *, deep: bool = False) -> None:
-        body = PointMaintenance(backup_point_uuid=self._point, deep=deep)
-        self._succeed(self.client.post(f"backup_point/{verb}", JobStarted, body).data.job_uuid)
-
-    def _succeed(self, job_uuid: str) -> None:
-        while (job := self._look(job_uuid)).state not in ENDED:
-            time.sleep(LOOK_EVERY_S)
-        if job.state != "succeeded":
-            raise Wrong(f"{job.kind} {job.state}: {job.error}; {'; '.join(job.result)}")
-
-    def _look(self, job_uuid: str) -> JobRow:
-        return self.client.get("job/inspect", JobRow, JobQuery(job_uuid=job_uuid)).data
+    def _sometimes_full(self) -> bool:
+        return self.chance.random() < 0.2
 
 
 def main() -> int:

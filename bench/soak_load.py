@@ -23,48 +23,25 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from api.cli.follow import ENDED
-from api.cli.names import groups, pick_or_only, points, pools, zones
-from api.client import CallFailed, Client
+from api.client import CallFailed
 from api.schemas import Empty
-from api.schemas_backup import (
-    BackupCreate,
-    BackupCreated,
-    BackupDelete,
-    BackupList,
-    BackupListQuery,
-    BackupRestore,
-    ComputeBackupRestoreDisk,
-)
-from api.schemas_companion import (
-    ComputeCreate,
-    ComputeCreated,
-    ComputeDelete,
-    JobQuery,
-    JobRow,
-    JobStarted,
-    NewDiskMembers,
-    PointMaintenance,
-)
+from api.schemas_backup import BackupList, BackupListQuery
+from api.schemas_companion import JobQuery
 from bench.disks import sha256
 from bench.lab import descendants
 from bench.service import Service
+from bench.witness import Machine, Witness, Wrong
 from engine.snapshot import SNAPSHOTS
 from storage.check import check_point
 
 MIB = 1 << 20
 VOLUME_BYTES = MIB
 BACKUPS_OF_A_VM = 3
-LOOK_EVERY_S = 0.05
 BUSY = frozenset({40900, 40902})  # vm_busy, backup_running
 MEMORY_GAIN = 1.2
-
-
-class Wrong(Exception):
-    """A promise was broken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,53 +64,17 @@ class Held:
         return cls(threads, descriptors, resident_bytes)
 
 
-@dataclass(slots=True)
-class Machine:
-    """A VM and what was acknowledged of it: backup → SHA-256 of the volume."""
-
-    uuid: str
-    volume: Path
-    truth: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Site:
-    """One service, where its things are, and the uuids that calls need."""
-
-    url: str
-    directory: Path
-    point: str
-    pool: str
-    group: str
-    zone: str
-
-
-def site_of(url: str, directory: Path) -> Site:
-    """The only ones that a fresh service has."""
-    with Client(url) as client:
-        return Site(
-            url,
-            directory,
-            pick_or_only(client, "backup point", "", points),
-            pick_or_only(client, "pool", "", pools),
-            pick_or_only(client, "object group", "", groups),
-            pick_or_only(client, "zone", "", zones),
-        )
-
-
 class Caller:
     """One client with VMs of its own. Used by one thread at a time."""
 
-    def __init__(self, site: Site, number: int, vms: int, seed: int) -> None:
+    def __init__(self, service: Service, data: Path, number: int, vms: int, seed: int) -> None:
         self.done: Counter[str] = Counter()
-        self._site, self._number = site, number
         self._chance = random.Random(f"{seed} {number}")
-        self._client = Client(site.url)
-        self._restored = 0
-        self._machines = [self._created(f"vm-{number}-{at}") for at in range(vms)]
+        self._witness = Witness(service.url, data, str(number))
+        self._machines = [self._new_vm(f"vm-{number}-{at}") for at in range(vms)]
 
     def close(self) -> None:
-        self._client.close()
+        self._witness.close()
 
     def work(self, end_s: float) -> None:
         """Random verbs until the time is over."""
@@ -152,117 +93,68 @@ class Caller:
 
     def list(self, vm: Machine) -> None:
         """The VM's backups, each acknowledged one among them, and a page of everybody's."""
+        client = self._witness.client
         query = BackupListQuery(filter_vm_uuid=vm.uuid, page_size=1000)
-        rows = self._client.get("compute/backup/list", BackupList, query).data.rows
+        rows = client.get("compute/backup/list", BackupList, query).data.rows
         if missing := vm.truth.keys() - {row.uuid for row in rows if row.status == 0}:
             raise Wrong(f"not listed: {missing}")
-        self._client.get("compute/backup/list", BackupList, BackupListQuery(page_size=50))
+        client.get("compute/backup/list", BackupList, BackupListQuery(page_size=50))
 
     def backup(self, vm: Machine) -> None:
         with vm.volume.open("r+b") as file:
             file.seek(self._chance.randrange(VOLUME_BYTES - 4096))
             file.write(self._chance.randbytes(4096))
-        expected = sha256(vm.volume)
-        backup, job = self._start_backup(vm)
-        self._succeed(job)
-        vm.truth[backup] = expected
+        self._witness.backup(vm, full=self._sometimes_full())
         if len(vm.truth) > BACKUPS_OF_A_VM:
             self.delete(vm)
 
     def restore(self, vm: Machine) -> None:
         if vm.truth:
-            self._compare(vm, self._chance.choice([*vm.truth]))
+            self._witness.compare(*self._chance.choice([*vm.truth.items()]))
 
     def delete(self, vm: Machine) -> None:
         if vm.truth:
-            backup = self._chance.choice([*vm.truth])
-            self._client.post("compute/backup/delete", Empty, BackupDelete(backup_uuid=backup))
-            del vm.truth[backup]
+            self._witness.delete(vm, self._chance.choice([*vm.truth]))
 
     def cancel(self, vm: Machine) -> None:
         """A backup that is cancelled; it may have been done before."""
         expected = sha256(vm.volume)
-        backup, job = self._start_backup(vm)
+        backup, job = self._witness.start_backup(vm, full=self._sometimes_full())
         try:
-            self._client.post("job/cancel", Empty, JobQuery(job_uuid=job))
+            self._witness.client.post("job/cancel", Empty, JobQuery(job_uuid=job))
         except CallFailed as refused:
             if refused.status != 409:
                 raise
-        if self._ended(job).state == "succeeded":
+        if self._witness.ended(job).state == "succeeded":
             vm.truth[backup] = expected
 
     def collide(self, vm: Machine) -> None:
         """A second backup of a VM in the middle of one is refused by name, or is a second one."""
         expected = sha256(vm.volume)
-        started = [self._start_backup(vm)]
+        started = [self._witness.start_backup(vm, full=self._sometimes_full())]
         try:
-            started.append(self._start_backup(vm))
+            started.append(self._witness.start_backup(vm, full=self._sometimes_full()))
         except CallFailed as refused:
             if refused.output.scode not in BUSY:
                 raise
             self.done["refused as busy"] += 1
         for backup, job in started:
-            self._succeed(job)
+            self._witness.succeed(job)
             vm.truth[backup] = expected
 
     def finish(self) -> None:
         """Every backup comes back."""
         for vm in self._machines:
-            for backup in vm.truth:
-                self._compare(vm, backup)
+            for backup, expected in vm.truth.items():
+                self._witness.compare(backup, expected)
                 self.done["compared in the end"] += 1
 
-    def _created(self, name: str) -> Machine:
-        volume = self._site.directory / "pool" / name
+    def _new_vm(self, name: str) -> Machine:
         same = random.Random(7).randbytes(VOLUME_BYTES // 2)
-        volume.write_bytes(same + self._chance.randbytes(VOLUME_BYTES // 2))
-        disk = NewDiskMembers(
-            target_device="sda", pool_uuid=self._site.pool, volume_name=volume.name
-        )
-        body = ComputeCreate(compute_name=name, disks=[disk])
-        uuid = self._client.post("compute/create", ComputeCreated, body).data.compute_uuid
-        return Machine(uuid, volume)
+        return self._witness.new_vm(name, same + self._chance.randbytes(VOLUME_BYTES // 2))
 
-    def _start_backup(self, vm: Machine) -> tuple[str, str]:
-        body = BackupCreate(
-            backup_point_uuid=self._site.point,
-            compute_uuid=vm.uuid,
-            backup_name="load",
-            full_backup=self._chance.random() < 0.2,
-        )
-        reply = self._client.post("compute/backup/create", BackupCreated, body)
-        return reply.data.backup_uuid, reply.headers["X-Job-Uuid"]
-
-    def _compare(self, vm: Machine, backup: str) -> None:
-        self._restored += 1
-        name = f"back-{self._number}-{self._restored}"
-        disk = ComputeBackupRestoreDisk(
-            target_device="sda", pool_uuid=self._site.pool, volume_name=name, usd_type="SSD"
-        )
-        body = BackupRestore(
-            backup_uuid=backup,
-            new_vm_name=name,
-            restore_disks=[disk],
-            object_group=self._site.group,
-            zone_uuid=self._site.zone,
-        )
-        headers = self._client.post("compute/backup/restore", Empty, body).headers
-        self._succeed(headers["X-Job-Uuid"])
-        if sha256(self._site.directory / "pool" / name) != vm.truth[backup]:
-            raise Wrong(f"backup {backup} did not come back: see {name}")
-        gone = ComputeDelete(compute_uuid=headers["X-Compute-Uuid"], delete_volumes=True)
-        self._client.post("compute/delete", Empty, gone)
-
-    def _succeed(self, job_uuid: str) -> None:
-        job = self._ended(job_uuid)
-        if job.state != "succeeded":
-            raise Wrong(f"{job.kind} {job.state}: {job.error}; {'; '.join(job.result)}")
-
-    def _ended(self, job_uuid: str) -> JobRow:
-        query = JobQuery(job_uuid=job_uuid)
-        while (job := self._client.get("job/inspect", JobRow, query).data).state not in ENDED:
-            time.sleep(LOOK_EVERY_S)
-        return job
+    def _sometimes_full(self) -> bool:
+        return self._chance.random() < 0.2
 
 
 class Keeper(Caller):
@@ -270,14 +162,12 @@ class Keeper(Caller):
 
     def work(self, end_s: float) -> None:
         while time.monotonic() < end_s:
-            for verb, deep in (("gc", False), ("verify", True)):
-                self.maintain(verb, deep=deep)
+            self.maintain()
 
-    def maintain(self, verb: str, *, deep: bool = False) -> None:
-        body = PointMaintenance(backup_point_uuid=self._site.point, deep=deep)
-        started = self._client.post(f"backup_point/{verb}", JobStarted, body).data
-        self._succeed(started.job_uuid)
-        self.done[verb] += 1
+    def maintain(self) -> None:
+        self._witness.maintain("gc")
+        self._witness.maintain("verify", deep=True)
+        self.done.update(("gc", "verify"))
 
 
 def at_once(acts: list[Callable[[], None]]) -> None:
@@ -303,18 +193,18 @@ def load(root: Path, seconds: float, clients: int, vms: int, seed: int) -> Count
     """See the module; how often each verb was done. Raises Wrong."""
     data = root / "data"
     with Service(data, log=root / "service.log") as service, ExitStack() as closing:
-        site = site_of(service.url, data)
-        keeper = Keeper(site, clients, 0, seed)
+        keeper = Keeper(service, data, clients, 0, seed)
         shares = [len(range(number, vms, clients)) for number in range(clients)]
-        callers = [Caller(site, number, share, seed) for number, share in enumerate(shares)]
+        callers = [
+            Caller(service, data, number, share, seed) for number, share in enumerate(shares)
+        ]
         everybody = [*callers, keeper]
         for caller in everybody:
             closing.callback(caller.close)
         held = [_worked(service, everybody, seconds / 2) for _ in range(2)]
         compare_held(*held)
         at_once([caller.finish for caller in callers])
-        for verb in ("gc", "verify"):
-            keeper.maintain(verb, deep=verb == "verify")
+        keeper.maintain()
         done = sum((caller.done for caller in everybody), Counter())
         if service.stop() != 0:
             raise Wrong("the service did not end well")

@@ -29,34 +29,17 @@ from functools import partial
 from pathlib import Path
 from types import TracebackType
 
-from api.cli.follow import ENDED
-from api.cli.names import clusters, groups, pick_or_only, points, pools, zones
-from api.client import CallFailed, Client
-from api.schemas import Empty
+from api.cli.names import clusters
+from api.client import CallFailed
 from api.schemas_backup import (
-    BackupCreate,
-    BackupCreated,
-    BackupDelete,
     BackupList,
     BackupListQuery,
-    BackupRestore,
-    ComputeBackupRestoreDisk,
     ImportedBackups,
     RemoteBackupRef,
     RemoteImport,
 )
-from api.schemas_companion import (
-    ComputeCreate,
-    ComputeCreated,
-    ComputeDelete,
-    JobQuery,
-    JobRow,
-    JobStarted,
-    NewDiskMembers,
-    PointMaintenance,
-)
-from bench.disks import sha256
 from bench.service import Service
+from bench.witness import Witness, Wrong
 from storage.check import check_point
 
 MIB = 1 << 20
@@ -64,10 +47,6 @@ VOLUME_BYTES = 3 * MIB
 PATIENCE_S = 60.0
 GONE = frozenset({40408, 40411})  # backup_not_found, backup_not_on_point
 FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
-
-
-class Wrong(Exception):
-    """A promise was broken."""
 
 
 def shifted_clock(shift: str) -> dict[str, str]:
@@ -86,30 +65,19 @@ class Side:
     def __init__(
         self, root: Path, name: str, point: Path, cluster: str, env: Mapping[str, str]
     ) -> None:
-        self.truth: dict[str, str] = {}  # acknowledged backup → SHA-256 of the volume
         self._chance = random.Random(name)
-        self._data = root / name
         config = root / f"{name}.toml"
         config.write_text(
             f'[limits]\npoint_refresh_s = 0.2\n[[clusters]]\nname = "{cluster[:8]}"\n'
             f'uuid = "{cluster}"\n[[points]]\nname = "shared"\npath = "{point}"\n'
         )
-        self.cluster = cluster
-        self._restored = 0
-        self._service = Service(
-            self._data, "--config", str(config), log=root / f"{name}.log", env=env
-        )
-        self.client = Client(self._service.url)
-        self.point = pick_or_only(self.client, "backup point", "", points)
-        self._pool = pick_or_only(self.client, "pool", "", pools)
-        self._group = pick_or_only(self.client, "object group", "", groups)
-        self._zone = pick_or_only(self.client, "zone", "", zones)
-        assert [row.uuid for row in clusters(self.client)] == [cluster]
-        self._volume = self._data / "pool" / "volume"
-        self._volume.write_bytes(self._chance.randbytes(VOLUME_BYTES))
-        disk = NewDiskMembers(target_device="sda", pool_uuid=self._pool, volume_name="volume")
-        body = ComputeCreate(compute_name=name, disks=[disk])
-        self._vm = self.client.post("compute/create", ComputeCreated, body).data.compute_uuid
+        data = root / name
+        self._service = Service(data, "--config", str(config), log=root / f"{name}.log", env=env)
+        self.witness = Witness(self._service.url, data, name)
+        self._cluster = cluster
+        assert [row.uuid for row in clusters(self.witness.client)] == [cluster]
+        self._vm = self.witness.new_vm("volume", self._chance.randbytes(VOLUME_BYTES))
+        self.truth = self._vm.truth  # also what was imported
 
     def __enter__(self) -> Side:
         return self
@@ -120,28 +88,17 @@ class Side:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.client.close()
+        self.witness.close()
         self._service.stop()
 
     def backup(self) -> str:
-        with self._volume.open("r+b") as file:
+        with self._vm.volume.open("r+b") as file:
             file.seek(self._chance.randrange(VOLUME_BYTES - MIB))
             file.write(self._chance.randbytes(MIB // 2))
-        expected = sha256(self._volume)
-        body = BackupCreate(
-            backup_point_uuid=self.point,
-            compute_uuid=self._vm,
-            backup_name="two",
-            full_backup=self._chance.random() < 0.2,
-        )
-        reply = self.client.post("compute/backup/create", BackupCreated, body)
-        self._succeed(reply.headers["X-Job-Uuid"])
-        self.truth[reply.data.backup_uuid] = expected
-        return reply.data.backup_uuid
+        return self.witness.backup(self._vm, full=self._chance.random() < 0.2)
 
     def delete(self, backup: str) -> None:
-        self.client.post("compute/backup/delete", Empty, BackupDelete(backup_uuid=backup))
-        self.truth.pop(backup, None)
+        self.witness.delete(self._vm, backup)
 
     def delete_all_but(self, count: int) -> None:
         for backup in list(self.truth)[: max(len(self.truth) - count, 0)]:
@@ -149,10 +106,10 @@ class Side:
 
     def take(self, backup: str, expected: str) -> bool:
         """Imports it; False when it is there no more."""
-        ref = RemoteBackupRef(uuid=backup, point_uuid=self.point)
-        body = RemoteImport(cluster_uuid=self.cluster, backup=[ref])
+        ref = RemoteBackupRef(uuid=backup, point_uuid=self.witness.point)
+        body = RemoteImport(cluster_uuid=self._cluster, backup=[ref])
         try:
-            self.client.post("compute/backup/remote/import", ImportedBackups, body)
+            self.witness.client.post("compute/backup/remote/import", ImportedBackups, body)
         except CallFailed as error:
             if error.output.scode in GONE:
                 return False
@@ -161,54 +118,24 @@ class Side:
         return True
 
     def collect(self) -> None:
-        self._maintain("gc")
+        self.witness.maintain("gc")
 
     def compare(self, backup: str, expected: str) -> None:
-        """Restores it as a VM of its own; Wrong when it is not bit for bit what it was."""
-        self._restored += 1
-        name = f"restored-{self._restored}"
-        disk = ComputeBackupRestoreDisk(
-            target_device="sda", pool_uuid=self._pool, volume_name=name, usd_type="SSD"
-        )
-        body = BackupRestore(
-            backup_uuid=backup,
-            new_vm_name=name,
-            restore_disks=[disk],
-            object_group=self._group,
-            zone_uuid=self._zone,
-        )
-        headers = self.client.post("compute/backup/restore", Empty, body).headers
-        self._succeed(headers["X-Job-Uuid"])
-        if sha256(self._data / "pool" / name) != expected:
-            raise Wrong(f"backup {backup} did not come back in {self._data}")
-        gone = ComputeDelete(compute_uuid=headers["X-Compute-Uuid"], delete_volumes=True)
-        self.client.post("compute/delete", Empty, gone)
+        self.witness.compare(backup, expected)
 
     def await_listed(self, backup: str) -> None:
         """Until this host has seen a backup that another host of its cluster made."""
         deadline_s = time.monotonic() + PATIENCE_S
         query = BackupListQuery(page_size=1000)
         while True:
-            rows = self.client.get("compute/backup/list", BackupList, query).data
+            rows = self.witness.client.get("compute/backup/list", BackupList, query).data
             if any(row.uuid == backup and row.status == 0 for row in rows.rows):
                 return
             if time.monotonic() > deadline_s:
-                raise Wrong(f"backup {backup} is not seen in {self._data}")
+                raise Wrong(f"backup {backup} is not seen")
 
     def verify(self) -> None:
-        self._maintain("verify", deep=True)
-
-    def _maintain(self, verb: str, *, deep: bool = False) -> None:
-        body = PointMaintenance(backup_point_uuid=self.point, deep=deep)
-        self._succeed(self.client.post(f"backup_point/{verb}", JobStarted, body).data.job_uuid)
-
-    def _succeed(self, job_uuid: str) -> None:
-        while True:
-            job = self.client.get("job/inspect", JobRow, JobQuery(job_uuid=job_uuid)).data
-            if job.state in ENDED:
-                break
-        if job.state != "succeeded":
-            raise Wrong(f"{job.kind} {job.state}: {job.error}; {'; '.join(job.result)}")
+        self.witness.maintain("verify", deep=True)
 
 
 def at_once(*acts: Callable[[], None]) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.soak_load import Held, Wrong, compare_held, load
+from bench.soak_load import Held, compare_held, load
+from bench.witness import Wrong
 
 
 @pytest.mark.slow
