@@ -28,7 +28,7 @@ from engine.errors import (
     HypervisorRefused,
     ScratchFull,
 )
-from engine.freeze import frozen
+from engine.freeze import Freeze, frozen
 from engine.hold import HoldWish
 from engine.libvirt import checkpoints
 from engine.libvirt.agent import agent_hook
@@ -183,7 +183,7 @@ class _Begun:
     """How the job could be begun."""
 
     disks: Sequence[JobDisk]
-    frozen: bool
+    freeze: Freeze
     notes: tuple[str, ...]
 
 
@@ -199,7 +199,7 @@ def _begun(domain: Domain, facts: DomainFacts, job: _Job, parent: str) -> _Begun
     with frozen(hook) as freeze:
         disks = _begin_with_less(domain, job, rungs, notes)
     notes += [*freeze.notes, *([agent_note] if agent_note else [])]
-    return _Begun(disks, freeze.held, tuple(notes))
+    return _Begun(disks, freeze, tuple(notes))
 
 
 def _rungs(
@@ -266,8 +266,9 @@ def _told(
     return SnapshotFacts(
         methods=dict.fromkeys(sources, "live"),
         capacities={target: source.capacity for target, source in sources.items()},
-        frozen=begun.frozen,
+        frozen=begun.freeze.held,
         notes=(*begun.notes, *notes),
+        freeze_s=begun.freeze.held_s,
         identities={disk.target: identity_of(disk) for disk in facts.disks},
         machine=machine,
     )

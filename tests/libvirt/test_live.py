@@ -5,6 +5,7 @@ One VM for all tests. Each leaves it running; what it did to the checkpoints is 
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -37,6 +38,7 @@ def test_full_then_only_what_changed(lab: Lab) -> None:
     first = lab.back_up()
     assert first.label.full
     assert first.label.frozen
+    assert any(re.fullmatch(r"frozen for 0\.\d+ s", note) for note in first.label.notes)
     assert lab.restored_sums(first) == truth
     lab.write("/mnt/new", 64)
     truth = lab.quiet()
