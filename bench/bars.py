@@ -38,6 +38,8 @@ LISTING = "listing a foreign domain with 10,000 backups, cold"
 VIEW = "view with 10 million chunks"
 START = "start of the service with all that"
 NBD = "reading a disk over NBD"
+TRACKED = "incremental of 1 TiB sparse on XFS, by its clones"
+LIVE = "backup of a running VM"
 
 BARS = (
     Bar("full/zstd", FULL, "time, of zstd-1 of the same chunks from memory", 1.15, "at most"),
@@ -73,6 +75,12 @@ BARS = (
     Bar("view/memory", VIEW, "memory of its own (not mapped files)", 128 * MIB, "at most", "B"),
     Bar("start/time", START, "ready in", 2, "at most", "s"),
     Bar("nbd/libnbd", NBD, "speed, of libnbd", 0.8, "at least"),
+    Bar("tracking/nothing", TRACKED, "nothing changed, time", 1, "at most", "s"),
+    Bar("tracking/changed", TRACKED, "1 GiB new, time beyond reading it", 1, "at most", "s"),
+    Bar(
+        "tracking/alone", TRACKED, "1 GiB new, time beyond backing up that alone", 1, "at most", "s"
+    ),
+    Bar("live/freeze", LIVE, "guest frozen for", 1, "at most", "s", "worst"),
 )
 
 
