@@ -58,6 +58,7 @@ class Lab:
         self.guest.run("sync; umount /mnt 2>/dev/null; true")
         read = "dd if=/dev/{} iflag=direct bs=1M 2>/dev/null | sha256sum"
         names = devices or ("vda", "vdb")
+        self._await_devices(*names)
         return [self.guest.run(read.format(name)).split()[0] for name in names]
 
     def restored_sums(self, backup: Backup) -> list[str]:
@@ -68,7 +69,14 @@ class Lab:
 
     def write(self, path: str = "/mnt/file", kib: int = 256) -> None:
         self.guest.run("grep -q /mnt /proc/mounts || mount /dev/vda /mnt")
+        if path.startswith("/dev/"):
+            self._await_devices(path.removeprefix("/dev/"))
         self.guest.run(f"dd if=/dev/urandom of={path} bs=1k count={kib} 2>/dev/null; sync")
+
+    def _await_devices(self, *names: str) -> None:
+        """Until the kernel has found what was plugged in: before, a write would make a file."""
+        for name in names:
+            self.guest.run(f"until [ -b /dev/{name} ]; do usleep 9999; done")
 
     def stop_agent(self) -> None:
         self.guest.run("kill $(cat /run/agent.pid); while pidof qemu-ga; do usleep 9999; done")
