@@ -39,6 +39,7 @@ MAKE_FS = {
     "ext4": ["mke2fs", "-q", "-t", "ext4", "-F"],
     "xfs": ["mkfs.xfs", "-q", "-f"],
 }
+PULLS_OF_ONE = 500  # on one file system: a record takes a block for good, and each pull makes some
 SIZE_BYTES = {"ext4": 128 << 20, "xfs": 320 << 20}
 IMAGE_CHUNKS = 20
 MOST_BACKUPS = 6
@@ -245,6 +246,17 @@ def pulled(bench: Bench, rounds: range) -> Iterator[int]:
         yield seed
 
 
+def _on_a_new_one(parent: str, kind: str, seeds: range) -> Counter[str]:
+    """The rounds with these seeds on a new file system; what was done."""
+    with (
+        tempfile.TemporaryDirectory(prefix="vmkeep-plug-", dir=parent) as root,
+        Bench(Path(root), kind) as bench,
+    ):
+        for _ in pulled(bench, seeds):
+            pass
+        return bench.counts
+
+
 def main() -> int:
     """0 when no promise was broken."""
     parser = argparse.ArgumentParser(prog="tests.fire.plug")
@@ -256,21 +268,18 @@ def main() -> int:
     kinds = given.kind or sorted(MAKE_FS)
     print(f"plug: seed {given.seed}, {given.count} pulls on {', '.join(kinds)}", flush=True)
     for kind in kinds:
-        with tempfile.TemporaryDirectory(prefix="vmkeep-plug-", dir=given.dir) as root:
-            began_s = time.monotonic()
-            with Bench(Path(root), kind) as bench:
-                try:
-                    for _ in pulled(
-                        bench, range(given.seed, given.seed + given.count // len(kinds))
-                    ):
-                        pass
-                except (Broken, StorageError, AssertionError) as broken:
-                    print(f"plug: {kind}: BROKEN: {broken!r}", file=sys.stderr)
-                    return 1
-                finally:  # also when it is interrupted
-                    counts = ", ".join(f"{n} {what}" for what, n in bench.counts.items())
-                    print(f"plug: {kind}: {counts}; {time.monotonic() - began_s:.0f} s")
-            print(f"plug: {kind}: nothing lost")
+        seeds = range(given.seed, given.seed + given.count // len(kinds))
+        counts: Counter[str] = Counter()
+        began_s = time.monotonic()
+        try:
+            for first in range(0, len(seeds), PULLS_OF_ONE):
+                counts += _on_a_new_one(given.dir, kind, seeds[first : first + PULLS_OF_ONE])
+                told = ", ".join(f"{n} {what}" for what, n in counts.items())
+                print(f"plug: {kind}: {told}; {time.monotonic() - began_s:.0f} s", flush=True)
+        except (Broken, StorageError, AssertionError) as broken:
+            print(f"plug: {kind}: BROKEN: {broken!r}", file=sys.stderr)
+            return 1
+        print(f"plug: {kind}: nothing lost")
     return 0
 
 
