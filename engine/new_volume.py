@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import mmap
 import os
 import secrets
 import threading
@@ -26,7 +25,7 @@ from typing import Protocol
 from engine.errors import Conflict
 from engine.snapshot import RESTORES
 from engine.sources import pool_errors
-from storage.fs import NO_FD, Buffer, OsFs
+from storage.fs import NO_FD, OsFs
 from storage.in_flight import InFlight
 
 _NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -38,13 +37,15 @@ DIRECT_BYTES = 4096
 class RestoreTarget(Protocol):
     """What a restore writes a disk into. A context manager; its end leaves what has a name.
 
-    `write` and `start_writeback` may be called by any thread, the others by one, in this order:
-    `resize`, writes, `make_durable`, `name`, `unname`. What is not written reads as zeros.
+    `write` may be called by any thread, the others by one, in this order: `resize`, writes,
+    `make_durable`, `name`, `unname`. What is not written reads as zeros.
     """
 
     def resize(self, size_bytes: int) -> None: ...
-    def write(self, content: Buffer, offset: int, stage: memoryview) -> None: ...
-    def start_writeback(self, offset: int, size_bytes: int) -> None: ...
+    def write(self, content: memoryview, offset: int) -> None:
+        """`content` begins at a page, `offset` is a multiple of DIRECT_BYTES."""
+        ...
+
     def make_durable(self) -> None: ...
     def name(self) -> None: ...
     def unname(self) -> None: ...
@@ -60,8 +61,8 @@ class RestoreTarget(Protocol):
 class NewVolume:
     """A raw volume. A context manager: its end removes the hidden name.
 
-    `write` and `start_writeback` may be called by any thread, the others by one. The file stays
-    locked (flock) as long as it is open, which keeps `clear_leftovers` off.
+    `write` may be called by any thread, the others by one. The file stays locked (flock) as long as
+    it is open, which keeps `clear_leftovers` off.
     """
 
     def __init__(self, path_final: str) -> None:
@@ -100,36 +101,29 @@ class NewVolume:
         with self._errors():
             os.ftruncate(self._fd, size_bytes)
 
-    def write(self, content: Buffer, offset: int, stage: memoryview) -> None:
-        """`stage`: the thread's own page-aligned memory, as large as `content` at least.
-
-        `offset` is a multiple of DIRECT_BYTES; what is not as long is written through the cache.
-        """
+    def write(self, content: memoryview, offset: int) -> None:
+        """Whole pages go past the cache, what is left of the disk's last one through it."""
+        direct_bytes = 0 if self._direct_fd == NO_FD else len(content) & -DIRECT_BYTES
         with self._errors():
-            if self._direct_fd == NO_FD or len(content) % DIRECT_BYTES:
-                self._write_cached(content, offset)
-            else:
-                self._write_direct(content, offset, stage)
+            if direct_bytes:
+                self._write_direct(content[:direct_bytes], offset)
+            if direct_bytes < len(content):
+                self._write_cached(content[direct_bytes:], offset + direct_bytes)
 
-    def _write_cached(self, content: Buffer, offset: int) -> None:
+    def _write_cached(self, content: memoryview, offset: int) -> None:
         with self._writing:
             self._fs.pwrite(self._fd, [content], offset)
+        # So that the last fsync is short, and the host never has much to write at once.
+        self._fs.start_writeback(self._fd, offset, len(content))
 
-    def _write_direct(self, content: Buffer, offset: int, stage: memoryview) -> None:
-        ready = stage[: len(content)]
-        ready[:] = content
+    def _write_direct(self, content: memoryview, offset: int) -> None:
         try:
-            self._fs.pwrite(self._direct_fd, [ready], offset)
+            self._fs.pwrite(self._direct_fd, [content], offset)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
             # A device with larger blocks, or the rest of a write that was cut short.
-            self._write_cached(ready, offset)
-
-    def start_writeback(self, offset: int, size_bytes: int) -> None:
-        """A hint, so that the last fsync is short and the host never has much to write at once."""
-        if self._direct_fd == NO_FD:
-            self._fs.start_writeback(self._fd, offset, size_bytes)
+            self._write_cached(content, offset)
 
     def make_durable(self) -> None:
         with self._errors():
@@ -164,11 +158,6 @@ class NewVolume:
 
     def _taken(self) -> Conflict:
         return Conflict("name_taken", f"there is a volume {self._name!r} in {self._pool} already")
-
-
-def stage_memory(chunk_size: int) -> memoryview:
-    """A thread's memory for NewVolume.write."""
-    return memoryview(mmap.mmap(-1, chunk_size))
 
 
 def _hidden_file(directory: str) -> tuple[str, int]:

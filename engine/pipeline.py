@@ -1,9 +1,9 @@
 """The data path of a backup: read, compare, hash, compress, store.
 
-A crew of threads pulls items (8 MiB of chunks of one page) from a `PageLine`. Each thread owns one
+A crew of threads pulls items (4 MiB of chunks of one page) from a `PageLine`. Each thread owns one
 page-aligned buffer and one Encoder, does everything about an item by itself, and gives back the
 item's entries. So no data is handed from thread to thread; what is heavy (preadv, XXH3, BLAKE3,
-zstd, pwrite) runs without the GIL. Memory is workers × 8 MiB plus the pages under way, whatever the
+zstd, pwrite) runs without the GIL. Memory is workers × 4 MiB plus the pages under way, whatever the
 disk's size.
 
 Per chunk: all zeros? nothing, or a zero mark. Same XXH3 half as the parent's chunk at this place?
@@ -38,7 +38,7 @@ from storage.chunks import ZERO_MARK, ChunkHasher, Encoder, is_zero
 from storage.maps import DiskMap
 from storage.session import ManifestBuilder, Session
 
-ITEM_BYTES = 8 << 20
+ITEM_BYTES = 4 << 20
 FAST_BYTES = 16
 
 

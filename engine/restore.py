@@ -21,8 +21,9 @@ from dataclasses import dataclass, field
 
 from engine.crew import Stop, run_crew
 from engine.jobs import JobContext
-from engine.new_volume import NewVolume, RestoreTarget, stage_memory
+from engine.new_volume import NewVolume, RestoreTarget
 from engine.qemu.new_qcow2 import NewQcow2
+from engine.stage import Stage
 from storage.domain import Domain
 from storage.errors import ChunkDamaged, Damaged
 from storage.fs import Buffer
@@ -123,17 +124,17 @@ def _fill(
     def work() -> None:
         # One run, or one frame that is larger than a run may be.
         buffer = memoryview(mmap.mmap(-1, MAX_RUN_BYTES + disk_map.chunk_size + mmap.PAGESIZE))
-        stage = stage_memory(disk_map.chunk_size)
+        stage = Stage(volume, disk_map.chunk_size)
         while (run := runs.pull()) is not None:
             ctx.check()
             count = 0
-            for place, found in reader.read_each(run, buffer):
+            for place, found in reader.read_each(run, buffer, stage.room):
                 if isinstance(found, ChunkDamaged):
                     _miss(domain, disk_map, place, found, gaps)
                     continue
                 for target in place.targets:
-                    count += _write_chunk(volume, disk_map, target, found, stage)
-            _start_writeback(volume, disk_map, run)
+                    count += _put_chunk(stage, disk_map, target, found)
+            stage.flush()
             runs.count(count)
             ctx.add(restored=count)
 
@@ -159,23 +160,13 @@ def _miss(
         gaps.add(offset, min(disk_map.chunk_size, disk_map.capacity - offset))
 
 
-def _write_chunk(
-    volume: RestoreTarget, disk_map: DiskMap, target: int, content: Buffer, stage: memoryview
-) -> int:
+def _put_chunk(stage: Stage, disk_map: DiskMap, target: int, content: Buffer) -> int:
     offset = target * disk_map.chunk_size
     expected_bytes = min(disk_map.chunk_size, disk_map.capacity - offset)
     if len(content) != expected_bytes:
         raise Damaged(f"chunk {target} has {len(content)} bytes, not {expected_bytes}")
-    volume.write(content, offset, stage)
+    stage.put(content, offset)
     return expected_bytes
-
-
-def _start_writeback(volume: RestoreTarget, disk_map: DiskMap, run: ReadRun) -> None:
-    """For all that a run has filled, and what lies between: it was filled a moment ago as well."""
-    targets = list(run.targets())
-    first, last = min(targets), max(targets)
-    size_bytes = (last + 1 - first) * disk_map.chunk_size
-    volume.start_writeback(first * disk_map.chunk_size, size_bytes)
 
 
 @dataclass(slots=True)

@@ -137,15 +137,22 @@ class Decoder:
         # For a frame that is cut short zstd would allocate the window that it claims.
         self._zstd = zstandard.ZstdDecompressor(max_window_size=MAX_CHUNK_BYTES)
 
-    def decode(self, codec: int, stored: Buffer, raw_len: int) -> Buffer:
+    def decode(
+        self, codec: int, stored: Buffer, raw_len: int, into: memoryview | None = None
+    ) -> Buffer:
         """The chunk's `raw_len` bytes; for a raw payload that payload itself, not a copy.
 
+        What has to be decompressed comes into `into`, if given, which has `raw_len` bytes; then
+        bytes behind the compressed chunk are not noticed: who gives it proves the content.
         Never makes more than `raw_len` bytes. Raises Damaged unless exactly so many come out.
         """
         if not 0 < raw_len <= MAX_CHUNK_BYTES:
             raise Damaged(f"chunk of {raw_len} bytes")
+        raw: Buffer
         if codec == CODEC_RAW:
             raw = stored
+        elif codec == CODEC_ZSTD and into is not None:
+            raw = into[: self._decompress_into(stored, into)]
         elif codec == CODEC_ZSTD:
             raw = self.decompress(stored, raw_len)
         else:
@@ -163,5 +170,13 @@ class Decoder:
             if promised != raw_len:
                 raise Damaged(f"compressed chunk promises {promised} bytes, not {raw_len}")
             return self._zstd.decompress(source, max_output_size=raw_len, allow_extra_data=False)
+        except zstandard.ZstdError as error:
+            raise Damaged(f"compressed chunk: {error}") from error
+
+    def _decompress_into(self, stored: Buffer, into: memoryview) -> int:
+        """The number of bytes that came out, at most as many as fit."""
+        try:
+            # zstd writes straight into memory that holds all that the frame promises.
+            return self._zstd.stream_reader(memoryview(stored)).readinto(into)
         except zstandard.ZstdError as error:
             raise Damaged(f"compressed chunk: {error}") from error

@@ -120,15 +120,22 @@ def parse_patch(payload: Buffer, raw_len: int) -> Patch:
     return Patch(bytes(view[:CHUNK_ID_BYTES]), blocks, blocks_bytes, stored)
 
 
-def patched(payload: Buffer, raw_len: int, base: Buffer, decoder: Decoder) -> bytearray:
-    """The chunk's content out of its patch and its base's content. Damaged if they don't fit."""
+def patched(
+    payload: Buffer, raw_len: int, base: Buffer, decoder: Decoder, into: memoryview | None = None
+) -> Buffer:
+    """The chunk's content out of its patch and its base's content. Damaged if they don't fit.
+
+    It comes into `into`, if given, which has `raw_len` bytes.
+    """
     patch = parse_patch(payload, raw_len)
     if len(base) != raw_len:
         raise Damaged(f"patch of a chunk of {raw_len} bytes, base of {len(base)}")
     changed: Buffer = patch.stored
     if len(patch.stored) < patch.blocks_bytes:
         changed = decoder.decompress(patch.stored, patch.blocks_bytes)
-    content, source = bytearray(base), memoryview(changed)
+    source = memoryview(changed)
+    content = memoryview(bytearray(raw_len)) if into is None else into
+    content[:] = base
     for number, block in enumerate(patch.blocks):
         start = block * BLOCK_BYTES
         end = min(start + BLOCK_BYTES, raw_len)

@@ -16,10 +16,10 @@ import errno
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from storage import tables
 from storage.bad_places import BadPlace, open_to_read, read_into
@@ -48,6 +48,9 @@ RELOCATE_ATTEMPTS = 3
 
 log = logging.getLogger(__name__)
 
+Room: TypeAlias = Callable[[int], memoryview]
+"""Gives memory of so many bytes for the content of a chunk."""
+
 
 @dataclass(frozen=True, slots=True)
 class FramePlace:
@@ -72,7 +75,8 @@ class PatchPlace:
 
 @dataclass(frozen=True, slots=True)
 class ReadRun:
-    """A stretch of a pack: `size_bytes` from `offset`, with the frames wanted from it."""
+    """A stretch of a pack: `size_bytes` from `offset`, with the frames wanted from it, in the order
+    of what they fill."""
 
     pack: str
     offset: int
@@ -208,8 +212,21 @@ class _Plan:
     def run(self, places: list[_Place]) -> ReadRun:
         start = places[0].offset
         end = places[-1].offset + places[-1].size_bytes
-        frames = tuple(self._frame(place.offset - start, place.chunk_id) for place in places)
-        return ReadRun(self._names.get(places[0].pack, ""), start, end - start, frames)
+        frames = [self._frame(place.offset - start, place.chunk_id) for place in places]
+        # In the disk's order: who writes them finds neighbours behind one another.
+        frames.sort(key=_first_target)
+        return ReadRun(self._names.get(places[0].pack, ""), start, end - start, tuple(frames))
+
+
+def _first_target(frame: FramePlace) -> int:
+    return min((*frame.targets, *(at for patch in frame.patches for at in patch.place.targets)))
+
+
+class _Memory(NamedTuple):
+    """What a run is read into, and what its chunks are made in."""
+
+    run: memoryview
+    room: Room | None
 
 
 class ChunkReader:
@@ -233,48 +250,53 @@ class ChunkReader:
             yield place, found
 
     def read_each(
-        self, run: ReadRun, buffer: memoryview
+        self, run: ReadRun, buffer: memoryview, room: Room | None = None
     ) -> Iterator[tuple[FramePlace, Buffer | ChunkDamaged]]:
-        """As `read`, but what is wrong with a chunk is yielded in place of its content."""
-        yield from self._read(run, buffer, attempts=RELOCATE_ATTEMPTS)
+        """As `read`, but what is wrong with a chunk is yielded in place of its content.
+
+        Most contents are made in what `room` gives, if there is one, and are that very memory then.
+        """
+        yield from self._read(run, _Memory(buffer, room), attempts=RELOCATE_ATTEMPTS)
 
     def _read(
-        self, run: ReadRun, buffer: memoryview, attempts: int
+        self, run: ReadRun, memory: _Memory, attempts: int
     ) -> Iterator[tuple[FramePlace, Buffer | ChunkDamaged]]:
         if not run.pack:
             yield from _all_damaged(run, "the pack that held it is damaged or gone")
             return
-        part = buffer[: run.size_bytes]
+        part = memory.run[: run.size_bytes]
         try:
             count = self._packs.read(run.pack, part, run.offset)
         except FileNotFoundError:
-            yield from self._read_elsewhere(run, buffer, attempts - 1)
+            yield from self._read_elsewhere(run, memory, attempts - 1)
             return
         except BadPlace as error:
-            yield from self._read_around(run, buffer, attempts, str(error))
+            yield from self._read_around(run, memory, attempts, str(error))
             return
         moved: dict[bytes, list[int]] = {}
         for place in run.frames:
             what = f"{self._domain.paths.pack(run.pack)} at {run.offset + place.offset_in_run}"
+            # A base outlives what its patches are made in.
+            room = None if place.patches else memory.room
             found: Buffer | ChunkDamaged
             try:
-                found = self._whole(part[:count], place, what)
+                found = self._whole(part[:count], place, room, what)
             except (Damaged, PointNewerFormat) as error:
                 found = ChunkDamaged(str(error), run.pack, place.chunk_id)
             if place.targets:
                 yield place, found
             for patch in place.patches:
                 try:
-                    content = self._patched(patch, found, run.pack, place.chunk_id)
+                    content = self._patched(patch, found, run.pack, place.chunk_id, memory.room)
                 except FileNotFoundError:
                     moved[patch.place.chunk_id] = list(patch.place.targets)
                 else:
                     yield patch.place, content
         if moved:
-            yield from self._read_anew(moved, buffer, attempts - 1)
+            yield from self._read_anew(moved, memory, attempts - 1)
 
     def _read_around(
-        self, run: ReadRun, buffer: memoryview, attempts: int, reason: str
+        self, run: ReadRun, memory: _Memory, attempts: int, reason: str
     ) -> Iterator[tuple[FramePlace, Buffer | ChunkDamaged]]:
         """Part of the run can't be read: each frame by itself, so that only those are lost."""
         if len(run.frames) == 1:
@@ -283,25 +305,25 @@ class ChunkReader:
             if place.targets:
                 yield place, found
             for patch in place.patches:
-                yield patch.place, self._patched(patch, found, run.pack, place.chunk_id)
+                yield patch.place, self._patched(patch, found, run.pack, place.chunk_id, None)
             return
         for place in run.frames:
             size_bytes = FRAME_HEADER_BYTES + place.stored_len
             alone = replace(place, offset_in_run=0)
             one = ReadRun(run.pack, run.offset + place.offset_in_run, size_bytes, (alone,))
-            yield from self._read(one, buffer, attempts)
+            yield from self._read(one, memory, attempts)
 
     def _read_elsewhere(
-        self, run: ReadRun, buffer: memoryview, attempts: int
+        self, run: ReadRun, memory: _Memory, attempts: int
     ) -> Iterator[tuple[FramePlace, Buffer | ChunkDamaged]]:
         """The pack's name is gone: gc has moved its live chunks. Looks them up anew."""
         log.info("pack_moved pack=%s", run.pack)
         frames = [*run.frames, *(patch.place for f in run.frames for patch in f.patches)]
         targets = {place.chunk_id: list(place.targets) for place in frames if place.targets}
-        yield from self._read_anew(targets, buffer, attempts)
+        yield from self._read_anew(targets, memory, attempts)
 
     def _read_anew(
-        self, targets: dict[bytes, list[int]], buffer: memoryview, attempts: int
+        self, targets: dict[bytes, list[int]], memory: _Memory, attempts: int
     ) -> Iterator[tuple[FramePlace, Buffer | ChunkDamaged]]:
         self._domain.refresh()
         for moved in _runs(self._domain, targets):
@@ -309,13 +331,14 @@ class ChunkReader:
                 path = self._domain.paths.pack(moved.pack)
                 yield from _all_damaged(moved, f"{path} is live, but not there")
                 continue
-            yield from self._read(moved, buffer, attempts)
+            yield from self._read(moved, memory, attempts)
 
-    def _whole(self, part: memoryview, place: FramePlace, what: str) -> Buffer:
+    def _whole(self, part: memoryview, place: FramePlace, room: Room | None, what: str) -> Buffer:
         """A whole frame's content, proved if it is wanted for itself."""
         frame = self._frame(part[place.offset_in_run :], place, what)
+        into = room(frame.raw_len) if room else None
         try:
-            raw = self._decoder().decode(frame.codec, frame.payload, frame.raw_len)
+            raw = self._decoder().decode(frame.codec, frame.payload, frame.raw_len, into)
         except Damaged as error:
             raise Damaged(f"{what}: {error}") from error
         if place.targets:
@@ -333,7 +356,12 @@ class ChunkReader:
             raise Damaged(f"{what}: content does not have its id")
 
     def _patched(
-        self, patch: PatchPlace, base: Buffer | ChunkDamaged, pack: str, base_id: bytes
+        self,
+        patch: PatchPlace,
+        base: Buffer | ChunkDamaged,
+        pack: str,
+        base_id: bytes,
+        room: Room | None,
     ) -> Buffer | ChunkDamaged:
         """A patch's content. What is wrong with its base, in `pack`, is said of the base.
         FileNotFoundError when the patch's own pack has gone."""
@@ -347,7 +375,7 @@ class ChunkReader:
         try:
             count = self._packs.read(patch.pack, frame, patch.offset)
             view = self._frame(frame[:count], place, what)
-            content = self._applied(view, base, base_id, what)
+            content = self._applied(view, base, base_id, room, what)
             if self._hasher.full(content) == place.chunk_id:
                 return content
         except (Damaged, PointNewerFormat) as error:
@@ -356,11 +384,14 @@ class ChunkReader:
             return ChunkDamaged(f"{what}: its base does not have its id", pack, base_id)
         return ChunkDamaged(f"{what}: content does not have its id", patch.pack, place.chunk_id)
 
-    def _applied(self, view: FrameView, base: Buffer, base_id: bytes, what: str) -> Buffer:
+    def _applied(
+        self, view: FrameView, base: Buffer, base_id: bytes, room: Room | None, what: str
+    ) -> Buffer:
         if view.codec != CODEC_PATCH or base_of(view.payload) != base_id:
             raise Damaged(f"{what}: is not the patch that the index says")
+        into = room(view.raw_len) if room else None
         try:
-            return patched(view.payload, view.raw_len, base, self._decoder())
+            return patched(view.payload, view.raw_len, base, self._decoder(), into)
         except Damaged as error:
             raise Damaged(f"{what}: {error}") from error
 

@@ -19,7 +19,6 @@ from engine.nbd.client import NbdClient
 from engine.new_volume import NewVolume
 from engine.qemu.process import QemuNbd, image_options, run_qemu_img
 from engine.sources import pool_errors
-from storage.fs import Buffer
 
 # How NBD and QEMU's last words put it.
 _NO_ROOM = ("ENOSPC", os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
@@ -62,13 +61,10 @@ class NewQcow2:
             lambda: NbdClient.connect(server.address, "", timeout_s=ANSWER_TIMEOUT_S)
         )
 
-    def write(self, content: Buffer, offset: int, _stage: memoryview) -> None:
+    def write(self, content: memoryview, offset: int) -> None:
         assert self._client is not None
         with self._room_errors():
             self._client.write(offset, content)
-
-    def start_writeback(self, offset: int, size_bytes: int) -> None:
-        """Nothing: where a range lies in the file is QEMU's to know."""
 
     def make_durable(self) -> None:
         if self._client is not None and self._server is not None:

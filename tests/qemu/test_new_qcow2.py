@@ -14,8 +14,6 @@ from tests.conftest import LoopFs
 from tests.qemu.images import MIB, content, qemu_img
 from tests.rig import random_bytes
 
-STAGE = memoryview(bytearray(MIB))
-
 
 def target(path: Path) -> NewQcow2:
     return NewQcow2(NewVolume(str(path)), str(path))
@@ -27,7 +25,7 @@ def names(pool: Path) -> list[str]:
 
 def fill(volume: NewQcow2, size_bytes: int) -> None:
     for at in range(0, size_bytes, MIB):
-        volume.write(random_bytes(MIB, at), at, STAGE)
+        volume.write(memoryview(random_bytes(MIB, at)), at)
     volume.make_durable()
 
 
@@ -40,7 +38,7 @@ def test_written_by_threads_and_whole_once_it_has_its_name(tmp_path: Path) -> No
             for at in range(number * MIB, 64 * MIB, 8 * MIB):
                 piece = random_bytes(MIB, at)
                 expected[at : at + MIB] = piece
-                volume.write(piece, at, STAGE)
+                volume.write(memoryview(piece), at)
 
         threads = [threading.Thread(target=write, args=(number,)) for number in range(3)]
         for thread in threads:
@@ -59,7 +57,7 @@ def test_written_by_threads_and_whole_once_it_has_its_name(tmp_path: Path) -> No
 def test_nothing_stays_of_one_that_is_given_up(tmp_path: Path) -> None:
     with target(tmp_path / "v") as volume:
         volume.resize(16 * MIB)
-        volume.write(b"x" * MIB, 0, STAGE)
+        volume.write(memoryview(b"x" * MIB), 0)
     assert names(tmp_path) == []
 
 
