@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from storage import gc, imports, orphans, tables
+from storage.adopted import AdoptedPacks
 from storage.ballast import Ballast
 from storage.checkpoints import publish_checkpoint
 from storage.chunks import ChunkHasher
@@ -111,6 +112,7 @@ class Domain:
         self._log = Log(fs, paths.log, paths.host_tmp(host))
         self._lock = threading.RLock()
         self.trust = Trust(view)
+        self.adopted = AdoptedPacks(self)
         self.proof = Proof(view)
         self._tally = Tally()
         view.mend = self._mend

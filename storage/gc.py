@@ -220,6 +220,9 @@ def _copy_live(domain: Domain, session: Session, pack: str) -> int:
         and placed[entry.chunk_id].offset == entry.offset
     ]
     path = domain.paths.pack(pack)
+    ids = [entry.chunk_id for entry in wanted]
+    if len(domain.adopted.reliable(dict.fromkeys(ids, pack))) < len(ids):
+        raise Damaged(f"{path}: another cluster made it, and not all of it is what it says")
     copied_bytes = 0
     with translated(path):
         fd = open_to_read(domain.fs, path)

@@ -56,6 +56,10 @@ class ForeignDomain:
     def backups(self) -> list[BackupRow]:
         return list(backup_rows(self.state))
 
+    def has_pack(self, pack: str) -> bool:
+        """Whether the pack of that FileId is live there."""
+        return tables.packs.get(self.state, pack) is not None
+
 
 def read_domain(fs: Fs, paths: DomainPaths, known: MemoryTables | None = None) -> ForeignDomain:
     """Reads a domain's log to its end, from `known` on (changed in place) or from the start.
@@ -142,7 +146,7 @@ def _write_manifest(
             raise Damaged(f"disk {disk}: page {page_no} is not one of a full disk of its size")
         builder.add_page(page_no, entries)
         ids = list(set(entries.values()))
-        known = session.known(ids)
+        known = session.known(ids, source.has_pack)
         lacking.update(chunk for chunk, there in zip(ids, known, strict=True) if not there)
     return lacking
 
@@ -157,7 +161,11 @@ def _link_packs(
     """
     chosen = dict(_holders(domain, source, needed))
     bases = list({base for found in chosen.values() for base in found.values() if base})
-    lacking = [b for b, known in zip(bases, session.known(bases), strict=True) if not known]
+    lacking = [
+        b
+        for b, known in zip(bases, session.known(bases, source.has_pack), strict=True)
+        if not known
+    ]
     chosen |= dict(_holders(domain, source, set(lacking)))
     ours: set[bytes] = set()
     for _, pack in sorted(chosen):

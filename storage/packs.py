@@ -29,6 +29,7 @@ from storage.chunks import (
 from storage.errors import Damaged, PointNewerFormat, Refused
 from storage.fs import Buffer, Fs
 from storage.patches import base_of, is_base_of, overhead_bytes
+from storage.record import file_id
 from storage.sealed import (
     HEADER_BYTES,
     TAIL_BYTES,
@@ -36,6 +37,7 @@ from storage.sealed import (
     Seal,
     SealedWriter,
     Table,
+    read_header,
     read_table,
 )
 
@@ -46,6 +48,7 @@ __all__ = [
     "PackWriter",
     "parse_frame",
     "read_footer",
+    "read_maker",
     "require_entry",
 ]
 
@@ -173,6 +176,19 @@ def read_footer(fs: Fs, path: str) -> tuple[Seal, list[PackEntry]]:
     if table.header.extra != _NO_EXTRA:
         raise Damaged(f"{path}: header is not a pack's")
     return table.seal, _checked_entries(table, path)
+
+
+def read_maker(fs: Fs, path: str) -> str:
+    """The FileId under which the pack was made, as its header says. The rest is not looked at.
+
+    Raises Damaged or PointNewerFormat; FileNotFoundError when the name is gone.
+    """
+    fd = open_to_read(fs, path)
+    try:
+        header = read_header(fs, fd, PACK_MAGIC, path)
+    finally:
+        fs.close(fd)
+    return file_id(header.session.hex(), header.n)
 
 
 def parse_frame(buffer: memoryview, chunk_size: int, what: str) -> FrameView:

@@ -198,6 +198,11 @@ def read_table(
     return Table(header, rows, annex, count, size_bytes, digest)
 
 
+def read_header(fs: Fs, fd: int, magic: bytes, what: str) -> Header:
+    """The header alone, which nothing proves. Raises Damaged or PointNewerFormat."""
+    return _decoded_header(read_exactly(fs, fd, HEADER_BYTES, 0, what), magic, what)
+
+
 def _sealed_otherwise(
     fs: Fs, fd: int, size_bytes: int, row_size: int, raw_header: bytes, what: str
 ) -> bool:

@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from storage import orphans, tables
+from storage.adopted import nobody
 from storage.chunks import FRAME_HEADER_BYTES, Frame
 from storage.errors import PointFull, Refused, SessionEnded, StorageError, translated
 from storage.fold import Garbage
@@ -151,16 +152,18 @@ class Session:
 
     # Chunks.
 
-    def known(self, ids: Sequence[bytes]) -> list[bool]:
+    def known(self, ids: Sequence[bytes], vouched: Callable[[str], bool] = nobody) -> list[bool]:
         """For each id, whether it need not be stored: it is live, or this session's own already.
 
-        What is known to be damaged where it lies is not: it is stored anew, which heals it.
+        What is known to be damaged where it lies is not: it is stored anew, which heals it. What
+        only another cluster says is read first, unless its pack is `vouched` for (storage.adopted).
         The answer may become wrong by somebody's delete; the commit finds that out.
         """
-        sound_of = self._domain.trust.sound
-        live, sound = self._domain.view.ask(
-            lambda state: (state.table("chunks").get_many(ids), sound_of(state, ids))
+        adopted = self._domain.adopted
+        live, placed = self._domain.view.ask(
+            lambda state: (state.table("chunks").get_many(ids), adopted.placed(state, ids))
         )
+        sound = adopted.reliable(placed, vouched)
         known = [chunk in self._own or chunk in sound for chunk in ids]
         salvaged = self._salvaged([chunk for chunk in ids if chunk not in live])
         return [there or chunk in salvaged for chunk, there in zip(ids, known, strict=True)]

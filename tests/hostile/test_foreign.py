@@ -19,6 +19,7 @@ from storage.listing import BackupRow
 from storage.log import record_path
 from storage.manifests import encode_page
 from storage.point import ClusterLabel, Point
+from storage.reader import ChunkReader
 from storage.record import (
     FIRST_PREVIOUS,
     LABEL_LIMIT_BYTES,
@@ -35,7 +36,17 @@ from storage.record import (
 from tests import forging
 from tests.engine_rig import EngineRig, disk_bytes
 from tests.hostile.mutating import ROUNDS, mutants, peak_bytes
-from tests.store import cluster, files, image_of, load, new_point, new_uuid, open_domain, save
+from tests.store import (
+    Saved,
+    cluster,
+    files,
+    image_of,
+    load,
+    new_point,
+    new_uuid,
+    open_domain,
+    save,
+)
 
 MIB = 1 << 20
 S = "ab" * 16
@@ -203,6 +214,91 @@ def test_a_pack_that_lies_about_a_chunk_of_ours(mine: Domain, evil: Forger) -> N
     with pytest.raises(StorageError):
         mine.import_backups(evil.uuid, [backup], lambda row: row.label)
     assert load(mine, kept) == chunk
+
+
+def lie(evil: Forger, mine: Domain, *claimed: bytes, told: bytes) -> str:
+    """A backup whose pack says that it holds the `claimed` contents, and holds `told` instead."""
+    items, rows, page = b"", [], {}
+    for at, content in enumerate(claimed):
+        chunk_id = mine.hasher.full(content)
+        rows.append(forging.pack_row(64 + len(items), chunk_id, 0, len(told), told))
+        items += forging.frame(chunk_id, 0, len(told), told)
+        page[at] = chunk_id
+    capacity = len(claimed) * len(told)
+    manifest = evil.manifest([(0, encode_page(page))], capacity)
+    return evil.commit(manifest, (evil.pack(items, rows),), capacity=capacity)
+
+
+def theirs_uuid(domain: Domain) -> str:
+    return os.path.basename(domain.paths.root)
+
+
+def imported(mine: Domain, source: str, backup: str) -> Saved:
+    (row,) = mine.import_backups(source, [backup], lambda row: row.label)
+    return Saved(row.backup, row.disks[0].disk, "")
+
+
+def test_what_only_a_stranger_says_is_not_relied_on(mine: Domain, evil: Forger) -> None:
+    """A chunk that we get to have after the import: the import's copy is looked at first."""
+    chunk = image_of(5)
+    taken = imported(mine, evil.uuid, lie(evil, mine, chunk, told=image_of(6)))
+    with pytest.raises(Damaged):
+        load(mine, taken)
+    kept = save(mine, chunk)
+    assert load(mine, kept) == chunk
+    assert load(mine, taken) == chunk  # healed
+
+
+def test_what_a_stranger_says_and_is_true_is_not_stored_again(point: Point, mine: Domain) -> None:
+    theirs = open_domain(point, cluster("theirs"), "host-8")
+    image = image_of(1, 2, 3)
+    taken = imported(mine, theirs_uuid(theirs), save(theirs, image).backup)
+    packs = files(mine, "packs")
+    kept = save(mine, image)
+    assert files(mine, "packs") == packs
+    assert load(mine, kept) == load(mine, taken) == image
+
+
+def test_an_import_does_not_rely_on_another_stranger(
+    point: Point, mine: Domain, evil: Forger
+) -> None:
+    chunk = image_of(5)
+    imported(mine, evil.uuid, lie(evil, mine, chunk, told=image_of(6)))
+    theirs = open_domain(point, cluster("theirs"), "host-8")
+    taken = imported(mine, theirs_uuid(theirs), save(theirs, chunk).backup)
+    assert load(mine, taken) == chunk
+
+
+def test_a_second_import_of_a_domain_reads_none_of_its_chunks(
+    point: Point, mine: Domain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = open_domain(point, cluster("theirs"), "host-8")
+    image = image_of(1, 2, 3)
+    first, second = save(theirs, image), save(theirs, image[:-1] + b"x")
+    imported(mine, theirs_uuid(theirs), first.backup)
+
+    def refused(*_: object) -> None:
+        raise AssertionError("reads chunks")
+
+    monkeypatch.setattr(ChunkReader, "read_each", refused)
+    taken = imported(mine, theirs_uuid(theirs), second.backup)
+    monkeypatch.undo()
+    assert load(mine, taken) == image[:-1] + b"x"
+
+
+def test_gc_makes_no_stranger_s_word_ours(mine: Domain, evil: Forger) -> None:
+    """Nothing is copied out of a pack that lies: the copy would look like ours."""
+    one, other = image_of(5), image_of(6)
+    evil_backup = lie(evil, mine, one, other, told=image_of(7))
+    taken = imported(mine, evil.uuid, evil_backup)
+    kept = save(mine, other)  # so that half of the pack is dead
+    report = mine.reclaim(sparse_below=1.0, copy_budget_bytes=1 << 30)
+    assert (report.packs_repacked, len(report.damaged)) == (0, 1)
+    assert "another cluster" in report.damaged[0]
+    later = save(mine, one)
+    assert load(mine, later) == one
+    assert load(mine, kept) == other
+    assert load(mine, taken) == one + other
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -1,0 +1,108 @@
+"""Packs that another cluster's domain made, and what of ours may stand on them.
+
+An import links such packs as they are, so what they hold is only what a stranger says. The imported
+backups are no better than that; ours must be. So the first time that a session would rely on a
+chunk in such a pack, instead of storing its own, the chunk is read and proved by its id. One that
+is wrong loses the domain's trust, is stored anew, and is healed by that for the import as well.
+gc copies nothing out of such a pack that it has not proved, as the copy would look like ours.
+
+A pack says in its header who made it; one whose header names another session than its path was
+adopted. (Salvaged packs, too, are: what is proved once too often costs time only.) What was proved
+is remembered in memory, and only so much of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from storage import tables
+from storage.chunks import FRAME_HEADER_BYTES
+from storage.errors import ChunkDamaged, Damaged, PointNewerFormat, translated
+from storage.packs import read_maker
+from storage.reader import MAX_RUN_BYTES, plan_chunks
+from storage.tables import Tables
+
+if TYPE_CHECKING:
+    from storage.domain import Domain
+
+PROVED_REMEMBERED = 1 << 16
+
+
+def nobody(_maker: str) -> bool:
+    """Vouches for no pack."""
+    return False
+
+
+class AdoptedPacks:
+    """One domain's. Thread-safe."""
+
+    def __init__(self, domain: Domain) -> None:
+        self._domain = domain
+        self._lock = threading.Lock()
+        self._makers: dict[str, str] = {}  # FileId here → FileId with its maker
+        self._proved: dict[bytes, None] = {}
+
+    def placed(self, state: Tables, ids: Sequence[bytes]) -> dict[bytes, str]:
+        """The packs of those of the chunks that the domain has and trusts."""
+        rows = self._domain.trust.sound(state, ids)
+        names = {
+            number: tables.pack_id(state, number) for number in {r.pack for r in rows.values()}
+        }
+        return {chunk: names[row.pack] for chunk, row in rows.items()}
+
+    def reliable(
+        self, placed: Mapping[bytes, str], vouched: Callable[[str], bool] = nobody
+    ) -> set[bytes]:
+        """Those of the chunks (chunk → pack) that lie in packs of ours, in adopted ones that
+        `vouched` is true of (it is asked for the FileId that the maker's domain has for them), or
+        are proved now, by reading them."""
+        adopted = {pack for pack in set(placed.values()) if self.is_adopted(pack)}
+        doubted = {pack for pack in adopted if not vouched(self._maker(pack))}
+        with self._lock:
+            proved = self._proved.keys() & placed.keys()
+        doubtful = {chunk for chunk, pack in placed.items() if pack in doubted} - proved
+        return (placed.keys() - doubtful) | (self._prove(doubtful) if doubtful else set())
+
+    def is_adopted(self, pack: str) -> bool:
+        """Whether somebody else made the pack; also true of one whose header can't be read."""
+        return self._maker(pack) != pack
+
+    def _maker(self, pack: str) -> str:
+        """The FileId that the pack's header says; "" if there is none to be read."""
+        with self._lock:
+            if pack in self._makers:
+                return self._makers[pack]
+        path, maker = self._domain.paths.pack(pack), ""
+        with translated(path), contextlib.suppress(FileNotFoundError, Damaged, PointNewerFormat):
+            maker = read_maker(self._domain.fs, path)
+        if not maker:
+            return ""
+        with self._lock:
+            self._makers[pack] = maker
+        return maker
+
+    def _prove(self, chunks: set[bytes]) -> set[bytes]:
+        """Those of the chunks that are what their ids say. The others are not trusted any more."""
+        domain, proved = self._domain, set[bytes]()
+        size_bytes = MAX_RUN_BYTES + FRAME_HEADER_BYTES + domain.chunk_size
+        buffer = memoryview(mmap.mmap(-1, size_bytes))
+        with contextlib.closing(domain.reader()) as reader, contextlib.suppress(Damaged):
+            # Damaged: some have gone since they were looked up, and count as unknown.
+            for run in plan_chunks(domain, sorted(chunks)):
+                for place, found in reader.read_each(run, buffer):
+                    if not isinstance(found, ChunkDamaged):
+                        proved.add(place.chunk_id)
+                    elif found.pack:
+                        domain.trust.withdraw(found.pack, frozenset({found.chunk}))
+        self._remember(proved)
+        return proved
+
+    def _remember(self, proved: set[bytes]) -> None:
+        with self._lock:
+            self._proved.update(dict.fromkeys(proved))
+            while len(self._proved) > PROVED_REMEMBERED:
+                del self._proved[next(iter(self._proved))]
