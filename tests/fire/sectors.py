@@ -1,7 +1,7 @@
 """In the VM: a backup point on a disk of which sectors go bad, one kind of file after another.
 
-`python -m tests.fire.sectors RESULTS KIND CHECK…`: the disk is /dev/vda, below device mapper's targets
-linear and error, so that what can't be read is said by the block layer: to a read, to a write, and
+`python -m tests.fire.sectors RESULTS KIND CHECK…`: the disk is /dev/vda, below device mapper's
+linear and error targets, so that the block layer says what can't be read: to a read, a write, and
 to whoever looks through a mapping. A line of JSON on each check goes to RESULTS. As root, inside
 the VM only. See test_sectors.py.
 """
