@@ -40,7 +40,7 @@ MAKE_FS = {
     "ext4": ["mke2fs", "-q", "-t", "ext4", "-F"],
     "xfs": ["mkfs.xfs", "-q", "-f"],
 }
-PULLS_OF_ONE = 500  # on one file system: a record takes a block for good, and each pull makes some
+PULLS_OF_ONE = 50  # on one file system: each leaves records, all of which are read after each
 SIZE_BYTES = {"ext4": 128 << 20, "xfs": 320 << 20}
 IMAGE_CHUNKS = 20
 MOST_BACKUPS = 6
@@ -263,7 +263,8 @@ def main() -> int:
     parser.add_argument("--kind", choices=sorted(MAKE_FS), action="append")
     parser.add_argument("--count", type=int, default=5000, help="pulls, shared by the kinds")
     parser.add_argument("--seed", type=int, default=int(time.time()))
-    parser.add_argument("--dir", default=tempfile.gettempdir())
+    # In memory: what the plug is pulled on is the file system, not what it lies on.
+    parser.add_argument("--dir", default="/dev/shm")
     given = parser.parse_args()
     kinds = given.kind or sorted(MAKE_FS)
     print(f"plug: seed {given.seed}, {given.count} pulls on {', '.join(kinds)}", flush=True)
