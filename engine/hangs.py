@@ -3,7 +3,9 @@ no signal ends that.
 
 A job hangs when it has not got on for a while *and* for as long a call to files that it needs (its
 backup point's, its VM's pools') has been under way, be it the job's own or another's that it waits
-for. So one that computes, or waits for its turn, does not. Looking never touches a medium.
+for. A wait for a disk server (qemu-nbd, QEMU) is a call to the file that it serves. So one that
+computes, or waits for its turn, does not hang. Looking never touches a medium of these; when the
+data directory does not answer nobody can be told anything.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from storage.fs import Fs
 ResultT = TypeVar("ResultT")
 
 # EIO; what block devices say of a medium or a checksum; what XFS and ext4 say of their own blocks.
-_BAD = frozenset({errno.EIO, errno.ENODATA, errno.EILSEQ, errno.EUCLEAN, errno.EBADMSG})
+MEDIUM_ERRORS = frozenset({errno.EIO, errno.ENODATA, errno.EILSEQ, errno.EUCLEAN, errno.EBADMSG})
 
 
 class BadPlace(Damaged):
@@ -47,12 +47,12 @@ def _read(fs: Fs, path: str, what: str, read: Callable[[], ResultT]) -> ResultT:
     try:
         return read()
     except OSError as error:
-        if error.errno not in _BAD or not _point_answers(fs, path):
+        if error.errno not in MEDIUM_ERRORS or not _point_answers(fs, path):
             raise
     try:
         return read()
     except OSError as error:
-        if error.errno not in _BAD:
+        if error.errno not in MEDIUM_ERRORS:
             raise
         raise BadPlace(f"{what}: can't be read: {os.strerror(error.errno)}") from error
 

@@ -9,7 +9,8 @@ on the disk; when it is left by an exception, nothing is. A reader sees one such
 Damage: each row carries a check of itself, its key and its table, so a wrong one is never believed.
 When the environment is closed the whole file gets a seal (storage.seal), which the next opening
 checks, so what happens to a file that nobody uses is found before LMDB follows a pointer in it.
-After a kill there is no seal: then LMDB's own checks and the rows' are all there is.
+After a kill there is no seal: then its pages are walked first (storage.lmdb_pages), so what LMDB
+would be led astray by, or end the process at, is an error with a name; the rows have their checks.
 
 The map grows when it is full. LMDB allows that only while the process has no transaction open, so
 the full transaction is rolled back, the map enlarged once no reader is inside, and the journal of
@@ -30,7 +31,8 @@ import msgspec
 from xxhash import xxh3_64_digest
 
 from storage import seal
-from storage.errors import Damaged, PointUnreachable, translated
+from storage.errors import Damaged, PointUnreachable, ViewDamaged, translated
+from storage.lmdb_pages import require_sound_pages
 from storage.lock_file import READERS, allocate_lock_file
 
 FIRST_MAP_BYTES = 64 << 20
@@ -178,7 +180,7 @@ class Store:
         with translated(f"state {path}"):
             os.makedirs(path, mode=0o700, exist_ok=True)
             allocate_lock_file(path)
-            seal.break_seal(os.path.join(path, _DATA_FILE))
+            _require_sound(os.path.join(path, _DATA_FILE))
             self._env = lmdb.open(
                 path, map_size=map_bytes, max_dbs=len(tables), max_readers=READERS
             )
@@ -241,6 +243,15 @@ class Store:
         with self._gate:
             self._readers -= 1
             self._gate.notify_all()
+
+
+def _require_sound(path: str) -> None:
+    """Damaged unless the file is as it was closed, or, after a kill, its pages hang together."""
+    if not seal.break_seal(path) and os.path.exists(path):
+        try:
+            require_sound_pages(path)
+        except ViewDamaged as error:
+            raise Damaged(str(error)) from error
 
 
 def _text(raw: bytes | memoryview) -> str:

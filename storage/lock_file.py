@@ -23,8 +23,7 @@ _NO_COW = 0x00800000  # FS_NOCOW_FL: btrfs would need new room whenever the file
 def allocate_lock_file(directory: str) -> None:
     """Before lmdb.open of the environment in `directory`, which this process does not have open:
     closing a file drops the process's locks on it. Raises OSError when there is no room."""
-    path = os.path.join(directory, "lock.mdb")
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    fd = _opened(os.path.join(directory, "lock.mdb"))
     try:
         found = os.fstat(fd)
         if not found.st_size:
@@ -35,3 +34,16 @@ def allocate_lock_file(directory: str) -> None:
             os.posix_fallocate(fd, 0, _SIZE_BYTES)
     finally:
         os.close(fd)
+
+
+def _opened(path: str) -> int:
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    fd = os.open(path, flags, 0o600)
+    try:
+        while os.read(fd, _SIZE_BYTES):
+            pass
+    except OSError:
+        os.close(fd)
+        os.unlink(path)
+        return os.open(path, flags, 0o600)
+    return fd

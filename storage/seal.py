@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 
 from blake3 import blake3
 
+from storage.bad_places import MEDIUM_ERRORS
 from storage.errors import Damaged
 
 _PIECE = 4 << 20
@@ -29,13 +31,12 @@ def put_seal(path: str) -> None:
 
 def break_seal(path: str) -> bool:
     """Takes the seal away, durably; whether there was one. Damaged, and it stays, if it does not
-    fit."""
+    fit, or one of the two can't be read: the medium has lost something then, too."""
     try:
-        with open(f"{path}.seal", encoding="ascii", errors="replace") as file:
-            sealed = file.read(1000)
+        sealed = _read_whole(f"{path}.seal")
     except FileNotFoundError:
         return False
-    found = _digest(path) if os.path.exists(path) else "nothing"
+    found = _digest(path).encode() if os.path.exists(path) else b"nothing"
     if sealed != found:
         raise Damaged(f"{path} is not what it was when it was closed")
     os.unlink(f"{path}.seal")
@@ -47,9 +48,25 @@ def break_seal(path: str) -> bool:
     return True
 
 
+def _read_whole(path: str) -> bytes:
+    return b"".join(_pieces(path))
+
+
 def _digest(path: str) -> str:
     hasher = blake3()
-    with open(path, "rb") as file:
-        while piece := file.read(_PIECE):
-            hasher.update(piece)
+    for piece in _pieces(path):
+        hasher.update(piece)
     return hasher.hexdigest()
+
+
+def _pieces(path: str) -> Iterator[bytes]:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        while piece := os.read(fd, _PIECE):
+            yield piece
+    except OSError as error:
+        if error.errno not in MEDIUM_ERRORS:
+            raise
+        raise Damaged(f"{path}: can't be read: {os.strerror(error.errno)}") from error
+    finally:
+        os.close(fd)

@@ -23,6 +23,7 @@ from typing import TypeVar
 import lmdb
 
 from storage.errors import Damaged, ViewDamaged, translated
+from storage.in_flight import InFlight
 from storage.lmdb_pages import require_sound_pages
 from storage.lock_file import READERS, allocate_lock_file
 from storage.seal import break_seal, put_seal
@@ -56,8 +57,12 @@ def _open(path: str) -> _Opened:
     else:
         proved = True
     allocate_lock_file(path)
-    env = lmdb.open(path, map_size=size, max_dbs=len(_DATABASES), max_readers=READERS, mode=0o600)
-    return _Opened(env, {name: env.open_db(name.encode()) for name in _DATABASES}, proved)
+    with InFlight(path):
+        env = lmdb.open(
+            path, map_size=size, max_dbs=len(_DATABASES), max_readers=READERS, mode=0o600
+        )
+        databases = {name: env.open_db(name.encode()) for name in _DATABASES}
+    return _Opened(env, databases, proved)
 
 
 class View:
@@ -191,15 +196,24 @@ class View:
                 if self._panicked:
                     self._reopen()
                 try:
-                    with self._current.env.begin(write=True) as txn:
-                        tables = ViewTables(txn, self._current.databases)
-                        result = change(tables)
-                        tables.settle()
-                        return result
+                    return self._changed(change)
                 except lmdb.MapFullError:
                     self.grow()
                 except lmdb.PanicError:
                     self._panicked = True
+
+    def _changed(self, change: Callable[[ViewTables], ResultT]) -> ResultT:
+        txn = self._current.env.begin(write=True)
+        try:
+            tables = ViewTables(txn, self._current.databases)
+            result = change(tables)
+            tables.settle()
+            with InFlight(self.path):  # LMDB's writing; what comes before it computes
+                txn.commit()
+        except BaseException:
+            txn.abort()
+            raise
+        return result
 
     def grow(self) -> None:
         """Doubles the map, when nobody is reading. Not from within a transaction."""
@@ -237,7 +251,7 @@ class View:
 
         The copy is not flushed to the medium: who keeps it does that.
         """
-        with translated(f"view {self.path}"):
+        with translated(f"view {self.path}"), InFlight(path):
             self._current.env.copy(path, compact=True)
         return os.path.join(path, _DATA_FILE)
 

@@ -97,7 +97,9 @@ class EngineRig:
         vm_name: str,
         *,
         volumes: Sequence[str] = (),
+        allow_damaged: bool = False,
     ) -> tuple[str, str]:
+        """(the new VM's uuid, the job's)."""
         names = volumes or [f"{vm_name}-{disk.target_device}" for disk in backup.label.disks]
         targets = [
             RestoreTarget(disk.target_device, self.pool_uuid, volume, "SSD")
@@ -110,6 +112,7 @@ class EngineRig:
             targets,
             self.engine.object_groups()[0].uuid,
             self.engine.zones()[0].uuid,
+            allow_damaged=allow_damaged,
         )
 
     def restore(self, backup: Backup, vm_name: str) -> list[bytes]:

@@ -75,8 +75,9 @@ def begin_live(
         undo.callback(job.end, committed=False)
         begun = _begun(domain, facts, job, parent)
         sources = {}
+        paths = {disk.target: disk.source for disk in facts.disks}
         for disk in begun.disks:
-            sources[disk.target] = source = job.open(disk)
+            sources[disk.target] = source = job.open(disk, paths[disk.target])
             undo.callback(source.close)
         job.watch.start()
         held = LiveBackup(job, sources, _told(domain, facts, job, begun, sources))
@@ -148,10 +149,10 @@ class _Job:
     def scratch_for(self, number: int) -> str:
         return f"{self.setup.scratch}/{self.wish.backup_uuid}.{number}"
 
-    def open(self, disk: JobDisk) -> NbdSource:
+    def open(self, disk: JobDisk, path: str) -> NbdSource:
         bitmap = export_bitmap(disk.target) if disk.base else ""
         address = NbdAddress(path=self.socket)
-        return NbdSource.open(address, disk.target, bitmap, timeout_s=READ_TIMEOUT_S)
+        return NbdSource.open(address, disk.target, bitmap, timeout_s=READ_TIMEOUT_S, place=path)
 
     def end(self, *, committed: bool) -> bool:
         """Ends the job, and puts the checkpoints in order. Whether the domain is not running."""

@@ -21,6 +21,7 @@ from engine.nbd.exchange import Exchange, Request
 from engine.nbd.handshake import negotiate
 from engine.nbd.protocol import ExportFacts, Extent
 from storage.fs import Buffer
+from storage.in_flight import InFlight
 
 # Less is more system calls, more falls out of the processor's caches (bench/nbd.py).
 REQUEST_BYTES = 512 << 10
@@ -33,12 +34,15 @@ _LEAST_ANSWER_BYTES = 512
 class NbdClient:
     """An export that is open. A context manager; its end closes the connections."""
 
-    def __init__(self, exchanges: Sequence[Exchange], facts: ExportFacts, name: str) -> None:
+    def __init__(
+        self, exchanges: Sequence[Exchange], facts: ExportFacts, name: str, place: str
+    ) -> None:
         """`facts` are what the first exchange was told; its contexts are the first's alone."""
         self._exchanges = exchanges
         self._turns = itertools.count()
         self._facts = facts
         self._name = name
+        self._place = place
 
     @classmethod
     def connect(
@@ -49,11 +53,13 @@ class NbdClient:
         *,
         timeout_s: float,
         connections: int = 1,
+        place: str = "",
     ) -> NbdClient:
         """Opens `export`, and those of `contexts` that the server has (see `contexts`).
 
         `timeout_s` bounds the connecting, and then every single wait for the server. More than one
         of `connections` only to a server that lets as many in: another one may leave us waiting.
+        `place`: the path of the file that is served, if it is known, for storage.in_flight.
         Raises DiskServerLost, DiskServerRefused (no such export, it wants TLS), DiskServerBroken.
         """
         name = f"{address} {export!r}" if export else str(address)
@@ -69,7 +75,7 @@ class NbdClient:
                     if same.size_bytes != facts.size_bytes:
                         raise DiskServerBroken(f"of {facts.size_bytes} and {same.size_bytes} bytes")
             undo.pop_all()
-        return cls(opened, facts, name)
+        return cls(opened, facts, name, place)
 
     @property
     def size_bytes(self) -> int:
@@ -156,7 +162,7 @@ class NbdClient:
 
     def _run(self, requests: Sequence[Request]) -> None:
         exchange = self._exchanges[next(self._turns) % len(self._exchanges)]
-        with _naming(self._name):
+        with _naming(self._name), InFlight(self._place):
             exchange.run(requests)
 
     def _without_data(self, command: int, flag: int, offset: int, size_bytes: int) -> None:
@@ -170,7 +176,7 @@ class NbdClient:
         """The extents from `offset` to `end` as they come: an answer may stop early, or overrun."""
         while offset < end:
             request = Request(protocol.CMD_BLOCK_STATUS, offset, min(_STATUS_BYTES, end - offset))
-            with _naming(self._name):
+            with _naming(self._name), InFlight(self._place):
                 self._exchanges[0].run([request])
             asked_to = offset + request.size_bytes
             for extent in request.extents.get(number, ()):

@@ -31,17 +31,28 @@ class NbdSource:
 
     @classmethod
     def open(
-        cls, address: NbdAddress, export: str = "", bitmap: str = "", *, timeout_s: float
+        cls,
+        address: NbdAddress,
+        export: str = "",
+        bitmap: str = "",
+        *,
+        timeout_s: float,
+        place: str = "",
     ) -> NbdSource:
         """Connects, to a server that lets CONNECTIONS in. A `bitmap` that it does not export means:
-        all may have changed.
+        all may have changed. `place`: see NbdClient.connect.
 
         DiskServerLost, DiskServerRefused, DiskServerBroken.
         """
         dirty = f"qemu:dirty-bitmap:{bitmap}" if bitmap else ""
         contexts = [BASE_ALLOCATION, *([dirty] if dirty else [])]
         client = NbdClient.connect(
-            address, export, contexts, timeout_s=timeout_s, connections=CONNECTIONS
+            address,
+            export,
+            contexts,
+            timeout_s=timeout_s,
+            connections=CONNECTIONS,
+            place=place,
         )
         return cls(client, dirty if dirty in client.contexts else "")
 

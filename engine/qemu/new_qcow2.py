@@ -58,7 +58,9 @@ class NewQcow2:
         options = ["--cache=writeback", "--discard=unmap", "--image-opts", image]
         self._server = server = QemuNbd(self._path_final, options, [self._volume.fd])
         self._client = server.connected(
-            lambda: NbdClient.connect(server.address, "", timeout_s=ANSWER_TIMEOUT_S)
+            lambda: NbdClient.connect(
+                server.address, "", timeout_s=ANSWER_TIMEOUT_S, place=self._path_final
+            )
         )
 
     def write(self, content: memoryview, offset: int) -> None:

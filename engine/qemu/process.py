@@ -18,6 +18,7 @@ from typing import IO, TypeVar
 
 from engine.errors import DiskServerLost, DiskServerRefused
 from engine.nbd.connection import NbdAddress
+from storage.in_flight import InFlight
 
 OpenT = TypeVar("OpenT")
 
@@ -33,7 +34,7 @@ class QemuNbd:
     """A qemu-nbd that serves one image to one client. A context manager; its end ends it."""
 
     def __init__(self, name: str, options: Sequence[str], fds: Iterable[int] = ()) -> None:
-        """Starts it. `name`: the image's, for errors; `fds`: descriptors that it inherits."""
+        """Starts it. `name`: the image's path; `fds`: descriptors that it inherits."""
         self._name = name
         self._directory = tempfile.TemporaryDirectory(prefix="vmkeep-nbd-")  # mode 0700
         self._complaints: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (closed by _forget)
@@ -56,6 +57,10 @@ class QemuNbd:
 
         DiskServerRefused when it ends instead, DiskServerLost when it takes too long.
         """
+        with InFlight(self._name):
+            return self._connected(connect)
+
+    def _connected(self, connect: Callable[[], OpenT]) -> OpenT:
         deadline = time.monotonic() + START_TIMEOUT_S
         while True:
             try:
@@ -73,7 +78,8 @@ class QemuNbd:
         DiskServerRefused when that failed, DiskServerLost when it takes too long.
         """
         try:
-            status = self._process.wait(STOP_TIMEOUT_S)
+            with InFlight(self._name):
+                status = self._process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             raise DiskServerLost(f"{self._name}: qemu-nbd does not end") from None
         if status:
@@ -103,16 +109,18 @@ class QemuNbd:
 
 
 def run_qemu_img(name: str, *arguments: str) -> bytes:
-    """What `qemu-img` says. DiskServerRefused, with its complaint, when it fails."""
+    """What `qemu-img` says of the image at the path `name`. DiskServerRefused, with its complaint,
+    when it fails."""
     command = [*_ENDS_WITH_US, "qemu-img", *arguments]
     try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=TOOL_TIMEOUT_S,
-            check=False,
-        )
+        with InFlight(name):
+            done = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=TOOL_TIMEOUT_S,
+                check=False,
+            )
     except subprocess.TimeoutExpired:
         raise DiskServerLost(f"{name}: qemu-img {arguments[0]} does not end") from None
     except OSError as error:

@@ -80,7 +80,10 @@ class Qcow2Source:
             self._server = undo.enter_context(self._serve(parent_bitmap))
             self._nbd = self._server.connected(
                 lambda: NbdSource.open(
-                    self._server.address, bitmap=parent_bitmap, timeout_s=ANSWER_TIMEOUT_S
+                    self._server.address,
+                    bitmap=parent_bitmap,
+                    timeout_s=ANSWER_TIMEOUT_S,
+                    place=disk.path,
                 )
             )
             undo.callback(self._nbd.close)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 
 from storage.domain import Domain
 from storage.errors import ChunkDamaged, StorageError
@@ -230,3 +234,25 @@ def damaged(path: Path, content: bytes | None) -> Iterator[None]:
         path.parent.mkdir(exist_ok=True)  # a sweep removes empty directories
         path.write_bytes(whole)
         path.chmod(mode)
+
+
+def cant_read(monkeypatch: pytest.MonkeyPatch, path: Path) -> int:
+    """From now on nobody can read the file, which has the inode that is returned, by any call."""
+    inode = path.stat().st_ino
+    read, pread = os.read, os.pread
+
+    def meet(fd: int) -> None:
+        if os.fstat(fd).st_ino == inode:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def failing_read(fd: int, size_bytes: int) -> bytes:
+        meet(fd)
+        return read(fd, size_bytes)
+
+    def failing_pread(fd: int, size_bytes: int, offset: int) -> bytes:
+        meet(fd)
+        return pread(fd, size_bytes, offset)
+
+    monkeypatch.setattr(os, "read", failing_read)
+    monkeypatch.setattr(os, "pread", failing_pread)
+    return inode

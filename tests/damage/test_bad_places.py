@@ -18,7 +18,6 @@ from storage.fs import Buffer, OsFs
 from storage.packs import read_footer
 from storage.reader import MAX_RUN_BYTES, plan_reads
 from tests.damage.site import Image, Site, readable
-from tests.damage.test_engine_damage import restore
 from tests.engine_rig import PATIENCE_S, EngineRig
 from tests.rig import random_bytes
 from tests.store import CHUNK
@@ -89,10 +88,10 @@ def test_a_chunk_that_cant_be_read_is_damaged_and_healed(
     pack = only_pack(rig)
     entry = read_footer(OsFs(), str(pack))[1][3]
     medium.spoil(pack, entry.offset + 1000)
-    failed = rig.ended(restore(rig, backup, "not", allow_damaged=False)[1])
+    failed = rig.ended(rig.ask_restore(backup, "not")[1])
     assert failed.state == "failed"
     assert f"{pack} at {entry.offset}" in failed.error
-    made, job = restore(rig, backup, "left", allow_damaged=True)
+    made, job = rig.ask_restore(backup, "left", allow_damaged=True)
     whole = rig.volume(vm.disks[0]).read_bytes()
     assert rig.succeed(job).result[1].startswith("sda: missing offset=")
     left = rig.volume(rig.engine.vm(made).disks[0]).read_bytes()
@@ -111,7 +110,7 @@ def test_a_medium_that_reads_nothing_is_unreachable(
     """And nothing is called damaged, or distrusted, for that."""
     _, backup = backed_up
     medium.gone = str(rig.data / "point")
-    _, job = restore(rig, backup, "not", allow_damaged=True)
+    _, job = rig.ask_restore(backup, "not", allow_damaged=True)
     assert rig.ended(job).state == "failed"
     assert "Input/output error" in rig.ended(job).error
     assert "can't be read" not in rig.ended(job).error

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from engine.model import Backup, Vm
-from engine.views import RestoreTarget
 from storage.fs import OsFs
 from storage.packs import read_footer
-from tests.engine_rig import ANYWHERE, EngineRig
+from tests.engine_rig import EngineRig
 from tests.rig import random_bytes
 
 MIB = 1 << 20
@@ -39,25 +38,14 @@ def hit(tmp_path: Path) -> tuple[EngineRig, Vm, Backup, Path]:
 Hit = tuple[EngineRig, Vm, Backup, Path]
 
 
-def restore(rig: EngineRig, backup: Backup, name: str, *, allow_damaged: bool) -> tuple[str, str]:
-    targets = [
-        RestoreTarget(disk.target_device, rig.pool_uuid, f"{name}-{disk.target_device}", "SSD")
-        for disk in backup.label.disks
-    ]
-    group, zone = rig.engine.object_groups()[0].uuid, rig.engine.zones()[0].uuid
-    return rig.engine.restore_backup(
-        ANYWHERE, backup.uuid, name, targets, group, zone, allow_damaged=allow_damaged
-    )
-
-
 def test_a_damaged_backup_is_restored_as_far_as_it_goes_when_asked_to(hit: Hit) -> None:
     rig, vm, backup, pack = hit
     with rig:
-        _, job = restore(rig, backup, "not", allow_damaged=False)
+        _, job = rig.ask_restore(backup, "not")
         failed = rig.ended(job)
         assert failed.state == "failed"
         assert str(pack) in failed.error
-        made, job = restore(rig, backup, "left", allow_damaged=True)
+        made, job = rig.ask_restore(backup, "left", allow_damaged=True)
         lines = rig.succeed(job).result
         assert lines[0] == f"sda: {2 * MIB} bytes in 1 ranges are damaged and read as zeros"
         assert lines[1] == f"sda: missing offset=0 length={2 * MIB}"
@@ -74,7 +62,7 @@ def test_what_was_found_is_remembered_over_a_restart_and_healed(hit: Hit, how: s
         if how == "verify":
             job = rig.engine.start_maintenance("verify", rig.point_uuid, True)
         else:
-            _, job = restore(rig, backup, "left", allow_damaged=True)
+            _, job = rig.ask_restore(backup, "left", allow_damaged=True)
         ended = rig.ended(job)
         if how == "verify":
             assert ended.state == "failed"

@@ -13,7 +13,7 @@ from engine.model import Tenant
 from engine.state import State
 from storage.errors import Damaged, StorageError
 from tests.damage import site as sites
-from tests.damage.site import damaged
+from tests.damage.site import cant_read, damaged
 
 PLACES = 300
 ROWS = [Tenant(uuid=f"{number:08d}", name=f"tenant {number}" * 20) for number in range(200)]
@@ -62,6 +62,54 @@ def test_a_state_that_was_not_closed_has_no_seal(path: Path) -> None:
     assert not (path / "data.mdb.seal").exists()
     state.close()
     assert (path / "data.mdb.seal").exists()
+
+
+def test_pages_that_are_damaged_after_a_kill_are_told_or_harmless(path: Path) -> None:
+    """LMDB would go by what they say, and the process might end. `older`: a write was lost."""
+    (path / "data.mdb.seal").unlink()
+    file = path / "data.mdb"
+    older = file.read_bytes()
+    state = State(str(path))
+    state.tenants.put_all(ROWS[:20])
+    state.tenants.delete("00000100")
+    state.close()
+    (path / "data.mdb.seal").unlink()
+    chance = random.Random(6)
+    whole, told = file.read_bytes(), 0
+    for _ in range(PLACES):
+        changed = chance.choice(sites.WAYS[:-1])(chance, whole, older)
+        with damaged(file, changed):
+            try:
+                state = State(str(path))
+                rows = state.tenants.values()
+                state.close()
+                assert rows == ROWS[:100] + ROWS[101:] or changed == older
+            except StorageError as error:
+                told += "state" in str(error)
+            (path / "data.mdb.seal").unlink(missing_ok=True)
+    assert told > PLACES // 3
+
+
+@pytest.mark.parametrize("killed", [True, False], ids=["killed", "closed"])
+def test_a_state_that_cant_be_read_is_told(
+    path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
+) -> None:
+    if killed:
+        (path / "data.mdb.seal").unlink()
+    cant_read(monkeypatch, path / "data.mdb")
+    with pytest.raises(Damaged, match=r"data\.mdb"):
+        State(str(path))
+
+
+def test_a_lock_file_that_cant_be_read_is_made_anew(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LMDB looks at it through memory: the medium's error would end the process, each time."""
+    before = cant_read(monkeypatch, path / "lock.mdb")
+    state = State(str(path))
+    assert (path / "lock.mdb").stat().st_ino != before
+    assert state.tenants.values() == ROWS
+    state.close()
 
 
 @pytest.mark.parametrize("changed", ["value", "key", "other"])

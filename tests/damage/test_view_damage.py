@@ -123,6 +123,20 @@ def test_a_sound_view_is_not_made_anew(
     assert "view" not in caplog.text
 
 
+@pytest.mark.parametrize("killed", [True, False], ids=["killed", "closed"])
+@pytest.mark.parametrize("name", ["data.mdb", "data.mdb.seal", "lock.mdb"])
+def test_a_view_that_cant_be_read_is_made_anew(
+    own: Site, monkeypatch: pytest.MonkeyPatch, name: str, killed: bool
+) -> None:
+    """A bad sector below it is no reason for the point to be called unreachable."""
+    if killed and name != "data.mdb.seal":
+        data_file(own).with_name("data.mdb.seal").unlink()
+    before = sites.cant_read(monkeypatch, data_file(own).with_name(name))
+    with own.opened() as domain:
+        assert all(readable(domain, image) == [] for image in own.images)
+    assert data_file(own).with_name(name).stat().st_ino != before
+
+
 def test_an_older_copy_of_the_view_is_brought_up_to_date(own: Site) -> None:
     """Also when files that it names are gone since."""
     before = {path.name: path.read_bytes() for path in data_file(own).parent.glob("data.mdb*")}

@@ -31,6 +31,7 @@ from typing import NamedTuple
 
 from storage.errors import StorageError
 from storage.point import ClusterLabel
+from tests.fire.loops import mount, unmount
 from tests.fire.plug import MAKE_FS, SIZE_BYTES, Broken, Told, image_of, judged
 from tests.fire.site import Site
 from tests.nfs.kit import ROOT, find_tool, make_kit
@@ -140,11 +141,11 @@ class Replay:
 
 @contextmanager
 def mounted(image: Path, place: Path) -> Iterator[None]:
-    subprocess.run(["mount", "-o", "loop", image, place], check=True)
+    mount(image, place)
     try:
         yield
     finally:
-        subprocess.run(["umount", place], check=True)
+        unmount(image, place)
 
 
 def replayed(root: Path, kind: str, words: int, seed: int) -> Counter[str]:

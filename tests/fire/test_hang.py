@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -13,14 +14,18 @@ from pathlib import Path
 import pytest
 
 from api.metrics import Metrics
-from engine.config import Config, Limits, PointConfig, PoolConfig
+from engine.config import Config, DiskConfig, Limits, PointConfig, PoolConfig, VmConfig
 from engine.jobs import JobContext
 from engine.model import Job
+from engine.nbd.source import NbdSource
 from engine.views import NewDisk, RestoreTarget
 from storage.in_flight import InFlight, in_flight, longest_in_flight_s
+from storage.log import Log
+from storage.record import Commit, Record
 from tests.conftest import LoopFs
 from tests.engine_rig import ANYWHERE, PATIENCE_S, EngineRig
 from tests.fire.test_point_lost import on_first_batch
+from tests.qemu.images import create, qemu_io
 from tests.rig import random_bytes
 
 MIB = 1 << 20
@@ -94,6 +99,82 @@ def test_a_backup_stalls_on_its_point(
 def shown(rig: EngineRig) -> str:
     """What Prometheus is told."""
     return Metrics(rig.engine).render().decode()
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("kind", ["xfs", "ext4"])
+def test_a_backup_stalls_in_its_view(
+    tmp_path: Path, loop_fs: LoopFs, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The file system stands still after a record was linked, when LMDB writes next."""
+    place = loop_fs(kind, 320 * MIB)
+    config = Config(limits=AT_ONCE, points=(PointConfig("nas", str(place)),))
+    content = random_bytes(3 * MIB, 1)
+    with EngineRig(tmp_path / "data", config) as rig, Frozen(place) as medium:
+        vm = rig.make_vm("web", content)
+        publish = Log.publish
+
+        def publish_then_freeze(log: Log, record: Record) -> bool:
+            published = publish(log, record)
+            if any(isinstance(op, Commit) and op.backups for op in record.ops):
+                medium.freeze()
+            return published
+
+        monkeypatch.setattr(Log, "publish", publish_then_freeze)
+        backup, job = rig.ask_backup(vm)
+        seen = until(rig, job, lambda row: row.stalled_s >= 1)
+        assert (seen.state, seen.stalled_on) == ("running", "backup point nas")
+        medium.thaw()
+        rig.succeed(job)
+        assert rig.restore(rig.engine.backup(ANYWHERE, backup), "copy") == [content]
+
+
+def test_a_backup_stalls_on_a_server_of_its_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A qemu-nbd that does not answer: what it stands before is the image's pool."""
+    pool = tmp_path / "pool"
+    pool.mkdir()
+    create(pool / "a.qcow2", "20M")
+    qemu_io(pool / "a.qcow2", "write -P 1 0 9M")
+    disks = (DiskConfig("vda", "a.qcow2", format="qcow2"),)
+    pools = (PoolConfig("big", str(pool)),)
+    config = Config(limits=AT_ONCE, pools=pools, vms=(VmConfig("vm", disks),))
+    with EngineRig(tmp_path / "data", config) as rig:
+        servers: list[int] = []
+
+        def stop_server() -> None:
+            for child in Path("/proc/self/task").glob("*/children"):
+                servers.extend(int(pid) for pid in child.read_text().split() if _is_nbd(pid))
+            for pid in servers:
+                os.kill(pid, signal.SIGSTOP)
+
+        on_first_read(monkeypatch, stop_server)
+        (vm,) = rig.engine.vms(ANYWHERE)
+        _, job = rig.ask_backup(vm)
+        try:
+            seen = until(rig, job, lambda row: row.stalled_s >= 1)
+            assert (seen.state, seen.stalled_on) == ("running", "pool big")
+        finally:
+            for pid in servers:
+                os.kill(pid, signal.SIGCONT)
+        rig.succeed(job)
+
+
+def _is_nbd(pid: str) -> bool:
+    return Path(f"/proc/{pid}/comm").read_text().strip() == "qemu-nbd"
+
+
+def on_first_read(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    """Calls `act` once, before the first read of a disk server."""
+    left, read_into = [act], NbdSource.read_into
+
+    def act_then_read(source: NbdSource, buffer: memoryview, offset: int) -> int:
+        while left:
+            left.pop()()
+        return read_into(source, buffer, offset)
+
+    monkeypatch.setattr(NbdSource, "read_into", act_then_read)
 
 
 @pytest.mark.root

@@ -25,6 +25,7 @@ HOST_TOOLS = {
     "depmod": "kmod",
     "dmsetup": "dmsetup",
     "blockdev": "util-linux",
+    "mkfs.xfs": "xfsprogs",
     "mke2fs": "e2fsprogs",
     "e2fsck": "e2fsprogs",
     "apt-get": "apt",
