@@ -28,6 +28,7 @@ from engine.labels import settled_backup
 from engine.model import Backup, BackupPoint, Cluster, Distrust
 from engine.state import Rows
 from engine.views import PointState, PointStateName
+from storage.bundling import Bundling
 from storage.domain import Domain
 from storage.errors import (
     Damaged,
@@ -103,6 +104,7 @@ class Keeper:
         self._synced: dict[str, int] = {}
         self._observers: dict[str, Observer] = {}
         self._leftovers: dict[str, Leftovers] = {}
+        self._bundlings: dict[str, Bundling] = {}
         self._beats = 0
         self._beat_at_s = float("-inf")
         self._error: StorageError | None = None
@@ -275,6 +277,7 @@ class Keeper:
             seq = domain.refresh()
             if self._synced.get(cluster_uuid) != seq and self._sync(cluster_uuid, domain):
                 self._synced[cluster_uuid] = seq
+            self._bundlings.setdefault(cluster_uuid, Bundling()).go_on(domain)
         seen = self._count(opened)
         with self._lock:
             self._seen = seen
