@@ -307,6 +307,10 @@ class Domain:
 
         return self.view.ask(found)
 
+    def backup_uuids(self) -> set[str]:
+        """Of all live backups, and of those that are still held."""
+        return self.view.ask(lambda state: {backup for backup, _ in tables.backups.scan(state)})
+
     def changed_backups(self, seq: int) -> frozenset[str] | None:
         """Those that came, went or changed after record `seq`; None: all may have."""
         return self._tally.changed_after(seq)
