@@ -3,8 +3,7 @@
 A shelf is a sorted list, newest first, of the backups of one cluster, namespace and point; there is
 a second set of shelves for each VM. So every exact filter picks shelves, a time range is two
 bisections in each, a total is a difference of places, and a page of several shelves is found by
-bisection too, however far behind it is. Only texts are looked through one by one: they lie beside
-the rows, so that this is one pass over a list, in C.
+bisection too, however far behind it is. Only texts are looked through (engine.texts).
 
 In memory only, made anew from the rows at every start; not thread-safe: engine.catalogue locks.
 """
@@ -14,11 +13,11 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import compress, islice, repeat
-from operator import contains
-from typing import NamedTuple, TypeAlias
+from itertools import islice
+from typing import NamedTuple, TypeAlias, overload
 
 from engine.model import Backup
+from engine.texts import Texts
 from engine.views import BackupQuery
 
 Place: TypeAlias = tuple[int, str, str]  # newest first, then uuid, then cluster
@@ -38,8 +37,8 @@ class Shelf:
 
     def __init__(self) -> None:
         self.rows: list[Backup] = []
-        self._names: list[str] = []
-        self._descriptions: list[str] = []
+        self._names = Texts()
+        self._descriptions = Texts()
 
     def append(self, row: Backup, name: str, description: str) -> None:
         """One that comes behind all that are there."""
@@ -56,7 +55,9 @@ class Shelf:
     def remove(self, place: Place) -> None:
         """It has to be there."""
         at = bisect_left(self.rows, place, key=place_of)
-        del self.rows[at], self._names[at], self._descriptions[at]
+        del self.rows[at]
+        self._names.remove(at)
+        self._descriptions.remove(at)
 
     def found(self, query: BackupQuery) -> Run:
         """Those that the query's times and texts leave."""
@@ -64,17 +65,35 @@ class Shelf:
         last = len(self.rows)
         if query.start_time:
             last = max(first, _before(self.rows, query.start_time - 1))
-        rows = self.rows[first:last] if query.name_part or query.description_part else []
-        if not rows:
+        if not (query.name_part or query.description_part):
             return Run(self.rows, first, last)
-        names, descriptions = self._names[first:last], self._descriptions[first:last]
+        # By number: what does not fit is not touched, and it lies all over the memory.
+        fits: Sequence[int] = range(first, last)
         if query.name_part:
-            fits = [*map(contains, names, repeat(query.name_part))]
-            rows, descriptions = [*compress(rows, fits)], [*compress(descriptions, fits)]
+            fits = self._names.having(query.name_part, fits)
         if query.description_part:
-            fits = [*map(contains, descriptions, repeat(query.description_part))]
-            rows = [*compress(rows, fits)]
-        return Run(rows, 0, len(rows))
+            fits = self._descriptions.having(query.description_part, fits)
+        return Run(_Picked(self.rows, fits), 0, len(fits))
+
+
+class _Picked(Sequence[Backup]):
+    """Some of the rows, by their numbers: only those that are asked for are looked at."""
+
+    def __init__(self, rows: Sequence[Backup], numbers: Sequence[int]) -> None:
+        self._rows = rows
+        self._numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, at: int) -> Backup: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[Backup]: ...
+    def __getitem__(self, at: int | slice) -> Backup | Sequence[Backup]:
+        if isinstance(at, slice):
+            return [self._rows[number] for number in self._numbers[at]]
+        return self._rows[self._numbers[at]]
 
 
 def _before(rows: Sequence[Backup], time: int) -> int:
@@ -117,8 +136,8 @@ class Shelves:
         )
 
     def _texts(self, row: Backup) -> tuple[str, str]:
-        """Copies of name and description: those of neighbours lie side by side then, which makes
-        looking through them several times as fast as going to where each row happens to be."""
+        """Copies of name and description: those of neighbours lie side by side then, and looking
+        through them need not go to where each row happens to be."""
         if self._description != row.label.description:  # the neighbour's will do, if it is the same
             self._description = _own(row.label.description)
         return _own(row.label.name), self._description
