@@ -275,12 +275,17 @@ class Keeper:
         self._sort_out(opened)
         if time.monotonic() - self._beat_at_s >= BEAT_EVERY_S:
             self._beat(opened)
+        anew = [
+            domain for cluster_uuid, domain in opened.sound() if cluster_uuid not in self._synced
+        ]
         for cluster_uuid, domain in opened.sound():
             seq = domain.refresh()
             if self._synced.get(cluster_uuid) != seq and self._sync(cluster_uuid, domain):
                 self._synced[cluster_uuid] = seq
             self._bundlings.setdefault(cluster_uuid, Bundling()).go_on(domain)
         seen = self._count(opened)
+        for domain in anew:  # which was read as a whole for that
+            domain.let_go()
         with self._lock:
             self._seen = seen
 
@@ -324,10 +329,13 @@ class Keeper:
         if changed is None:
             known = self._around.catalogue.uuids(cluster_uuid, self.row.uuid)
             changed = domain.backup_uuids() | known
+            domain.let_go()
         rest = iter(sorted(changed))
         while some := [*islice(rest, ROWS_PER_SYNC)]:
             if not self._sync_some(cluster_uuid, domain, some):
                 return False
+            if len(some) == ROWS_PER_SYNC:
+                domain.let_go()
         return True
 
     def _sync_some(self, cluster_uuid: str, domain: Domain, backups: Collection[str]) -> bool:

@@ -217,6 +217,13 @@ class Store:
             self._env.set_mapsize(self._env.info()["map_size"] * 2)
             return self._env.begin(write=True)
 
+    def let_go(self) -> None:
+        """What was read of the file is this process's memory no more, unless somebody is reading;
+        the kernel still has it."""
+        with self._writer, self._gate, translated(f"state {self._path}"):
+            if not self._readers and not self._closed:
+                self._env.set_mapsize(self._env.info()["map_size"])  # which maps it anew
+
     def close(self) -> None:
         """Ends it, once nobody is inside; from then on every call is PointUnreachable."""
         with self._writer, self._gate:
