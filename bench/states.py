@@ -13,9 +13,11 @@ import msgspec
 
 from engine.labels import encode_label
 from engine.model import BackupLabel, DiskBackup
+from storage.bundles import stretch_of
 from storage.domain import Domain
 from storage.fs import OsFs
-from storage.log import record_path
+from storage.log import Log, record_path
+from storage.paths import DomainPaths
 from storage.point import ClusterLabel, Point
 from storage.record import (
     FIRST_PREVIOUS,
@@ -112,6 +114,16 @@ def write_log(point: Point, cluster: ClusterLabel, count: int) -> None:
             path = Path(directory, record_path(seq))
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(body)
+
+
+def write_bundles(point: Point, cluster: ClusterLabel) -> None:
+    """Bundles what is full of a domain's log, as its hosts do by and by."""
+    paths = DomainPaths(point.path, cluster.cluster_uuid)
+    records = Log(HastyFs(), paths.log, paths.host_tmp(HOST))
+    seq, newest = 1, records.newest_name()
+    while (last := stretch_of(seq)[1]) <= newest:
+        records.bundle(seq)
+        seq = last + 1
 
 
 class _Envelope(msgspec.Struct):

@@ -176,7 +176,7 @@ class _BackupRun:
 
     def _wish(self, parent: Backup | None) -> HoldWish:
         """What the inventory may have to know to hold the VM's disks."""
-        machine = parent.label.machine if parent else None
+        machine = self._core.catalogue.whole(parent).label.machine if parent else None
         return HoldWish(
             backup_uuid=self._row.uuid,
             identities={d.target_device: d.identity for d in parent.label.disks} if parent else {},

@@ -11,8 +11,8 @@ Locks: `_writing` orders changes (state first, then memory), `_lock` guards memo
 never wait for a disk, nor for long: what changes many rows lets go of it again and again. Memory
 changes under both, so who holds either may look.
 
-Measured with 100,000 backups of one disk: 3 KB of memory and 1 KB of state each; 12 µs of processor
-time each at the start.
+In memory a row is without its machine, which is large and seldom asked for (`whole`), and shares
+what others say alike (engine.sharing): 0.9 KB each with one disk, and 1 KB in the state.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from msgspec.structs import replace
 from engine.errors import NotFound
 from engine.model import BACKUP_DONE, BACKUP_FAILED, BACKUP_RUNNING, Backup
 from engine.scopes import Range
+from engine.sharing import Sharing, without_machine
 from engine.shelves import Shelves, length, page_of, place_of
 from engine.state import State, backup_key
 from engine.views import BackupPage, BackupQuery, RangeState
@@ -38,6 +39,8 @@ DEFAULT_PAGE_SIZE = 20
 MOST_PAGE_SIZE = 1000
 LOOKED_AT = 1000
 ROWS_PER_HOLD = 100  # what is changed before others may look
+SHARED_AT_START = 10_000_000
+SHARED_WHILE_RUNNING = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +56,17 @@ class Catalogue:
         self._state = state
         self._writing = threading.Lock()
         self._lock = threading.Lock()
-        self._rows: dict[str, Backup] = {}
-        self._arrival: dict[str, int] = {}
+        self._rows: dict[str, dict[str, Backup]] = {}  # by cluster, by uuid
+        self._arrival: dict[str, int] = {}  # of those whose record was not read yet
         self._arrivals = 0
-        self._clusters: set[str] = set()  # that any row ever was of
         self._changes: Counter[tuple[str, str]] = Counter()
         self._done: Counter[str] = Counter()  # by point
-        rows = sorted(state.backups.values(), key=place_of)
+        self._sharing = Sharing(most=SHARED_WHILE_RUNNING)
+        sharing = Sharing(most=SHARED_AT_START)
+        with state.store.read() as txn:
+            rows = [sharing.of(row) for row in state.backups.each_in(txn)]
+        state.store.let_go()
+        rows.sort(key=place_of)
         self._shelves = Shelves(rows)
         for row in reversed(rows):
             self._note(row)
@@ -69,21 +76,28 @@ class Catalogue:
     def get(self, uuid: str, cluster_uuid: str = "") -> Backup:
         """The backup of that uuid, in that cluster if it is given. NotFound."""
         with self._lock:
-            if cluster_uuid:
-                found = self._rows.get(backup_key(cluster_uuid, uuid))
-            else:
-                keys = (backup_key(cluster, uuid) for cluster in sorted(self._clusters))
-                found = next((self._rows[key] for key in keys if key in self._rows), None)
-        if found is None:
-            raise NotFound("backup", uuid)
-        return found
+            clusters = [cluster_uuid] if cluster_uuid else sorted(self._rows)
+            found = [self._rows.get(cluster, {}).get(uuid) for cluster in clusters]
+        for row in found:
+            if row is not None:
+                return row
+        raise NotFound("backup", uuid)
+
+    def whole(self, row: Backup) -> Backup:
+        """The row with its machine, if it has one; as it is when it has gone."""
+        return self._state.backups.get(backup_key(row.cluster_uuid, row.uuid)) or row
+
+    def uuids(self, cluster_uuid: str, point_uuid: str) -> set[str]:
+        """Of all backups there."""
+        with self._lock:
+            rows = [*self._rows.get(cluster_uuid, {}).values()]
+        return {row.uuid for row in rows if row.point_uuid == point_uuid}
 
     def newest(self, cluster_uuid: str, point_uuid: str, vm_uuid: str) -> Backup | None:
         """What an incremental of that VM builds on: its newest finished backup there."""
         newest: Backup | None = None
         with self._lock:
-            for _, uuid, _ in self._shelves.of_vm(cluster_uuid, point_uuid, vm_uuid):
-                row = self._rows[backup_key(cluster_uuid, uuid)]
+            for row in self._shelves.of_vm(cluster_uuid, point_uuid, vm_uuid):
                 if newest is not None and row.label.create_time < newest.label.create_time:
                     break
                 if row.status == BACKUP_DONE:
@@ -95,9 +109,8 @@ class Catalogue:
         the newest LOOKED_AT backups are not looked for."""
         found: dict[str, Backup] = {}
         with self._lock:
-            places = self._shelves.of_point(cluster_uuid, point_uuid)
-            for _, uuid, _ in islice(places, LOOKED_AT):
-                row = self._rows[backup_key(cluster_uuid, uuid)]
+            rows = self._shelves.of_point(cluster_uuid, point_uuid)
+            for row in islice(rows, LOOKED_AT):
                 if row.status == BACKUP_DONE:
                     found.setdefault(row.label.vm_uuid, row)
                 if len(found) == most:
@@ -111,8 +124,7 @@ class Catalogue:
         places = [(cluster.uuid, namespace.uuid) for cluster, namespace in ranges]
         with self._lock:
             found = self._shelves.find(places, query)
-            page = page_of([*chain(*found.values())], skipped, size)
-            rows = [self._rows[backup_key(cluster, uuid)] for _, uuid, cluster in page]
+            rows = page_of([*chain(*found.values())], skipped, size)
             totals = {where: length(runs) for where, runs in found.items()}
         states = [
             RangeState(cluster, namespace.uuid, totals[cluster.uuid, namespace.uuid])
@@ -123,7 +135,7 @@ class Catalogue:
     def with_status(self, status: int) -> list[Backup]:
         """All backups of that status."""
         with self._lock:
-            return [row for row in self._rows.values() if row.status == status]
+            return [row for row in self._each() if row.status == status]
 
     def count(self, point_uuid: str) -> int:
         """How many finished backups are on that point."""
@@ -150,7 +162,7 @@ class Catalogue:
     def remove_point(self, point_uuid: str) -> None:
         """Forgets all backups of a point that was detached."""
         with self._writing:
-            gone = [row for row in self._rows.values() if row.point_uuid == point_uuid]
+            gone = [row for row in self._each() if row.point_uuid == point_uuid]
             self._apply(_Change(remove=gone))
 
     def keep_only(self, cluster_uuids: Iterable[str], point_uuids: Iterable[str]) -> None:
@@ -159,7 +171,7 @@ class Catalogue:
         with self._writing:
             gone = [
                 row
-                for row in self._rows.values()
+                for row in self._each()
                 if row.cluster_uuid not in clusters or row.point_uuid not in points
             ]
             self._apply(_Change(remove=gone))
@@ -177,13 +189,12 @@ class Catalogue:
         self,
         cluster_uuid: str,
         point_uuid: str,
+        only: Collection[str],
         read: Callable[[], Sequence[Backup]],
-        only: Collection[str] | None = None,
     ) -> bool:
-        """Makes the finished backups of that domain those that `read()` finds, oldest first.
-
-        `only`: it reads no others than these, and no others are touched. False: too much was
-        changed meanwhile, again and again; nothing was done.
+        """Makes the finished ones of the backups `only` what the domain says: `read()` finds those
+        of them that it has. No others are touched. False: too much was changed meanwhile, again and
+        again; nothing was done.
         """
         where = (cluster_uuid, point_uuid)
         for _ in range(SYNC_ATTEMPTS):
@@ -192,27 +203,21 @@ class Catalogue:
             rows = read()
             with self._writing:
                 if self._changes[where] == before:
-                    self._apply(self._difference(where, rows, only))
+                    self._apply(self._difference(where, only, rows))
                     return True
         return False
 
     def _difference(
-        self, where: tuple[str, str], rows: Sequence[Backup], only: Collection[str] | None
+        self, where: tuple[str, str], only: Collection[str], rows: Sequence[Backup]
     ) -> _Change:
         """`_writing` is held."""
-        here = {row.uuid: row for row in self._standing(where, only)}
+        known = self._rows.get(where[0], {})
+        here = {uuid: known[uuid] for uuid in only if uuid in known}
+        here = {uuid: row for uuid, row in here.items() if row.point_uuid == where[1]}
         put = [row for row in rows if _overrules(row, here.get(row.uuid))]
         there = {row.uuid for row in rows}
         gone = [row for row in here.values() if row.status == BACKUP_DONE and row.uuid not in there]
         return _Change(put, gone)
-
-    def _standing(self, where: tuple[str, str], only: Collection[str] | None) -> Iterator[Backup]:
-        if only is None:
-            rows = iter(self._rows.values())
-        else:
-            found = (self._rows.get(backup_key(where[0], uuid)) for uuid in only)
-            rows = (row for row in found if row is not None)
-        return (row for row in rows if (row.cluster_uuid, row.point_uuid) == where)
 
     def _apply(self, change: _Change) -> None:
         """`_writing` is held."""
@@ -233,33 +238,37 @@ class Catalogue:
     # Memory; `_writing` and `_lock` are held ------------------------------------------------
 
     def _remember(self, row: Backup) -> None:
+        row = self._sharing.of(row)
         self._forget(row)
         self._shelves.add(row)
         self._note(row)
 
     def _note(self, row: Backup) -> None:
         """All but the shelves."""
-        key = backup_key(row.cluster_uuid, row.uuid)
-        self._arrivals += 1
-        self._rows[key] = row
-        self._clusters.add(row.cluster_uuid)
-        self._arrival[key] = self._arrivals
+        self._rows.setdefault(row.cluster_uuid, {})[row.uuid] = row
         self._done[row.point_uuid] += row.status == BACKUP_DONE
+        if not row.seq:
+            self._arrivals += 1
+            self._arrival[backup_key(row.cluster_uuid, row.uuid)] = self._arrivals
 
     def _forget(self, row: Backup) -> None:
-        key = backup_key(row.cluster_uuid, row.uuid)
-        known = self._rows.pop(key, None)
+        known = self._rows.get(row.cluster_uuid, {}).pop(row.uuid, None)
         if known is not None:
-            del self._arrival[key]
+            self._arrival.pop(backup_key(row.cluster_uuid, row.uuid), None)
             self._shelves.remove(known)
             self._done[known.point_uuid] -= known.status == BACKUP_DONE
 
-    def _age(self, row: Backup) -> tuple[int, float, int]:
+    def _each(self) -> Iterator[Backup]:
+        return chain.from_iterable(rows.values() for rows in self._rows.values())
+
+    def _age(self, row: Backup) -> tuple[int, float, int, str]:
         """Of one second, what was committed later; not read yet is later than all that was read."""
-        key = backup_key(row.cluster_uuid, row.uuid)
-        return row.label.create_time, row.seq or math.inf, self._arrival[key]
+        arrival = self._arrival.get(backup_key(row.cluster_uuid, row.uuid), 0)
+        return row.label.create_time, row.seq or math.inf, arrival, row.uuid
 
 
 def _overrules(row: Backup, known: Backup | None) -> bool:
     """Whether what the domain says is news. The end of a running backup is its job's to tell."""
-    return known is None or (known.status != BACKUP_RUNNING and known != row)
+    if known is None:
+        return True
+    return known.status != BACKUP_RUNNING and known != without_machine(row)

@@ -16,8 +16,9 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from engine.catalogue import Catalogue
 from engine.config import Limits
@@ -28,6 +29,7 @@ from engine.labels import settled_backup
 from engine.model import Backup, BackupPoint, Cluster, Distrust
 from engine.state import Rows
 from engine.views import PointState, PointStateName
+from storage.bundling import Bundling
 from storage.domain import Domain
 from storage.errors import (
     Damaged,
@@ -49,6 +51,7 @@ log = logging.getLogger(__name__)
 HUNG_AFTER_S = 15.0
 BEAT_EVERY_S = 60.0  # a tenth of the patience of those who watch (storage.heartbeats)
 FIRST_LOOK_TIMEOUT_S = 5.0
+ROWS_PER_SYNC = 1000
 
 _STATES: tuple[tuple[type[StorageError], PointStateName], ...] = (
     (PointReadOnly, "read_only"),
@@ -103,6 +106,7 @@ class Keeper:
         self._synced: dict[str, int] = {}
         self._observers: dict[str, Observer] = {}
         self._leftovers: dict[str, Leftovers] = {}
+        self._bundlings: dict[str, Bundling] = {}
         self._beats = 0
         self._beat_at_s = float("-inf")
         self._error: StorageError | None = None
@@ -271,11 +275,17 @@ class Keeper:
         self._sort_out(opened)
         if time.monotonic() - self._beat_at_s >= BEAT_EVERY_S:
             self._beat(opened)
+        anew = [
+            domain for cluster_uuid, domain in opened.sound() if cluster_uuid not in self._synced
+        ]
         for cluster_uuid, domain in opened.sound():
             seq = domain.refresh()
             if self._synced.get(cluster_uuid) != seq and self._sync(cluster_uuid, domain):
                 self._synced[cluster_uuid] = seq
+            self._bundlings.setdefault(cluster_uuid, Bundling()).go_on(domain)
         seen = self._count(opened)
+        for domain in anew:  # which was read as a whole for that
+            domain.let_go()
         with self._lock:
             self._seen = seen
 
@@ -310,19 +320,34 @@ class Keeper:
         self._beat_at_s = time.monotonic()
 
     def _sync(self, cluster_uuid: str, domain: Domain) -> bool:
-        """After the first time only what the records since then have changed is looked at."""
-        around = self._around
+        """After the first time only what the records since then have changed is looked at. In
+        portions: what is read of a domain is many times what the catalogue keeps of it."""
         synced = self._synced.get(cluster_uuid)
-        changed = None if synced is None else domain.changed_backups(synced)
+        changed: Collection[str] | None = None
+        if synced is not None:
+            changed = domain.changed_backups(synced)
+        if changed is None:
+            known = self._around.catalogue.uuids(cluster_uuid, self.row.uuid)
+            changed = domain.backup_uuids() | known
+            domain.let_go()
+        rest = iter(sorted(changed))
+        while some := [*islice(rest, ROWS_PER_SYNC)]:
+            if not self._sync_some(cluster_uuid, domain, some):
+                return False
+            if len(some) == ROWS_PER_SYNC:
+                domain.let_go()
+        return True
+
+    def _sync_some(self, cluster_uuid: str, domain: Domain, backups: Collection[str]) -> bool:
+        around = self._around
 
         def read() -> list[Backup]:
-            found = domain.backups() if changed is None else domain.rows_of(changed)
-            rows = sorted(found, key=lambda row: row.seq)
+            rows = sorted(domain.rows_of(backups), key=lambda row: row.seq)
             if self._stopping.is_set():
                 raise PointUnreachable(f"backup point {self.row.name} was detached")
             return [settled_backup(row, cluster_uuid, self.row.uuid, around.places) for row in rows]
 
-        return around.catalogue.sync(cluster_uuid, self.row.uuid, read, changed)
+        return around.catalogue.sync(cluster_uuid, self.row.uuid, backups, read)
 
     def _count(self, opened: Opened) -> PointState:
         room = opened.point.room()

@@ -66,7 +66,7 @@ def restore_backup(
 ) -> tuple[str, str]:
     """Starts a restore; (vm, job). When it raises, nothing was created."""
     core.jobs.refuse_if_stopping()
-    row = core.backup_in(scope, backup_uuid)
+    row = core.catalogue.whole(core.backup_in(scope, backup_uuid))
     plan = plan_restore(core, row, new_vm_name, targets, object_group, zone_uuid)
     domain = core.points.require_answering(row.point_uuid, row.cluster_uuid)
     job = new_job(

@@ -301,13 +301,6 @@ class Engine:
         """NotFound."""
         return self._core.points.state(normal(uuid))
 
-    def point_name(self, uuid: str) -> str:
-        """Its name, "" when it is not attached."""
-        try:
-            return self._core.points.state(uuid).point.name
-        except NotFound:
-            return ""
-
     def create_point(self, name: str, kind: str, path: str) -> str:
         """The point's uuid. Slow. See engine.points.Points.attach."""
         self._core.jobs.refuse_if_stopping()

@@ -6,7 +6,7 @@ tables at once goes through `State.store.write()`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Generic, TypeVar
 
 from engine.model import (
@@ -68,7 +68,10 @@ class Rows(Generic[RowT]):
         return txn.get(self._table, key)
 
     def values_in(self, txn: ReadTxn) -> list[RowT]:
-        return [row for _, row in txn.rows(self._table)]
+        return list(self.each_in(txn))
+
+    def each_in(self, txn: ReadTxn) -> Iterator[RowT]:
+        return (row for _, row in txn.rows(self._table))
 
     def put_in(self, txn: WriteTxn, row: RowT) -> None:
         txn.put(self._table, self._key(row), row)

@@ -2,7 +2,7 @@
 
 Shallow: every log, label and heartbeat, every live pack's and manifest's table, every manifest's
 pages, and that each chunk a live backup names is in a live pack. Deep: every frame too, decoded and
-held against its id (patches after all others, by their bases), and the checkpoints.
+held against its id (patches after all others, by their bases), the checkpoints and the bundles.
 
 It works while services use the point: what they delete
 meanwhile is looked at again, not reported. A deep check reads the packs in the order that `Reads`
@@ -142,6 +142,7 @@ class _DomainCheck:
         self._harmless.check_heartbeats()
         if deep:
             self._harmless.check_checkpoints()
+            self._harmless.check_bundles(self._records)
         self._harmless.check_orphans(self._view, packs.keys(), manifests.keys())
 
     def _found(

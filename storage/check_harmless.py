@@ -1,4 +1,5 @@
-"""What costs room or time when it is wrong, not data: heartbeats, checkpoints, files of nobody."""
+"""What costs room or time when it is wrong, not data: heartbeats, checkpoints, bundles, files of
+nobody."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from storage.check_report import CheckReport, Finding, Watch
 from storage.errors import StorageError, translated
 from storage.fs import Fs
 from storage.heartbeats import check_beat
+from storage.log import Log
 from storage.paths import DomainPaths
 from storage.rebuild import checkpoint_name
 from storage.view import View
@@ -64,6 +66,15 @@ class HarmlessCheck:
                     continue
                 if not _SEQ.fullmatch(seq) or checkpoint_name(int(seq, 16), digest) != name:
                     self._found("checkpoint", path, f"{path}: its content does not match its name")
+
+    def check_bundles(self, records: Log) -> None:
+        """Reads each whole, and holds it against the log's records."""
+        for path in records.bundles():
+            self._watch.pause()
+            try:
+                records.check_bundle(path)
+            except StorageError as error:
+                self._found("bundle", path, str(error))
 
     def check_orphans(self, view: View, packs: Collection[str], manifests: Collection[str]) -> None:
         """What was listed, is not among the live, is of no open session, and is there still:

@@ -11,7 +11,7 @@ from storage.ranges import joined
 
 SHOWN_RANGES = 100
 MOST_FINDINGS = 10_000
-_HARMLESS = frozenset({"orphan", "checkpoint", "heartbeat"})
+_HARMLESS = frozenset({"orphan", "checkpoint", "bundle", "heartbeat"})
 _NAP_S = 0.1
 
 

@@ -33,7 +33,7 @@ from storage.errors import (
 )
 from storage.fold import Garbage, fold
 from storage.fs import Fs
-from storage.listing import BackupRow, backup_row, backup_rows
+from storage.listing import BackupRow, backup_row, backup_rows, live_rows
 from storage.log import Log
 from storage.maps import DiskMap
 from storage.paths import DomainPaths, FileContents
@@ -309,22 +309,22 @@ class Domain:
 
         return self.view.ask(found)
 
+    def backup_uuids(self) -> set[str]:
+        """Of all live backups, and of those that are still held."""
+        return self.view.ask(lambda state: {backup for backup, _ in tables.backups.scan(state)})
+
     def changed_backups(self, seq: int) -> frozenset[str] | None:
         """Those that came, went or changed after record `seq`; None: all may have."""
         return self._tally.changed_after(seq)
 
+    def let_go(self) -> None:
+        """See View.let_go: after much of it was read at once."""
+        with self._lock:
+            self.view.let_go()
+
     def rows_of(self, backups: Collection[str]) -> list[BackupRow]:
         """Those of them that are live."""
-
-        def found(state: Tables) -> list[BackupRow]:
-            rows = [(backup, tables.backups.get(state, backup)) for backup in backups]
-            return [
-                backup_row(state, backup, row)
-                for backup, row in rows
-                if row is not None and not row.forgotten
-            ]
-
-        return self.view.ask(found)
+        return self.view.ask(lambda state: live_rows(state, backups))
 
     def forget(self, backups: Sequence[str]) -> None:
         """Takes backups away, durably; others of their chains stay whole. NotOnPoint: none went.

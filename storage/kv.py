@@ -58,15 +58,15 @@ class Table(Generic[RowT]):
         body = _encoder.encode(row)
         return body + self._check(body, key)
 
-    def decode(self, found: bytes, key: str) -> RowT:
+    def decode(self, found: bytes, key: bytes) -> RowT:
         """The row; Damaged if these bytes are none, or another's."""
         body = found[:-_CHECK_BYTES]
-        if found[-_CHECK_BYTES:] != self._check(body, key.encode("utf-8", "surrogatepass")):
-            raise Damaged(f"state table {self.name}, row {key!r}: is not what was written")
+        if found[-_CHECK_BYTES:] != self._check(body, key):
+            raise Damaged(f"state table {self.name}, row {_text(key)!r}: is not what was written")
         try:
             return self._decoder.decode(body)
         except msgspec.MsgspecError as error:
-            raise Damaged(f"state table {self.name}, row {key!r}: {error}") from error
+            raise Damaged(f"state table {self.name}, row {_text(key)!r}: {error}") from error
 
     def _check(self, body: bytes, key: bytes) -> bytes:
         return xxh3_64_digest(b"%s\0%s\0%s" % (self.name.encode(), key, body))
@@ -85,7 +85,7 @@ class ReadTxn:
         if raw is None:
             return None
         body = self._txn.get(raw, db=self._handles[table.name])
-        return None if body is None else table.decode(bytes(body), key)
+        return None if body is None else table.decode(bytes(body), raw)
 
     def rows(
         self, table: Table[RowT], start: str = "", reverse: bool = False
@@ -100,7 +100,7 @@ class ReadTxn:
                 key = _text(raw)
                 if reverse and key < start:
                     return
-                yield key, table.decode(bytes(body), key)
+                yield key, table.decode(bytes(body), bytes(raw))
 
 
 class WriteTxn(ReadTxn):
@@ -218,6 +218,13 @@ class Store:
             self._gate.wait_for(lambda: self._readers == 0)
             self._env.set_mapsize(self._env.info()["map_size"] * 2)
             return self._env.begin(write=True)
+
+    def let_go(self) -> None:
+        """What was read of the file is this process's memory no more, unless somebody is reading;
+        the kernel still has it."""
+        with self._writer, self._gate, translated(f"state {self._path}"):
+            if not self._readers and not self._closed:
+                self._env.set_mapsize(self._env.info()["map_size"])  # which maps it anew
 
     def close(self) -> None:
         """Ends it, once nobody is inside; from then on every call is PointUnreachable."""

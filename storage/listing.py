@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from storage import tables
@@ -33,6 +33,16 @@ def backup_rows(state: Tables) -> Iterator[BackupRow]:
     for backup, row in tables.backups.scan(state):
         if not row.forgotten:
             yield backup_row(state, backup, row)
+
+
+def live_rows(state: Tables, backups: Iterable[str]) -> list[BackupRow]:
+    """Those of the backups that are live."""
+    rows = [(backup, tables.backups.get(state, backup)) for backup in backups]
+    return [
+        backup_row(state, backup, row)
+        for backup, row in rows
+        if row is not None and not row.forgotten
+    ]
 
 
 def backup_row(state: Tables, backup: str, row: tables.BackupState) -> BackupRow:

@@ -33,7 +33,7 @@ from storage.record import Checkpoint
 from storage.tables import LOST_LAYER, Tables, unpack_chunk_row
 from storage.view import View, adopt_copy, destroy
 
-RECORDS_PER_STEP = 64
+RECORDS_PER_STEP = 256
 PACKS_PER_STEP = 64
 PAGES_PER_STEP = 64
 CHUNKS_PER_STEP = 100_000
@@ -209,6 +209,12 @@ def fill(update: Update, records: Log, contents: Contents) -> bool:
 
 def fold_records(state: Tables, records: Log) -> bool:
     """Folds the next records without contents; False when the tail was reached."""
+    seq, digest = tables.applied(state)
+    bundled = records.read_bundled(seq + 1, digest)
+    if bundled:
+        for record, digest in bundled:
+            fold(state, record, digest, None)
+        return True
     for _ in range(RECORDS_PER_STEP):
         found = records.read(tables.applied(state)[0] + 1)
         if found is None:

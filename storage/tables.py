@@ -122,12 +122,14 @@ class _BoundedTable(MemoryTable):
         self._budget = budget
 
     def put(self, key: bytes, value: bytes) -> None:
-        self._spend(len(value) - len(self.rows.get(key, b"")))
-        if key not in self.rows:
-            self._spend(len(key) + ROW_OVERHEAD_BYTES)
+        known = self.rows.get(key)
+        if known is not None:
+            self._spend(len(value) - len(known))
+        else:
             if self._name == "sessions" and len(self.rows) >= FOREIGN_SESSIONS_LIMIT:
                 raise Damaged(f"more than {FOREIGN_SESSIONS_LIMIT} sessions are open")
-        super().put(key, value)
+            self._spend(len(value) + len(key) + ROW_OVERHEAD_BYTES)
+        self.rows[key] = value
 
     def delete(self, key: bytes) -> None:
         if key in self.rows:

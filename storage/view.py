@@ -221,6 +221,14 @@ class View:
             env = self._current.env
             env.set_mapsize(2 * env.info()["map_size"])
 
+    def let_go(self) -> None:
+        """What was read of the file is this process's memory no more, unless somebody is reading;
+        the kernel still has it. Not while an update is under way."""
+        with self._gate, translated(f"view {self.path}"):
+            if not self._readers and not self._growing:
+                env = self._current.env
+                env.set_mapsize(env.info()["map_size"])  # which maps it anew
+
     def _reopen(self) -> None:
         """After a head page that could not be written LMDB refuses all else, though the file is
         as it was: until it is opened anew."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
+from storage.bundling import Bundling
 from storage.errors import NotOnPoint
 from storage.heartbeats import Observer, beat
 from tests.crash_world import World
@@ -119,6 +120,10 @@ def checkpoint(world: World) -> None:
     world.domain().checkpoint()
 
 
+def bundle(world: World) -> None:
+    Bundling().go_on(world.domain())
+
+
 def reopen(world: World) -> None:
     world.close()
     world.domain()
@@ -157,6 +162,17 @@ SCRIPTS: dict[str, list[Step]] = {
         reopen_without_view,
         checkpoint,
         reopen,
+    ],
+    "bundle": [
+        save(FULL),
+        save(CHANGED, 0),
+        bundle,
+        forget(0),
+        save(AGAIN, 0),
+        bundle,
+        reopen_without_view,
+        take_over(0),
+        rebuild,
     ],
     "import": [save(FULL), save(CHANGED, 0), take_over(0, 1), forget(0), reclaim(), restore(1, 1)],
     "restore": [save(FULL), save(noise(2, 2)), held_restore, reopen],
@@ -235,7 +251,7 @@ def _any_step(seed: int) -> Step:
 def _any_other(source: random.Random, world: World, at: int, host: str) -> object:
     theirs = [one for one in world.sides[0].live if one not in world.sides[1].live]
     theirs = [one for one in theirs if one.backup not in world.sides[1].gone]
-    word = source.choice(("import", "import", "rebuild", "checkpoint", "reopen", "lose"))
+    word = source.choice(("import", "import", "rebuild", "checkpoint", "bundle", "reopen", "lose"))
     if word == "import" and theirs:
         world.take_over(*source.sample(theirs, min(len(theirs), 2)))
         return None
@@ -244,6 +260,9 @@ def _any_other(source: random.Random, world: World, at: int, host: str) -> objec
         return None
     if word == "checkpoint":
         world.domain(at, host).checkpoint()
+        return None
+    if word == "bundle":
+        Bundling().go_on(world.domain(at, host))
         return None
     keys = list(world.domains)
     world.close(lose=[source.choice(keys)] if word == "lose" and keys else [])

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 from unittest import mock
 
-from storage import gc, growing, session
+from storage import bundles, gc, growing, session
 from storage import log as storage_log
 from storage.check import CheckReport, check_point
 from storage.domain import Domain
@@ -85,6 +85,7 @@ def repeatable() -> Iterator[str]:
             (uuid, "uuid4", lambda: uuid.UUID(bytes=Chance.source.randbytes(16), version=4)),
             (session, "ThreadPoolExecutor", _AtOnce),
             (storage_log, "RECORDS_PER_EPOCH", 8),
+            (bundles, "RECORDS_PER_BUNDLE", 4),
             (gc, "CHAIN_LIMIT", 2),
             (growing, "STAGE_BYTES", 512),
             (tempfile, "tempdir", scratch),

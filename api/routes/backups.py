@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from api.calls import AnyCall, Batch, Call, Reply, scope_of
 from api.envelope import Output, failed, succeeded
 from api.schemas import Empty, page_of
@@ -42,10 +44,10 @@ def _list(engine: Engine, query: BackupListQuery) -> Reply[BackupList]:
             page_size=page_size,
         )
     )
-    clusters = _clusters(engine)
+    names = _names(engine)
     return Reply(
         BackupList(
-            rows=[_base_info(engine, clusters, backup) for backup in found.rows],
+            rows=[_base_info(names, backup) for backup in found.rows],
             total_count=found.total,
             each_range_list_state=[_range_state(state) for state in found.ranges],
         )
@@ -54,7 +56,7 @@ def _list(engine: Engine, query: BackupListQuery) -> Reply[BackupList]:
 
 def _inspect(engine: Engine, query: BackupInspectQuery) -> Reply[ComputeBackupBaseInfo]:
     backup = engine.backup(scope_of(query), query.backup_uuid)
-    return Reply(_base_info(engine, _clusters(engine), backup))
+    return Reply(_base_info(_names(engine), backup))
 
 
 def _record(engine: Engine, query: BackupInspectQuery) -> Reply[BackupRecord]:
@@ -110,15 +112,23 @@ def _restore(engine: Engine, body: BackupRestore) -> Reply[Empty]:
     return Reply(Empty(), {"X-Compute-Uuid": vm_uuid, "X-Job-Uuid": job_uuid})
 
 
-def _clusters(engine: Engine) -> dict[str, Cluster]:
-    return {cluster.uuid: cluster for cluster in engine.clusters()}
+class _Names(NamedTuple):
+    """Of what backups name by uuid, looked up once for all of an answer's rows."""
+
+    clusters: dict[str, Cluster]
+    points: dict[str, str]
 
 
-def _base_info(
-    engine: Engine, clusters: dict[str, Cluster], backup: Backup
-) -> ComputeBackupBaseInfo:
+def _names(engine: Engine) -> _Names:
+    return _Names(
+        {cluster.uuid: cluster for cluster in engine.clusters()},
+        {state.point.uuid: state.point.name for state in engine.points()},
+    )
+
+
+def _base_info(names: _Names, backup: Backup) -> ComputeBackupBaseInfo:
     label = backup.label
-    cluster = clusters.get(backup.cluster_uuid) or Cluster(uuid=backup.cluster_uuid, name="")
+    cluster = names.clusters.get(backup.cluster_uuid) or Cluster(uuid=backup.cluster_uuid, name="")
     return ComputeBackupBaseInfo(
         tenant=label.tenant,
         tenant_name=label.tenant_name,
@@ -130,7 +140,7 @@ def _base_info(
         compute_uuid=label.vm_uuid,
         compute_name=label.vm_name,
         backup_point_uuid=backup.point_uuid,
-        backup_point_name=engine.point_name(backup.point_uuid),
+        backup_point_name=names.points.get(backup.point_uuid, ""),
         name=label.name,
         description=label.description,
         create_time=label.create_time,

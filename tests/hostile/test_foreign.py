@@ -13,6 +13,7 @@ import pytest
 
 from engine.labels import UNREADABLE_NAME
 from storage import tables
+from storage.bundles import RECORDS_PER_BUNDLE
 from storage.domain import Domain
 from storage.errors import Damaged, NotOnPoint, StorageError
 from storage.listing import BackupRow
@@ -23,6 +24,7 @@ from storage.reader import ChunkReader
 from storage.record import (
     FIRST_PREVIOUS,
     LABEL_LIMIT_BYTES,
+    Abort,
     BackupSeal,
     Commit,
     DiskSeal,
@@ -358,6 +360,21 @@ def test_a_state_without_end(
     assert peak_bytes(listing) < 90 * MIB  # one record larger than 64 KiB, as a whole
     with pytest.raises(Damaged):
         mine.import_backups(evil.uuid, [new_uuid()], lambda row: row.label)
+
+
+def test_a_bundle_without_end(point: Point, evil: Forger) -> None:
+    """However long it is, and whatever it says of its length: read in part, and left alone."""
+    for number in range(RECORDS_PER_BUNDLE):
+        evil.append(Abort(session=S) if number % 2 else opened(S))
+    path = evil.root / "log" / f"{record_path(1)}.bundle"
+    claims = msgspec.msgpack.encode([b"x"])[:-2] + b"\xc6\xff\xff\xff\xff"
+    for body in (claims, b"\xdd\xff\xff\xff\xff" + claims[1:], b"\xdd" + bytes(1 << 20)):
+        path.write_bytes(forging.small_object(b"VKBU", body))
+        point.close()
+        assert peak_bytes(lambda: point.foreign_backups(evil.uuid)) < 40 * MIB
+    os.truncate(path, 1 << 40)
+    point.close()
+    assert peak_bytes(lambda: point.foreign_backups(evil.uuid)) < 40 * MIB
 
 
 def test_what_goes_is_not_counted(

@@ -14,7 +14,8 @@ import pytest
 
 from engine.errors import Conflict, EngineError
 from engine.sources import open_volume
-from storage import tables
+from storage import bundles, tables
+from storage.bundling import Bundling
 from storage.check import check_point
 from storage.domain import Domain
 from storage.errors import Damaged, FileGone, PointUnreachable, StorageError
@@ -146,6 +147,25 @@ def test_as_a_record(point: Point, domain: Domain, kind: str) -> None:
         point.foreign_backups(os.path.basename(domain.paths.root))
     findings = check_point(point.path, deep=True).findings
     assert "log" in {finding.kind for finding in findings}
+
+
+def test_as_a_bundle(
+    point: Point, domain: Domain, saved: Saved, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not followed, not waited for, not replaced: its records are read one by one."""
+    monkeypatch.setattr(bundles, "RECORDS_PER_BUNDLE", 2)
+    path = Path(domain.paths.log, record_path(1) + bundles.SUFFIX)
+    assert Bundling().go_on(domain) == 1
+    plant(path, kind)
+    before = os.lstat(path)
+    assert Bundling().go_on(domain) == 0
+    found = point.foreign_backups(os.path.basename(domain.paths.root))
+    assert [row.backup for row in found] == [saved.backup]
+    domain.rebuild()
+    assert load(domain, saved) == IMAGE
+    assert os.lstat(path) == before
+    report = check_point(point.path, deep=True)
+    assert (report.clean, {one.kind for one in report.findings}) == (True, {"bundle"})
 
 
 def test_as_the_next_record(domain: Domain, saved: Saved, kind: str) -> None:

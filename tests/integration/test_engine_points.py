@@ -14,6 +14,7 @@ from engine.config import Config, parse_config
 from engine.errors import Conflict, EngineError, Invalid, NotFound
 from engine.labels import UNREADABLE_NAME
 from engine.views import BackupQuery, Scope
+from storage import bundles
 from storage.errors import PointNotEmpty, PointUnreachable, StorageError
 from storage.leftovers import Leftovers
 from storage.point import ClusterLabel, Point
@@ -64,6 +65,25 @@ def test_another_data_directory_lists_imports_and_restores(tmp_path: Path) -> No
                 assert two.restore(backup, f"copy{number}") == [contents[number]]
             two.engine.delete_backup(ANYWHERE, backups[0])
             assert set(two.listed()) == {backups[1], own}
+
+
+def test_a_host_bundles_the_log_of_its_domain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundles, "RECORDS_PER_BUNDLE", 4)
+    with EngineRig(tmp_path / "a") as one:
+        point = attach(one, tmp_path / "shared")
+        log = tmp_path / "shared" / "domains" / one.cluster_uuid / "log"
+        backups = [back_up_to(one, point, disk_bytes(MIB, n), f"vm{n}") for n in range(3)]
+        one.engine.delete_backup(ANYWHERE, backups.pop())
+        one.core.points.look_again(point, PATIENCE_S)
+        assert sorted(path.name for path in log.rglob("*.bundle")) == [
+            f"{first:016x}.bundle" for first in (1, 4)
+        ]
+        with EngineRig(tmp_path / "b") as two:
+            attach(two, tmp_path / "shared", "theirs")
+            found = two.engine.remote_backups(two.cluster_uuid, point)
+            assert {one.backup.uuid for one in found} == set(backups)
 
 
 def test_an_import_is_all_or_nothing(tmp_path: Path) -> None:

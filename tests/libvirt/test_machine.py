@@ -113,8 +113,9 @@ def back_up(rig: EngineRig) -> Backup:
 def come_back(host: Host, rig: EngineRig, domain: Any, name: str) -> None:
     backup = back_up(rig)
     assert not [note for note in backup.label.notes if "not in the backup" in note]
-    assert backup.label.machine is not None
-    assert "<name>sealed</name>" in inflated(backup.label.machine.xml)
+    machine = rig.core.catalogue.whole(backup).label.machine
+    assert machine is not None
+    assert "<name>sealed</name>" in inflated(machine.xml)
     variables, tpm = vars_of(host, "sealed").read_bytes(), tpm_of(host, domain.UUIDString())
     made = restored(host, rig, backup, name)
     place = rig.pool_path / f"{made.UUIDString()}.nvram"

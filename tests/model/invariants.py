@@ -58,6 +58,9 @@ def retired_by_record(before: MemoryTables, after: MemoryTables, record: Record)
 class _EndedLog:
     """Stands for storage.log.Log where all records were read already."""
 
+    def read_bundled(self, _seq: int, _previous: bytes) -> list[tuple[Record, bytes]]:
+        return []
+
     def read(self, seq: int) -> None:
         del seq
 

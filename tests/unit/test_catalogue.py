@@ -130,7 +130,7 @@ def test_of_one_second_the_newest_is_what_was_committed_last_after_a_restart_too
     there = [replace(row("a", 10), seq=3), replace(row("z", 10), seq=4)]
     catalogue.put_all(there)
     for now in (catalogue, Catalogue(state)):
-        now.sync("c", "p", lambda: there)
+        now.sync("c", "p", ["a", "z"], lambda: there)
         newest = now.newest("c", "p", "v")
         assert newest is not None
         assert newest.uuid == "z"
@@ -168,7 +168,9 @@ def test_sync_follows_the_domain(state: State) -> None:
     ):
         catalogue.put(one)
     there = [row("stays", 1), row("done after all", 3), row("committing", 6), row("new", 8)]
-    catalogue.sync("c", "p", lambda: there)
+    only = catalogue.uuids("c", "p") | {one.uuid for one in there}
+    assert "elsewhere" not in only
+    catalogue.sync("c", "p", only, lambda: there)
     known = {one.uuid: one.status for one in catalogue.query(HERE, BackupQuery()).rows}
     assert known == {
         "stays": BACKUP_DONE,
@@ -197,7 +199,7 @@ def test_sync_reads_again_when_something_changed_meanwhile(state: State) -> None
             reads.append([row("made")])
         return reads[-1]
 
-    catalogue.sync("c", "p", read)
+    catalogue.sync("c", "p", ["deleted", "made"], read)
     assert uuids(catalogue) == ["made"]
     assert len(reads) == 2
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from engine.catalogue import Catalogue
 from engine.model import BACKUP_DONE, BACKUP_FAILED, BACKUP_RUNNING, Backup, Cluster, Namespace
 from engine.scopes import Range
-from engine.shelves import Place, Run, page_of
+from engine.shelves import Run, page_of, place_of
 from engine.state import State
 from engine.views import BackupQuery
 from tests.unit.test_catalogue import row
@@ -124,27 +124,31 @@ def test_every_filter_finds_what_a_look_at_all_rows_does(
 def test_a_page_of_many_runs_is_a_slice_of_them_all(
     runs: list[set[int]], skipped: int, count: int
 ) -> None:
-    places = [sorted((number, f"{at}", "") for number in run) for at, run in enumerate(runs)]
-    found = page_of([Run(run, 0, len(run)) for run in places], skipped, count)
-    assert found == sorted(place for run in places for place in run)[skipped : skipped + count]
+    rows = [
+        [row(f"{at}", -number) for number in sorted(numbers)] for at, numbers in enumerate(runs)
+    ]
+    found = page_of([Run(run, 0, len(run)) for run in rows], skipped, count)
+    in_order = sorted((one for run in rows for one in run), key=place_of)
+    assert found == in_order[skipped : skipped + count]
 
 
 def test_a_page_far_behind_is_not_walked_to() -> None:
-    """Only the places that are compared are made: a walk would take minutes."""
+    """Only the rows that are compared are made: a walk would take minutes."""
 
-    class Even(Sequence[Place]):
+    class Even(Sequence[Backup]):
         def __len__(self) -> int:
             return 1 << 40
 
         @overload
-        def __getitem__(self, at: int) -> Place: ...
+        def __getitem__(self, at: int) -> Backup: ...
         @overload
-        def __getitem__(self, at: slice) -> Sequence[Place]: ...
-        def __getitem__(self, at: int | slice) -> Place | Sequence[Place]:
+        def __getitem__(self, at: slice) -> Sequence[Backup]: ...
+        def __getitem__(self, at: int | slice) -> Backup | Sequence[Backup]:
             if isinstance(at, slice):
                 return [self[one] for one in range(at.start, at.stop)]
-            return (2 * at, "", "")
+            return row("", -2 * at)
 
     far = 1 << 39
-    found = page_of([Run(Even(), 0, 1 << 40), Run([(2 * far + 1, "", "")], 0, 1)], far, 3)
-    assert found == [(2 * far, "", ""), (2 * far + 1, "", ""), (2 * far + 2, "", "")]
+    odd = row("", -(2 * far + 1))
+    found = page_of([Run(Even(), 0, 1 << 40), Run([odd], 0, 1)], far, 3)
+    assert [-one.label.create_time - 2 * far for one in found] == [0, 1, 2]

@@ -96,6 +96,62 @@ def test_the_map_grows_while_others_read(tmp_path: Path, monkeypatch: pytest.Mon
     assert value_of(view, b"\x00\x3f") == bytes(64 << 10)
 
 
+def mapped_bytes(path: Path) -> int:
+    """What of a file's mapping is in this process's memory."""
+    resident = inside = 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split(" ", 1)[0]:
+            inside = line.endswith(f"{path}/data.mdb")
+        elif inside and line.startswith("Rss:"):
+            resident += int(line.split()[1]) << 10
+    return resident
+
+
+def test_what_was_read_is_let_go_unless_somebody_is_reading(view: View, tmp_path: Path) -> None:
+    def fill(state: Tables) -> None:
+        for number in range(2000):
+            put(b"%05d" % number, bytes(1000), state)
+
+    view.update(fill)
+    path = tmp_path / "view"
+    with view.read() as state:
+        assert sum(1 for _ in state.table("chunks").scan()) == 2000
+        full = mapped_bytes(path)
+        view.let_go()
+        assert mapped_bytes(path) == full > 2 << 20
+        assert state.table("chunks").get(b"00001") == bytes(1000)
+    view.let_go()
+    assert mapped_bytes(path) < full // 4
+    assert value_of(view, b"01999") == bytes(1000)
+    view.update(lambda state: put(b"k", b"v", state))
+    assert value_of(view, b"k") == b"v"
+
+
+def test_letting_go_hinders_no_reader_and_no_writer(view: View) -> None:
+    over = threading.Event()
+    failed: list[BaseException] = []
+
+    def read() -> None:
+        try:
+            while not over.is_set():
+                assert value_of(view, b"k") in (None, b"v")
+        except BaseException as error:  # noqa: BLE001
+            failed.append(error)
+
+    readers = [threading.Thread(target=read) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    for number in range(200):
+        view.let_go()
+        if number % 20 == 0:
+            view.update(lambda state: put(b"k", b"v", state))
+    over.set()
+    for reader in readers:
+        reader.join()
+    assert not failed
+    assert value_of(view, b"k") == b"v"
+
+
 def test_a_replaced_view_goes_on_with_the_new_one(view: View, tmp_path: Path) -> None:
     view.update(lambda state: put(b"k", b"old", state))
     other = View(str(tmp_path / "other"), b"mine")
