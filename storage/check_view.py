@@ -28,9 +28,9 @@ def check_view(domain: Domain) -> list[Finding]:
     for _ in range(ATTEMPTS):
         domain.refresh()
         with tempfile.TemporaryDirectory(prefix="vmkeep-view-") as scratch:
-            anew = View(os.path.join(scratch, "view"), domain.view.identity)
+            anew = View(os.path.join(scratch, "view"), domain.view.identity, scratch=True)
             try:
-                fill(anew.update, domain.records, domain.contents)
+                fill(anew.update, domain.records, domain.contents, scratch)
                 with domain.view.read() as mine, anew.read() as other:
                     if tables.applied(mine) != tables.applied(other):
                         continue

@@ -56,17 +56,13 @@ class Index:
     """The index half of one fold step. Changes of chunks' rows and of packs' live counts are kept
     back until `flush`.
 
-    `strict`: a new reference needs a chunk that can be read. `filling`: it may name a chunk that
-    is nowhere, which is lost then; and what has no reference stays until all layers are there.
+    `strict`: a new reference needs a chunk that can be read.
     """
 
-    def __init__(
-        self, state: Tables, contents: Contents, *, strict: bool = False, filling: bool = False
-    ) -> None:
+    def __init__(self, state: Tables, contents: Contents, *, strict: bool = False) -> None:
         self._state = state
         self._contents = contents
         self._strict = strict
-        self._filling = filling
         self._chunks = ChunkRows(state.table("chunks"))
         self._pages = state.table("pages")
         self._live_bytes: Counter[int] = Counter()
@@ -177,7 +173,7 @@ class Index:
             row = _NOWHERE if value is None else unpack_chunk_row(value)
             if value is None and not new:
                 raise ViewDamaged(f"view: chunk {chunk.hex()} is referenced, but nowhere")
-            if new and not self._filling and (value is None or self._refused(value)):
+            if new and (value is None or self._refused(value)):
                 self._missing.add(chunk)
                 continue
             self._refer_one(chunk, row, changes[chunk])
@@ -193,7 +189,7 @@ class Index:
             self._count(old, +1)
         if not references:
             self._count(old, -1)
-        if not references and not self._filling:
+        if not references:
             self._chunks.delete(chunk)
         else:
             row = old._replace(references=references, patches=old.patches + patches)
@@ -210,16 +206,14 @@ class Index:
             rows = self._chunks.get_many(wanted)
             for base in wanted:
                 self._refer_base(base, rows.get(base), changes[base])
-        if not self._filling:
-            self._missing |= self._baseless(sorted(self._new_patches))
+        self._missing |= self._baseless(sorted(self._new_patches))
         self._new_patches.clear()
 
     def _refer_base(self, base: bytes, value: bytes | None, change: int) -> None:
         if value is None and change < 0:
             raise ViewDamaged(f"view: chunk {base.hex()} is a base, but nowhere")
-        if value is not None or self._filling:
-            row = _NOWHERE if value is None else unpack_chunk_row(value)
-            self._refer_one(base, row, change, patches=change)
+        if value is not None:
+            self._refer_one(base, unpack_chunk_row(value), change, patches=change)
 
     def _baseless(self, chunks: Sequence[bytes]) -> set[bytes]:
         """Those of the chunks that are patches though they may not be: the base is not there or is
@@ -273,10 +267,6 @@ class Index:
         for child in children[:-1]:
             self._copy_under(layer, child, root=root)
         self._lay_on_top(children[-1], layer, root=root)
-
-    def withdraw_layer(self, layer: int) -> None:
-        """Takes a layer out again, which turned out unreadable half-way."""
-        self._drop_layer(layer)
 
     def _drop_layer(self, layer: int) -> None:
         for page_no in list(tables.layer_page_nos(self._state, layer, 0)):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from types import TracebackType
 from typing import NamedTuple
 
@@ -40,6 +41,7 @@ ROW_BYTES = 32
 MAX_PAGES = 1 << 32
 
 _ENTRY = struct.Struct("<H32s")
+_ID = struct.Struct("<2x32s")
 _ROW = struct.Struct("<IIQ16s")
 _EXTRA = struct.Struct("<16sQB7s")
 _FULL = 0
@@ -73,6 +75,11 @@ def decode_page(page: bytes) -> dict[int, bytes]:
     if indexes and indexes[-1] >= PAGE_ENTRIES:
         raise Damaged(f"page has an entry {indexes[-1]}")
     return entries
+
+
+def page_chunks(page: bytes) -> Iterator[bytes]:
+    """The ids of a page that has been checked, zero marks among them."""
+    return chain.from_iterable(_ID.iter_unpack(page))
 
 
 class ManifestWriter:

@@ -1,9 +1,10 @@
 """Making a view: from the newest checkpoint and the log's tail, or from log, footers and manifests.
 
 The second way folds all records without contents first, which settles who is live and how packs and
-layers are numbered; then it fills the index from the live files. Both give, byte for byte, what the
-record-by-record fold gives (invariant I8). Work is cut into small transactions, so memory is
-bounded; a half-made view lies beside its final place and is thrown away at the next start.
+layers are numbered; then it fills the index from the live files (storage.filling). Both give, byte
+for byte, what the record-by-record fold gives (invariant I8). Work is cut into small transactions,
+so memory is bounded; a half-made view lies beside its final place and is thrown away at the next
+start, so none of them waits for the medium: the whole is flushed before it gets its seal and name.
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ from msgspec.structs import replace
 from storage import tables
 from storage.bad_places import open_to_read, read_at
 from storage.errors import Damaged, FileDamaged, FileGone, StorageError, translated
+from storage.filling import Filling, Live
 from storage.fold import fold
 from storage.fs import Fs
-from storage.index import Contents, Index
+from storage.index import Contents
 from storage.log import Log
-from storage.manifests import decode_page, encode_page
+from storage.manifests import decode_page, encode_page, page_chunks
 from storage.paths import DomainPaths, FileContents
 from storage.record import Checkpoint
-from storage.tables import LOST_LAYER, Tables, unpack_chunk_row
+from storage.tables import LOST_LAYER, LOST_PACK, Losses, Tables
 from storage.view import View, adopt_copy, destroy
 
 RECORDS_PER_STEP = 256
-PACKS_PER_STEP = 64
+PACKS_PER_STEP = 1000
 PAGES_PER_STEP = 64
-CHUNKS_PER_STEP = 100_000
 COPY_BYTES = 4 << 20
 
 _CHECKPOINT = re.compile(r"[0-9a-f]{16}-[0-9a-f]{64}\.mdb")
@@ -79,13 +80,15 @@ def make_view(fs: Fs, paths: DomainPaths, path: str, identity: bytes) -> str:
     records = Log(fs, paths.log, paths.tmp)
     while True:
         destroy(unfinished)
-        view = View(unfinished, identity)
+        view = View(unfinished, identity, scratch=True)
         try:
-            whole = fill(view.update, records, FileContents(fs, paths))
+            whole = fill(view.update, records, FileContents(fs, paths), unfinished)
             with view.read() as state:
                 last, _ = tables.applied(state)
-        finally:
             view.close(seal=True)
+        except BaseException:
+            view.close()
+            raise
         # What is gone was lost only if no later record has let it go.
         if whole or records.read_surely(last + 1) is None:
             if not whole:
@@ -185,25 +188,25 @@ def _copied(fs: Fs, source: str, target: str) -> bytes:
 # From log, footers and manifests.
 
 
-def fill(update: Update, records: Log, contents: Contents) -> bool:
+def fill(update: Update, records: Log, contents: Contents, scratch: str) -> bool:
     """Fills an empty state; whether from whole files. `update` runs a step in a transaction.
+    `scratch`: a directory for files without names.
 
     Damaged when a record of the log is. A pack or manifest that is damaged or gone keeps nothing
     else from being read: docs/design.md §5.3 says what stands in its place.
     """
     while update(partial(fold_records, records=records)):
         pass
-    whole = True
-    for batch in _batches(update(_numbered_packs), PACKS_PER_STEP):
-        lost = update(partial(_placed, packs=batch, contents=contents))
-        if lost:
-            update(partial(_note_lost_packs, packs=lost))
-            whole = False
-    for disk in update(_disk_names):
-        whole &= _fill_disk(update, contents, disk)
-    start: bytes | None = b""
-    while start is not None:
-        start = update(partial(_drop_unreferenced, start=start))
+    with translated(f"view {scratch}"), Filling(scratch) as filling:
+        lost = tuple(_unplaced_packs(update, contents, filling))
+        whole = not lost
+        for disk in update(_disk_names):
+            whole &= _fill_disk(update, contents, filling, disk)
+        for rows in filling.rows():
+            update(partial(_add_chunks, rows=rows))
+        update(partial(_set_losses, packs=lost, chunks=filling.live.chunks.pop(LOST_PACK, 0)))
+        for numbers in _batches(sorted(filling.live.chunks), PACKS_PER_STEP):
+            update(partial(_set_live, numbers=numbers, live=filling.live))
     return whole
 
 
@@ -223,31 +226,28 @@ def fold_records(state: Tables, records: Log) -> bool:
     return True
 
 
-def _numbered_packs(state: Tables) -> list[tuple[int, str]]:
-    return sorted((row.number, pack) for pack, row in tables.packs.scan(state))
+def _unplaced_packs(update: Update, contents: Contents, filling: Filling) -> Iterator[str]:
+    """Places the packs' chunks, in the order of the packs' numbers; the packs whose tables can't
+    be read."""
+    first = 0
+    while packs := update(partial(_packs_from, first=first)):
+        for number, pack, digest in packs:
+            try:
+                filling.place(number, contents.footer(pack, digest))
+            except (FileDamaged, FileGone) as error:
+                log.info("pack_unreadable pack=%s error=%s", pack, error)
+                yield pack
+        first = packs[-1][0] + 1
+
+
+def _packs_from(state: Tables, first: int) -> list[tuple[int, str, bytes]]:
+    """(number, pack, digest) of the next packs, from a number on."""
+    found = islice(tables.pack_ids_from(state, first), PACKS_PER_STEP)
+    return [(number, pack, tables.packs.require(state, pack).digest) for number, pack in found]
 
 
 def _disk_names(state: Tables) -> list[str]:
     return [disk for disk, _ in tables.disks.scan(state)]
-
-
-def _placed(state: Tables, packs: list[tuple[int, str]], contents: Contents) -> tuple[str, ...]:
-    """Places the packs' chunks; returns the packs whose tables can't be read."""
-    index = Index(state, contents, filling=True)
-    lost = []
-    for number, pack in packs:
-        try:
-            index.place({pack: number})
-        except (FileDamaged, FileGone) as error:
-            log.info("pack_unreadable pack=%s error=%s", pack, error)
-            lost.append(pack)
-    index.flush()
-    return tuple(lost)
-
-
-def _note_lost_packs(state: Tables, packs: tuple[str, ...]) -> None:
-    before = tables.losses(state)
-    tables.set_losses(state, replace(before, packs=before.packs + packs))
 
 
 def _batches(items: Iterable[ItemT], size: int) -> Iterator[list[ItemT]]:
@@ -256,28 +256,40 @@ def _batches(items: Iterable[ItemT], size: int) -> Iterator[list[ItemT]]:
         yield batch
 
 
-def _run(update: Update, contents: Contents, step: Callable[[Index], None]) -> None:
-    def change(state: Tables) -> None:
-        index = Index(state, contents, filling=True)
-        step(index)
-        index.flush()
-
-    update(change)
-
-
-def _fill_disk(update: Update, contents: Contents, disk: str) -> bool:
+def _fill_disk(update: Update, contents: Contents, filling: Filling, disk: str) -> bool:
     """Makes a disk's layer: its own part of the manifest chain, newest entries on top. False when
     the chain is not whole."""
     layer, root, chain = update(partial(own_part, disk=disk))
     try:
         for batch in _batches(merged_pages(contents, chain, root=root), PAGES_PER_STEP):
-            _run(update, contents, partial(_add_pages, layer, batch))
+            update(partial(_put_pages, layer=layer, pages=batch))
+            for _, page in batch:
+                filling.refer(page_chunks(page))
     except (FileDamaged, FileGone) as error:
         log.info("map_unreadable disk=%s error=%s", disk, error)
-        _run(update, contents, lambda index: index.withdraw_layer(layer))
+        while pages := update(partial(_take_pages, layer=layer)):
+            for page in pages:
+                filling.refer(page_chunks(page), -1)
         update(partial(_note_lost_layer, disk=disk))
         return False
     return True
+
+
+def _put_pages(state: Tables, layer: int, pages: list[tuple[int, bytes]]) -> None:
+    for page_no, page in pages:
+        state.table("pages").put(tables.page_key(layer, page_no), page)
+
+
+def _take_pages(state: Tables, layer: int) -> list[bytes]:
+    """Takes some pages out of a layer; none are left when there are none."""
+    numbers = list(islice(tables.layer_page_nos(state, layer, 0), PAGES_PER_STEP))
+    if not numbers:
+        tables.require_no_pages(state, layer)
+    keys = [tables.page_key(layer, number) for number in numbers]
+    taken = state.table("pages").get_many(keys)
+    for key in keys:
+        state.table("pages").delete(key)
+    return list(taken.values())
 
 
 def _note_lost_layer(state: Tables, disk: str) -> None:
@@ -285,9 +297,20 @@ def _note_lost_layer(state: Tables, disk: str) -> None:
     tables.disks.put(state, disk, replace(row, layer=LOST_LAYER))
 
 
-def _add_pages(layer: int, pages: list[tuple[int, bytes]], index: Index) -> None:
-    for page_no, page in pages:
-        index.add_layer_page(layer, page_no, page)
+def _add_chunks(state: Tables, rows: list[tuple[bytes, bytes]]) -> None:
+    state.table("chunks").add_many(rows, at_end=True)
+
+
+def _set_losses(state: Tables, packs: tuple[str, ...], chunks: int) -> None:
+    tables.set_losses(state, Losses(packs, chunks))
+
+
+def _set_live(state: Tables, numbers: list[int], live: Live) -> None:
+    for number in numbers:
+        pack = tables.pack_id(state, number)
+        size_bytes, chunks = live.size_bytes[number], live.chunks[number]
+        row = tables.packs.require(state, pack)
+        tables.packs.put(state, pack, replace(row, live_bytes=size_bytes, live_chunks=chunks))
 
 
 def own_part(state: Tables, disk: str) -> tuple[int, bool, list[tuple[str, bytes]]]:
@@ -333,13 +356,3 @@ def merged_pages(
 def _tagged(pages: Iterator[tuple[int, bytes]], order: int) -> Iterator[tuple[int, int, bytes]]:
     for page_no, page in pages:
         yield page_no, order, page
-
-
-def _drop_unreferenced(state: Tables, start: bytes) -> bytes | None:
-    """Takes chunks without references out, from key `start` on; returns where to go on."""
-    chunks = state.table("chunks")
-    keys = list(islice(chunks.keys_from(start, b""), CHUNKS_PER_STEP))
-    for key, value in chunks.get_many(keys).items():
-        if not unpack_chunk_row(value).references:
-            chunks.delete(key)
-    return keys[-1] + b"\0" if len(keys) == CHUNKS_PER_STEP else None

@@ -42,6 +42,11 @@ ROW_OVERHEAD_BYTES = 200  # of a dictionary's entry and two objects
 class Table(Protocol):
     """An ordered map of bytes. While a scan is under way the table must not change."""
 
+    def add_many(self, rows: Sequence[tuple[bytes, bytes]], *, at_end: bool = False) -> None:
+        """Rows in ascending order whose keys the table does not have; `at_end`: nor any behind
+        the first. ViewDamaged, or nothing, when it has."""
+        ...
+
     def get(self, key: bytes) -> bytes | None: ...
     def get_many(self, keys: Sequence[bytes]) -> dict[bytes, bytes]: ...
     def put(self, key: bytes, value: bytes) -> None: ...
@@ -72,6 +77,11 @@ class MemoryTable:
 
     def put(self, key: bytes, value: bytes) -> None:
         self.rows[key] = value
+
+    def add_many(self, rows: Sequence[tuple[bytes, bytes]], *, at_end: bool = False) -> None:
+        del at_end
+        for key, value in rows:
+            self.put(key, value)
 
     def delete(self, key: bytes) -> None:
         self.rows.pop(key, None)
@@ -242,7 +252,8 @@ LOST_LAYER = 0xFFFF_FFFF_FFFF_FFFF
 _U64 = struct.Struct(">Q")
 _PAGE_KEY = struct.Struct(">QI")
 _CHUNK = struct.Struct("<IIII")
-_PATCHES = struct.Struct("<I")
+PLACE = struct.Struct("<III")  # pack, offset, stored length: the first part of a chunk's row
+_COUNT = struct.Struct("<I")
 _NUMBER = struct.Struct(">I")
 
 
@@ -263,8 +274,15 @@ class ChunkRow(NamedTuple):
 
 
 def pack_chunk_row(row: ChunkRow) -> bytes:
-    patches = _PATCHES.pack(row.patches) if row.patches else b""
+    patches = _COUNT.pack(row.patches) if row.patches else b""
     return _CHUNK.pack(*row[:4]) + patches + row.base
+
+
+def row_at(place: bytes, references: int, patches: int, base: bytes) -> bytes:
+    """pack_chunk_row, of a place that is packed already."""
+    if not patches:
+        return place + _COUNT.pack(references) + base
+    return place + _COUNT.pack(references) + _COUNT.pack(patches) + base
 
 
 def unpack_chunk_row(value: bytes) -> ChunkRow:
@@ -273,7 +291,7 @@ def unpack_chunk_row(value: bytes) -> ChunkRow:
         return row
     base = chunk_base(value)
     rest = len(value) - _CHUNK.size - len(base)
-    patches = _PATCHES.unpack_from(value, _CHUNK.size)[0] if rest else 0
+    patches = _COUNT.unpack_from(value, _CHUNK.size)[0] if rest else 0
     return row._replace(patches=patches, base=base)
 
 
@@ -376,6 +394,13 @@ def pack_id(tables: Tables, number: int) -> str:
     if value is None:
         raise ViewDamaged(f"view: no pack has the number {number}")
     return value.decode()
+
+
+def pack_ids_from(tables: Tables, first: int) -> Iterator[tuple[int, str]]:
+    """(number, FileId) of the packs from a number on, ascending."""
+    for key in tables.table("pack_ids").keys_from(_NUMBER.pack(first), b""):
+        number = _NUMBER.unpack(key)[0]
+        yield number, pack_id(tables, number)
 
 
 def page_key(layer: int, page_no: int) -> bytes:

@@ -88,6 +88,11 @@ class _Noticed:
         self._notice(key)
         self._table.put(key, value)
 
+    def add_many(self, rows: Sequence[tuple[bytes, bytes]], *, at_end: bool = False) -> None:
+        for key, _ in rows:
+            self._notice(key)
+        self._table.add_many(rows, at_end=at_end)
+
     def delete(self, key: bytes) -> None:
         self._notice(key)
         self._table.delete(key)

@@ -8,6 +8,10 @@ found damaged later raises ViewDamaged and is remembered as `suspect`: the domai
 `read()` gives the tables as they are after the last commit. The map grows by itself. One process
 opens a view at a time (its directory carries the host's id); threads may share it: writers take
 turns in LMDB, readers never wait. Values are copied out, so nothing outlives its transaction.
+
+A scratch view is one in the making, that nobody has use for before it is whole: its transactions
+don't wait for the medium, and it is flushed once, when it is sealed. Until then nothing may take it
+for a view: it lies beside its final name, and without a seal.
 """
 
 from __future__ import annotations
@@ -46,7 +50,7 @@ class _Opened:
     readers: int = 0
 
 
-def _open(path: str) -> _Opened:
+def _open(path: str, *, scratch: bool = False) -> _Opened:
     size = FIRST_MAP_BYTES
     data_file = os.path.join(path, _DATA_FILE)
     proved = break_seal(data_file)
@@ -59,7 +63,12 @@ def _open(path: str) -> _Opened:
     allocate_lock_file(path)
     with InFlight(path):
         env = lmdb.open(
-            path, map_size=size, max_dbs=len(_DATABASES), max_readers=READERS, mode=0o600
+            path,
+            map_size=size,
+            max_dbs=len(_DATABASES),
+            max_readers=READERS,
+            mode=0o600,
+            sync=not scratch,
         )
         databases = {name: env.open_db(name.encode()) for name in _DATABASES}
     return _Opened(env, databases, proved)
@@ -68,12 +77,14 @@ def _open(path: str) -> _Opened:
 class View:
     """An open LMDB view. `identity` names point and domain; another one's view is refused."""
 
-    def __init__(self, path: str, identity: bytes) -> None:
+    def __init__(self, path: str, identity: bytes, *, scratch: bool = False) -> None:
         """Opens or makes it. Damaged when it can't be used and must be made anew.
 
-        A view that was not closed is read as a whole for that.
+        A view that was not closed is read as a whole for that. `scratch`: a new one, of which
+        nothing is durable before close(seal=True).
         """
         self.path = path
+        self._scratch = scratch
         self.identity = identity
         self.suspect = ""  # what was found damaged; "" for nothing
         self.mend: Callable[[], None] | None = None  # how to; None: it stays as it is
@@ -86,7 +97,7 @@ class View:
         self._panicked = False
         with translated(f"view {path}", ViewDamaged):
             os.makedirs(path, mode=0o700, exist_ok=True)
-            self._current = _open(path)
+            self._current = _open(path, scratch=scratch)
         try:
             self._check_stamp()
             if not self._current.proved:
@@ -188,6 +199,7 @@ class View:
 
     def update(self, change: Callable[[ViewTables], ResultT]) -> ResultT:
         """Runs `change` in a write transaction, durable on return; none of it when it raises.
+        (Of a scratch view nothing is durable yet.)
 
         `change` is run again, on the old state, when the map was too small for it.
         """
@@ -234,7 +246,7 @@ class View:
         as it was: until it is opened anew."""
         with self._unread():
             self._current.env.close()
-            self._current = _open(self.path)
+            self._current = _open(self.path, scratch=self._scratch)
             self._panicked = False
 
     @contextlib.contextmanager
@@ -264,9 +276,17 @@ class View:
         return os.path.join(path, _DATA_FILE)
 
     def close(self, *, seal: bool = False) -> None:
-        """With a seal the next opening need not read all of it to prove it."""
-        for opened in (*self._replaced, self._current):
-            opened.env.close()
+        """With a seal the next opening need not read all of it to prove it.
+
+        A scratch view is flushed before it gets one; StorageError when that fails.
+        """
+        try:
+            if seal and self._scratch:
+                with translated(f"view {self.path}"):
+                    self._current.env.sync(True)
+        finally:
+            for opened in (*self._replaced, self._current):
+                opened.env.close()
         if seal and not self.suspect:
             put_seal(os.path.join(self.path, _DATA_FILE))
 

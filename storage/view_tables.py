@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any, TypeAlias
 
 import lmdb
@@ -104,6 +105,12 @@ class Sums:
             count, total = count + 1, total + _check_of(new)
         self._changed[group] = (count, total % _WRAP)
 
+    def add(self, group: bytes, rows: Sequence[bytes]) -> None:
+        """These rows came to the group; with their checks."""
+        count, total = self.of(group)
+        total += sum(map(_check_of, rows))
+        self._changed[group] = (count + len(rows), total % _WRAP)
+
     def flush(self) -> None:
         """Writes them. ViewDamaged when rows were deleted that had not all been put."""
         for group, (count, total) in self._changed.items():
@@ -142,6 +149,16 @@ class ViewTable(_Checked):
         row = self.sealed(key, value)
         old: Any = self._txn.replace(key, row, db=self._db)
         self._sums.change(self._group(key), old, row)
+
+    def add_many(self, rows: Sequence[tuple[bytes, bytes]], *, at_end: bool = False) -> None:
+        sealed = self.sealed
+        new = [(key, sealed(key, value)) for key, value in rows]
+        with self._txn.cursor(db=self._db) as cursor:
+            _, added = cursor.putmulti(new, overwrite=False, append=at_end)
+        if added != len(new):
+            raise _wrong(self.name, b"", f"{len(new) - added} rows were there, or out of order")
+        for group, some in groupby(new, lambda row: self._group(row[0])):
+            self._sums.add(group, [row for _, row in some])
 
     def delete(self, key: bytes) -> None:
         old: Any = self._txn.pop(key, db=self._db)

@@ -61,7 +61,7 @@ def test_a_page_in_another_ones_place_is_told_by_its_number(tmp_path: Path) -> N
 
 
 def drop(index: Index) -> None:
-    index.withdraw_layer(CHILD)
+    index.merge_layer(CHILD, [], root=False)
 
 
 def merge(index: Index) -> None:

@@ -5,6 +5,7 @@ What needs the disk or the past of a run is asserted by tests.model.world.
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -73,7 +74,7 @@ def rebuilt(state: MemoryTables, bare: MemoryTables, contents: Contents) -> None
         return change(made)
 
     try:
-        fill(update, cast(Log, _EndedLog()), contents)
+        fill(update, cast(Log, _EndedLog()), contents, tempfile.gettempdir())
     except StorageError as error:
         raise Violation(f"I8: can't be rebuilt: {error}") from error
     for name in TABLE_NAMES:

@@ -89,7 +89,7 @@ def _add_uncounted(self: _Step, name: str, seal: FileSeal, base: str, users: int
 
 def _place_oldest(self: Index, pack: str, number: int, *, only_known: bool) -> None:
     """What the index knows stays where it is, but for a gc's moves."""
-    if only_known or self._filling:
+    if only_known:
         _place_pack(self, pack, number, only_known=only_known)
         return
     self._chunks.flush()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import resource
 import threading
 from pathlib import Path
+from typing import Any, cast
 
+import lmdb
 import pytest
 
 from storage import view as view_module
@@ -171,6 +173,56 @@ def test_a_destroyed_view_is_gone(view: View, tmp_path: Path) -> None:
     destroy(str(tmp_path / "view"))
     destroy(str(tmp_path / "view"))
     assert not (tmp_path / "view").exists()
+
+
+class WatchedEnv:
+    """A view's environment; `seals` has, for each flush, whether the file had its seal by then."""
+
+    def __init__(self, view: View, error: Exception | None = None) -> None:
+        self._env = view._current.env
+        self._seal = Path(view.path, "data.mdb.seal")
+        self._error = error
+        self.seals: list[bool] = []
+        view._current.env = cast(lmdb.Environment, self)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._env, name)
+
+    def sync(self, force: bool) -> None:
+        self.seals.append(self._seal.exists())
+        if self._error is not None:
+            raise self._error
+        self._env.sync(force)
+
+
+def test_a_scratch_view_is_flushed_before_it_is_sealed(tmp_path: Path) -> None:
+    """A seal vouches for the file whatever happened to the machine since."""
+    view = View(str(tmp_path / "view"), b"mine", scratch=True)
+    view.update(lambda state: put(b"k", b"v", state))
+    env = WatchedEnv(view)
+    view.close(seal=True)
+    assert env.seals == [False]
+    assert (tmp_path / "view" / "data.mdb.seal").exists()
+    assert value_of(View(str(tmp_path / "view"), b"mine"), b"k") == b"v"
+
+
+def test_a_scratch_view_that_can_not_be_flushed_gets_no_seal(tmp_path: Path) -> None:
+    view = View(str(tmp_path / "view"), b"mine", scratch=True)
+    env = WatchedEnv(view, lmdb.DiskError("on purpose"))
+    with pytest.raises(StorageError):
+        view.close(seal=True)
+    assert env.seals == [False]
+    assert not (tmp_path / "view" / "data.mdb.seal").exists()
+
+
+def test_only_a_scratch_view_does_not_wait_for_the_medium(tmp_path: Path) -> None:
+    for name, scratch in (("view", False), ("scratch", True)):
+        view = View(str(tmp_path / name), b"mine", scratch=scratch)
+        assert view._current.env.flags()["sync"] is not scratch
+        view.close(seal=True)
+        again = View(str(tmp_path / name), b"mine")
+        assert again._current.env.flags()["sync"]
+        again.close()
 
 
 def test_a_disk_that_is_full_is_a_storage_error(tmp_path: Path) -> None:
