@@ -30,7 +30,7 @@ def damage_chunks(rig: EngineRig, count: int) -> Path:
 @pytest.fixture
 def hit(tmp_path: Path) -> tuple[EngineRig, Vm, Backup, Path]:
     rig = EngineRig(tmp_path / "data")
-    vm = rig.make_vm("vm", random_bytes(6 * MIB, 1), random_bytes(MIB, 2))
+    vm = rig.make_vm("vm", random_bytes(4 * MIB, 1), random_bytes(MIB, 2))
     backup = rig.back_up(vm)
     return rig, vm, backup, damage_chunks(rig, 2)
 
