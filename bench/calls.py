@@ -61,7 +61,8 @@ def run(lab: Lab) -> Iterator[Result]:
                     yield Series(f"{name}, {what}", "vmkeep", "s", tuple(values))
             every = sorted(value for values in took.values() for value in values)
             yield Figure("api/p99", (every[int(len(every) * 0.99)],), how)
-            yield Note(f"peak resident of the service: {service.peak_memory_bytes() >> 20} MiB")
+            peak = service.peak_memory_bytes() >> 20
+            yield Note(f"peak resident of the service that took them in: {peak} MiB")
         starts = []
         for _ in range(lab.repeats):
             began_s = time.perf_counter()
@@ -69,6 +70,19 @@ def run(lab: Lab) -> Iterator[Result]:
                 call(service.url, "/v1/compute/backup/list")
                 starts.append(time.perf_counter() - began_s)
         yield Figure("start/time", tuple(starts), how)
+        yield from _memory(data, count)
+
+
+def _memory(data: Path, count: int) -> Iterator[Result]:
+    """What a service holds that was started with all of them there, and has looked at its point."""
+    with Service(data) as service:
+        _await_total(service.url, count)
+        service.await_rest()
+        resident, own = service.memory_bytes()
+        who = f"service with {count:,} backups"
+        yield Series(f"{who}: resident, at rest", "vmkeep", "B", (float(resident),))
+        yield Series(f"{who}: its own memory, at rest", "vmkeep", "B", (float(own),))
+        yield Series(f"{who}: peak memory", "vmkeep", "B", (float(service.peak_memory_bytes()),))
 
 
 def _fill(data: Path, count: int) -> None:
@@ -134,17 +148,17 @@ def _asked(url: str, vm: str, running: bool) -> dict[str, list[float]]:
 
 def _paths(chance: random.Random, rows: list[_Row]) -> list[tuple[str, str]]:
     listed = "/v1/compute/backup/list?page_size=20"
-    query = chance.choice(
+    name, query = chance.choice(
         (
-            "",
-            f"&page_number={chance.randrange(1, 400)}",
-            f"&filter_vm_uuid={vm_uuid(chance.randrange(1000))}",
-            f"&start_time=1700{chance.randrange(10**6):06}&end_time=1709000000",
-            f"&filter_backup_name={chance.randrange(10**4)}",
+            ("list", ""),
+            ("list", f"&page_number={chance.randrange(1, 400)}"),
+            ("list", f"&filter_vm_uuid={vm_uuid(chance.randrange(1000))}"),
+            ("list", f"&start_time=1700{chance.randrange(10**6):06}&end_time=1709000000"),
+            ("list by a part of the name", f"&filter_backup_name={chance.randrange(10**4)}"),
         )
     )
     inspect = f"/v1/compute/backup/inspect?backup_uuid={chance.choice(rows).uuid}"
-    return [("inspect", inspect), ("list", listed + query)]
+    return [("inspect", inspect), (name, listed + query)]
 
 
 def _back_up(url: str, vm: str, stop: threading.Event) -> None:

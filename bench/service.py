@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +18,7 @@ from bench.lab import peak_bytes
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 30.0
+RESTING_CPU_S = 0.1
 
 SERVE = (sys.executable, "-m", "api.cli", "serve", "--log-format", "text")
 
@@ -95,6 +97,25 @@ class Service:
         """The largest resident size so far, memory-mapped files included."""
         return peak_bytes(self.pid)
 
+    def memory_bytes(self) -> tuple[int, int]:
+        """(resident now, memory-mapped files included; of that its own)."""
+        sizes = {}
+        for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
+            name, _, rest = line.partition(":")
+            if name in ("VmRSS", "RssAnon"):
+                sizes[name] = int(rest.split()[0]) << 10
+        return sizes["VmRSS"], sizes["RssAnon"]
+
+    def await_rest(self, timeout_s: float = 60.0) -> None:
+        """Until it has used next to no processor time for a second."""
+        deadline_s = time.monotonic() + timeout_s
+        before_s = -1.0
+        while (used_s := _cpu_s(self.pid)) - before_s > RESTING_CPU_S:
+            if time.monotonic() > deadline_s:
+                raise RuntimeError("the service does not come to rest")
+            before_s = used_s
+            time.sleep(1.0)
+
     def _read(self) -> None:
         assert self._child.stdout is not None
         with self._child.stdout as lines:
@@ -109,3 +130,8 @@ class Service:
                 log.write(line)
         if (found := _LISTENING.search(line)) is not None:
             self._address.put(found.group())
+
+
+def _cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -282,12 +282,14 @@ class Keeper:
             seq = domain.refresh()
             if self._synced.get(cluster_uuid) != seq and self._sync(cluster_uuid, domain):
                 self._synced[cluster_uuid] = seq
-            self._bundlings.setdefault(cluster_uuid, Bundling()).go_on(domain)
         seen = self._count(opened)
         for domain in anew:  # which was read as a whole for that
             domain.let_go()
         with self._lock:
             self._seen = seen
+        if self._looks:  # nobody waits for this as for the first look
+            for cluster_uuid, domain in opened.sound():
+                self._bundlings.setdefault(cluster_uuid, Bundling()).go_on(domain)
 
     def _sort_out(self, opened: Opened) -> None:
         """A domain whose log is damaged keeps none of the others from being used."""

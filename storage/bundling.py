@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from storage import tables
 from storage.bundles import FILE_LIMIT_BYTES, stretch_of
-from storage.errors import Damaged, PointFull, PointReadOnly, translated
+from storage.errors import PointFull, PointReadOnly, StorageError, translated
 from storage.session import reserve_bytes
 
 if TYPE_CHECKING:
@@ -26,20 +26,22 @@ class Bundling:
 
     def go_on(self, domain: Domain) -> int:
         """Looks at some full stretches of the log, and bundles those that are not yet; returns how
-        many. A lack of room is no error: they are tried again. PointUnreachable, PointNewerFormat.
+        many. What it meets on the point is no error: for want of room they are tried again, and one
+        that can't be read is left to the next start and to the check.
         """
-        with domain.view.read() as state:
-            applied, _ = tables.applied(state)
+        applied, _ = domain.view.ask(tables.applied)
         made = 0
         for _ in range(STRETCHES_PER_CALL):
             _, last = stretch_of(self._next)
-            if last > applied or not _has_room(domain):
+            if last > applied:
                 break
             try:
+                if not _has_room(domain):
+                    break
                 made += domain.records.bundle(self._next)
             except (PointFull, PointReadOnly):
                 break
-            except Damaged as error:
+            except StorageError as error:
                 log.warning("records_not_bundled domain=%s error=%s", domain.paths.root, error)
             self._next = last + 1
         return made

@@ -311,7 +311,8 @@ class Domain:
 
     def backup_uuids(self) -> set[str]:
         """Of all live backups, and of those that are still held."""
-        return self.view.ask(lambda state: {backup for backup, _ in tables.backups.scan(state)})
+        rows = self.view.ask(lambda state: [key for key, _ in state.table("backups").scan()])
+        return {key.decode() for key in rows}
 
     def changed_backups(self, seq: int) -> frozenset[str] | None:
         """Those that came, went or changed after record `seq`; None: all may have."""

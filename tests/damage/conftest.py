@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.damage.site import Site, make_site
+from storage import bundles
+from tests.damage.site import RECORDS_PER_BUNDLE, Site, make_site
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +26,11 @@ def memory() -> Iterator[Path]:
 @pytest.fixture(autouse=True)
 def _scratch(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(memory))
+
+
+@pytest.fixture(autouse=True)
+def _short_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundles, "RECORDS_PER_BUNDLE", RECORDS_PER_BUNDLE)
 
 
 @pytest.fixture(scope="session")

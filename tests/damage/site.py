@@ -10,9 +10,12 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+from storage import bundles
+from storage.bundling import Bundling
 from storage.domain import Domain
 from storage.errors import ChunkDamaged, StorageError
 from storage.heartbeats import beat
@@ -21,6 +24,7 @@ from storage.reader import MAX_RUN_BYTES, plan_reads
 from tests.store import CHUNK, Saved, cluster, edited, open_domain, patches, save
 
 HOST = "host-1"
+RECORDS_PER_BUNDLE = 4
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,8 @@ class Site:
         mine = {"POINT": [self.path / "POINT"], "DOMAIN": [self.root / "DOMAIN"]}
         for kind in ("log", "packs", "manifests", "checkpoints", "hosts"):
             mine[kind] = sorted(path for path in (self.root / kind).rglob("*") if path.is_file())
+        mine["bundles"] = [path for path in mine["log"] if path.suffix == bundles.SUFFIX]
+        mine["log"] = [path for path in mine["log"] if path not in mine["bundles"]]
         return mine
 
 
@@ -102,11 +108,13 @@ def make_site(where: Path) -> Site:
     images.append(Image(save(domain, last, images[1].saved), last))
     assert len(patches(domain)) == 3
     beat(domain, 1)
+    with mock.patch.object(bundles, "RECORDS_PER_BUNDLE", RECORDS_PER_BUNDLE):
+        assert Bundling().go_on(domain) == 2
     domain.close()
     other = open_domain(point, cluster("other"), "host-2")
     save(other, b"".join(full(3)))
     other.close()
-    records = (where / "point" / "domains" / label.cluster_uuid / "log").rglob("*")
+    records = (where / "point" / "domains" / label.cluster_uuid / "log").rglob("?" * 16)
     newest = max(path for path in records if path.is_file())
     site = Site(where / "point", label, tuple(images), newest)
     shutil.copytree(site.root / "views", where / "views")

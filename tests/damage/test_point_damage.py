@@ -27,6 +27,7 @@ WEIGHTS = {
     "packs": 7,
     "manifests": 5,
     "checkpoints": 1,
+    "bundles": 2,
     "hosts": 1,
 }
 
@@ -74,7 +75,7 @@ def _judge(site: Site, kind: str, path: Path, *, anew: bool) -> None:
         with pytest.raises(Damaged, match="older state"), site.opened():
             pass
         return
-    if kind in ("checkpoints", "hosts"):
+    if kind in ("checkpoints", "bundles", "hosts"):
         # Nobody needs it: losing it whole is no loss, anything else is told.
         assert report.clean
         assert {found.path for found in report.findings} == (

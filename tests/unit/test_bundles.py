@@ -327,10 +327,17 @@ def test_records_too_large_for_one_stay_without(
 
 
 @pytest.mark.usefixtures("saved")
-def test_a_damaged_record_is_put_into_none(domain: Domain) -> None:
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_record_that_can_not_be_read_keeps_only_its_stretch_from_being_bundled(
+    domain: Domain, gone: bool
+) -> None:
+    """And the point from nothing: the view has folded it long ago."""
     content = bytearray(record(domain, 2).read_bytes())
     content[20] ^= 1
-    record(domain, 2).write_bytes(content)
+    if gone:
+        record(domain, 2).unlink()
+    else:
+        record(domain, 2).write_bytes(content)
     bundling = Bundling()
     assert bundling.go_on(domain) == 1
     assert bundling.go_on(domain) == 0
