@@ -9,11 +9,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
+from storage import tables
 from storage.bundling import Bundling
 from storage.errors import NotOnPoint
 from storage.heartbeats import Observer, beat
+from storage.leftovers import Leftovers
 from tests.crash_world import World
-from tests.store import CHUNK, Saved, edited, image_of, patches
+from tests.store import CHUNK, Saved, edited, image_of, new_uuid, patches, write_disk
 
 Step = Callable[[World], object]
 
@@ -71,6 +73,36 @@ def observed(world: World) -> None:
     observer.end_dead_sessions(world.domain(), 0.0)
     observer.end_dead_sessions(world.domain(), 11.0)
     session._abandon()
+
+
+def interrupted(image: bytes) -> Callable[[World], None]:
+    """A backup whose process dies before it commits; what it had sealed may be taken over."""
+
+    def step(world: World) -> None:
+        session = world.domain().begin("backup")
+        write_disk(session, world.domain(), image, new_uuid(), "")
+        session._sealer.shutdown()
+        world.close()
+        world.domain()
+
+    return step
+
+
+def rewritten(world: World) -> None:
+    """All manifests are written anew from the view, as if they were damaged."""
+    domain = world.domain()
+    names = domain.view.ask(lambda state: {name for name, _ in tables.manifests.scan(state)})
+    domain.rewrite_manifests(names)
+
+
+def gone_for_good(world: World) -> None:
+    """The other host has died; when its heartbeat was silent for long enough what it left goes."""
+    beat(world.domain(0, "h2"), 1)
+    world.save(CHANGED, None, 0, "h2")
+    world.domains.pop((0, "h2")).close()
+    leftovers = Leftovers(patience_s=10)
+    leftovers.clear(world.domain(), 0.0)
+    leftovers.clear(world.domain(), 11.0)
 
 
 def beats(world: World) -> None:
@@ -211,6 +243,28 @@ SCRIPTS: dict[str, list[Step]] = {
         restore(2, 1),
     ],
     "failing": [save(FULL), abandoned, beats, reopen],
+    "interrupted": [
+        interrupted(noise(1, 6)),
+        save(noise(1, 6)),
+        interrupted(noise(1, 3) + noise(2, 3)),
+        save(noise(2, 3) + noise(3, 3), 0),
+        forget(0),
+        interrupted(noise(4, 4)),
+        reclaim(),
+        save(noise(4, 4)),
+        restore(0),
+    ],
+    "rewritten": [
+        save(FULL),
+        save(CHANGED, 0),
+        save(AGAIN, 1),
+        rewritten,
+        forget(1),
+        rewritten,
+        reopen_without_view,
+        restore(1),
+    ],
+    "gone": [save(FULL), gone_for_good, save(AGAIN, 0), reclaim(), restore(1)],
 }
 
 
@@ -251,7 +305,8 @@ def _any_step(seed: int) -> Step:
 def _any_other(source: random.Random, world: World, at: int, host: str) -> object:
     theirs = [one for one in world.sides[0].live if one not in world.sides[1].live]
     theirs = [one for one in theirs if one.backup not in world.sides[1].gone]
-    word = source.choice(("import", "import", "rebuild", "checkpoint", "bundle", "reopen", "lose"))
+    words = ("import", "import", "rebuild", "checkpoint", "bundle", "reopen", "lose")
+    word = source.choice((*words, "interrupt", "rewrite"))
     if word == "import" and theirs:
         world.take_over(*source.sample(theirs, min(len(theirs), 2)))
         return None
@@ -263,6 +318,12 @@ def _any_other(source: random.Random, world: World, at: int, host: str) -> objec
         return None
     if word == "bundle":
         Bundling().go_on(world.domain(at, host))
+        return None
+    if word == "interrupt":
+        interrupted(noise(source.randrange(3), 4))(world)
+        return None
+    if word == "rewrite":
+        rewritten(world)
         return None
     keys = list(world.domains)
     world.close(lose=[source.choice(keys)] if word == "lose" and keys else [])

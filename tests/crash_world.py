@@ -104,6 +104,7 @@ class Side:
     coming: list[dict[Saved, bytes]] = field(default_factory=list)
     going: list[dict[Saved, bytes]] = field(default_factory=list)
     gone: set[str] = field(default_factory=set)
+    unfinished: list[bytes] = field(default_factory=list)  # images of backups that did not come
 
     def copied(self) -> Side:
         return Side(
@@ -279,6 +280,8 @@ class World:
             expect(all(there) or not any(there), "half of a commit")
             if any(there):
                 side.live.update(group)
+            else:
+                side.unfinished += group.values()
         side.going, side.coming = [], []
         wanted = {saved.backup for saved in side.live}
         expect(not wanted - present, f"lost: {wanted - present}")
@@ -296,9 +299,10 @@ class World:
         return report
 
     def go_on(self, hosts: Sequence[HostKey]) -> None:
-        """A new backup, a gc, and all of it restores."""
+        """A new backup, of what was interrupted if something was; a gc; and all of it restores."""
         at, host = hosts[0]
-        saved = self.save(b"\xee" * CHUNK + b"\xed" * 100, at=at, host=host)
+        image = [*self.sides[at].unfinished, b"\xee" * CHUNK + b"\xed" * 100][0]
+        saved = self.save(image, at=at, host=host)
         for at in sorted({at for at, _ in hosts}):
             host = next(host for where, host in hosts if where == at)
             self.domain(at, host).reclaim(sparse_below=0.9)
