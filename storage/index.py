@@ -23,21 +23,21 @@ from typing import Protocol
 import msgspec
 
 from storage import tables
-from storage.chunk_rows import ChunkRows
+from storage.chunk_rows import MOST_KEPT_BACK, ChunkRows
 from storage.chunks import CHUNK_ID_BYTES, ZERO_MARK
 from storage.errors import ChunkMissing, Damaged, Refused, ViewDamaged
-from storage.manifests import decode_page, encode_page
+from storage.manifests import decode_page, encode_page, page_chunks
 from storage.packs import FRAME_HEADER_BYTES, PackEntry
 from storage.tables import (
     LOST_PACK,
+    WHOLE,
     ChunkRow,
     Tables,
     chunk_base,
+    is_unreferenced,
     pack_chunk_row,
     unpack_chunk_row,
 )
-
-_NOWHERE = ChunkRow(LOST_PACK, 0, 0, 0)
 
 
 class Contents(Protocol):
@@ -70,6 +70,8 @@ class Index:
         self._missing: set[bytes] = set()
         self._on_bases: Counter[bytes] = Counter()
         self._new_patches: set[bytes] = set()
+        self._placed: dict[str, list[bytes]] = {}  # the chunks of packs that were placed
+        self._placed_count = 0
 
     def flush(self) -> None:
         """Writes chunks' rows and packs' live counts. ChunkMissing names all that add_layer did not
@@ -129,21 +131,41 @@ class Index:
     def _place_pack(self, pack: str, number: int, *, only_known: bool) -> None:
         entries = {entry.chunk_id: entry for entry in self._footer(pack)}
         known = self._chunks.get_many(list(entries))
-        for chunk, entry in entries.items():
-            value = known.get(chunk)
-            if value is None and only_known:
-                continue
-            old = None if value is None else unpack_chunk_row(value)
-            was = old or _NOWHERE
-            row = was._replace(
-                pack=number, offset=entry.offset, stored_len=entry.stored_len, base=entry.base
-            )
-            if row.references:
-                self._count(was, -1)
-                self._count(row, +1)
-            if row.base and row.base != was.base:
-                self._new_patches.add(chunk)
-            self._chunks.put(chunk, pack_chunk_row(row))
+        if not only_known:
+            self._note_placed(pack, list(entries))
+            self._place_new(number, [entry for one, entry in entries.items() if one not in known])
+        for chunk, value in known.items():
+            self._place_known(number, entries[chunk], unpack_chunk_row(value))
+
+    def _place_new(self, number: int, entries: Sequence[PackEntry]) -> None:
+        self._chunks.add_many(
+            {
+                chunk: WHOLE.pack(number, offset, stored_len, 0) + base
+                for offset, _, stored_len, _, _, chunk, _, base in entries
+            }
+        )
+        self._new_patches.update([entry.chunk_id for entry in entries if entry.base])
+
+    def _note_placed(self, pack: str, chunks: list[bytes]) -> None:
+        """So that a footer need not be read again, as long as that does not take much memory."""
+        self._placed_count += len(chunks)
+        if self._placed_count <= MOST_KEPT_BACK:
+            self._placed[pack] = chunks
+
+    def _chunks_of(self, pack: str) -> list[bytes]:
+        found = self._placed.get(pack)
+        return [entry.chunk_id for entry in self._footer(pack)] if found is None else found
+
+    def _place_known(self, number: int, entry: PackEntry, was: ChunkRow) -> None:
+        row = was._replace(
+            pack=number, offset=entry.offset, stored_len=entry.stored_len, base=entry.base
+        )
+        if row.references:
+            self._count(was, -1)
+            self._count(row, +1)
+        if row.base and row.base != was.base:
+            self._new_patches.add(entry.chunk_id)
+        self._chunks.put(entry.chunk_id, pack_chunk_row(row))
 
     def _footer(self, pack: str) -> Sequence[PackEntry]:
         return self._contents.footer(pack, tables.packs.require(self._state, pack).digest)
@@ -154,10 +176,9 @@ class Index:
         self.balance()
         self._require_all()
         for pack in numbers:
-            chunks = [entry.chunk_id for entry in self._footer(pack)]
-            for chunk, value in self._chunks.get_many(chunks).items():
-                if not unpack_chunk_row(value).references:
-                    self._chunks.delete(chunk)
+            rows = self._chunks.get_many(self._chunks_of(pack))
+            for chunk in [chunk for chunk, value in rows.items() if is_unreferenced(value)]:
+                self._chunks.delete(chunk)
 
     # References.
 
@@ -168,15 +189,34 @@ class Index:
         """
         wanted = [chunk for chunk, change in changes.items() if change]
         rows = self._chunks.get_many(wanted)
-        for chunk in wanted:
-            value = rows.get(chunk)
-            row = _NOWHERE if value is None else unpack_chunk_row(value)
-            if value is None and not new:
-                raise ViewDamaged(f"view: chunk {chunk.hex()} is referenced, but nowhere")
-            if new and (value is None or self._refused(value)):
+        if len(rows) < len(wanted):
+            nowhere = [chunk for chunk in wanted if chunk not in rows]
+            if not new:
+                raise ViewDamaged(f"view: chunk {nowhere[0].hex()} is referenced, but nowhere")
+            self._missing.update(nowhere)
+        if new and set(map(len, rows.values())) == {WHOLE.size}:
+            self._refer_whole(rows, changes)
+            return
+        for chunk, value in rows.items():
+            if new and self._refused(value):
+                self._missing.add(chunk)
+            else:
+                self._refer_one(chunk, unpack_chunk_row(value), changes[chunk])
+
+    def _refer_whole(self, rows: Mapping[bytes, bytes], changes: Mapping[bytes, int]) -> None:
+        """As _refer_one, new references to chunks that are neither patches nor bases: most are."""
+        after = {}
+        live_bytes, live_chunks = self._live_bytes, self._live_chunks
+        parts = WHOLE.iter_unpack(b"".join(rows.values()))
+        for chunk, (number, offset, stored_len, references) in zip(rows, parts, strict=True):
+            if number == LOST_PACK and self._strict:
                 self._missing.add(chunk)
                 continue
-            self._refer_one(chunk, row, changes[chunk])
+            if not references:
+                live_bytes[number] += FRAME_HEADER_BYTES + stored_len
+                live_chunks[number] += 1
+            after[chunk] = WHOLE.pack(number, offset, stored_len, references + changes[chunk])
+        self._chunks.put_many(after)
 
     def _refused(self, value: bytes) -> bool:
         return self._strict and unpack_chunk_row(value).pack == LOST_PACK
@@ -192,7 +232,8 @@ class Index:
         if not references:
             self._chunks.delete(chunk)
         else:
-            row = old._replace(references=references, patches=old.patches + patches)
+            number, offset, stored_len, _, on_it, base = old
+            row = ChunkRow(number, offset, stored_len, references, on_it + patches, base)
             self._chunks.put(chunk, pack_chunk_row(row))
 
     # Bases.
@@ -239,14 +280,11 @@ class Index:
         """Writes a manifest's pages as a layer's and counts what they reference."""
         digest = tables.manifests.require(self._state, manifest).digest
         for page_no, page in self._contents.pages(manifest, digest):
-            if root and ZERO_MARK in decode_page(page).values():
+            references = Counter(page_chunks(page))
+            if references.pop(ZERO_MARK, 0) and root:
                 raise Damaged(f"manifest {manifest}: a zero mark, but it is full")
-            self.add_layer_page(layer, page_no, page)
-
-    def add_layer_page(self, layer: int, page_no: int, page: bytes) -> None:
-        """Writes one new page of a layer and counts what it references."""
-        self._refer(_counts(decode_page(page).values()), new=True)
-        self._pages.put(tables.page_key(layer, page_no), page)
+            self._refer(references, new=True)
+            self._pages.put(tables.page_key(layer, page_no), page)
 
     def _put_page(self, layer: int, page_no: int, entries: Mapping[int, bytes]) -> None:
         key = tables.page_key(layer, page_no)

@@ -251,9 +251,12 @@ LOST_LAYER = 0xFFFF_FFFF_FFFF_FFFF
 
 _U64 = struct.Struct(">Q")
 _PAGE_KEY = struct.Struct(">QI")
-_CHUNK = struct.Struct("<IIII")
-PLACE = struct.Struct("<III")  # pack, offset, stored length: the first part of a chunk's row
+# A chunk's row: pack, offset, stored length, references; and no more, if it is neither a patch nor
+# a base. The first three are its place.
+WHOLE = struct.Struct("<IIII")
+PLACE = struct.Struct("<III")
 _COUNT = struct.Struct("<I")
+_NONE = _COUNT.pack(0)
 _NUMBER = struct.Struct(">I")
 
 
@@ -275,7 +278,7 @@ class ChunkRow(NamedTuple):
 
 def pack_chunk_row(row: ChunkRow) -> bytes:
     patches = _COUNT.pack(row.patches) if row.patches else b""
-    return _CHUNK.pack(*row[:4]) + patches + row.base
+    return WHOLE.pack(*row[:4]) + patches + row.base
 
 
 def row_at(place: bytes, references: int, patches: int, base: bytes) -> bytes:
@@ -286,18 +289,23 @@ def row_at(place: bytes, references: int, patches: int, base: bytes) -> bytes:
 
 
 def unpack_chunk_row(value: bytes) -> ChunkRow:
-    row = ChunkRow(*_CHUNK.unpack_from(value))
-    if len(value) == _CHUNK.size:
+    row = ChunkRow(*WHOLE.unpack_from(value))
+    if len(value) == WHOLE.size:
         return row
     base = chunk_base(value)
-    rest = len(value) - _CHUNK.size - len(base)
-    patches = _COUNT.unpack_from(value, _CHUNK.size)[0] if rest else 0
+    rest = len(value) - WHOLE.size - len(base)
+    patches = _COUNT.unpack_from(value, WHOLE.size)[0] if rest else 0
     return row._replace(patches=patches, base=base)
 
 
 def chunk_base(value: bytes) -> bytes:
     """The base in a chunk's row; b"" of one that is stored whole."""
-    return value[-CHUNK_ID_BYTES:] if len(value) >= _CHUNK.size + CHUNK_ID_BYTES else b""
+    return value[-CHUNK_ID_BYTES:] if len(value) >= WHOLE.size + CHUNK_ID_BYTES else b""
+
+
+def is_unreferenced(value: bytes) -> bool:
+    """Whether a chunk's row says that nothing refers to it."""
+    return value[PLACE.size : WHOLE.size] == _NONE
 
 
 def applied(tables: Tables) -> tuple[int, bytes]:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from storage.errors import ViewDamaged
 from storage.tables import TABLE_NAMES, MemoryTables, Table
 from storage.view import View
 
@@ -131,3 +132,39 @@ def test_both_come_to_the_same_state(
             if name != "meta":
                 assert list(tables.table(name).scan()) == list(memory.table(name).scan())
     view.close()
+
+
+class TestAddMany:
+    """New rows at once: in any place, or behind all others; in a table with groups, too."""
+
+    @pytest.mark.parametrize("at_end", [False, True])
+    @pytest.mark.parametrize("name", ["chunks", "pages"])
+    def test_they_are_as_if_put_one_by_one(self, tmp_path: Path, name: str, at_end: bool) -> None:
+        rows = [(bytes(7) + bytes([group, at]), bytes([at])) for group in (1, 2) for at in range(3)]
+        if not at_end:
+            rows = rows[::2]
+        view, memory = View(str(tmp_path / "view"), b"contract"), MemoryTables()
+        for state in (view.update, lambda change: change(memory)):
+            state(lambda tables: tables.table(name).put(bytes(7) + b"\1", b"first"))
+            state(lambda tables: tables.table(name).add_many(rows, at_end=at_end))
+        with view.read() as tables:
+            assert list(tables.table(name).scan()) == list(memory.table(name).scan())
+        view.prove()
+        view.close()
+
+    @pytest.mark.parametrize(("keys", "at_end"), [([b"b"], False), ([b"c", b"a"], True)])
+    def test_what_is_not_new_is_damage_and_changes_nothing(
+        self, tmp_path: Path, keys: list[bytes], at_end: bool
+    ) -> None:
+        view = View(str(tmp_path / "view"), b"contract")
+        view.update(lambda tables: tables.table("chunks").put(b"b", b"row"))
+        with pytest.raises(ViewDamaged):
+            view.update(
+                lambda tables: tables.table("chunks").add_many(
+                    [(key, b"other") for key in keys], at_end=at_end
+                )
+            )
+        with view.read() as tables:
+            assert dict(tables.table("chunks").scan()) == {b"b": b"row"}
+        view.prove()
+        view.close()

@@ -18,11 +18,20 @@ def test_it_is_the_table_that_it_stands_for(most: int, monkeypatch: pytest.Monke
     rows = ChunkRows(behind)
     for _ in range(3000):
         key = bytes([chance.randrange(40)])
-        act = chance.choice(("put", "put", "delete", "flush"))
+        act = chance.choice(("put", "put", "put many", "add many", "delete", "flush"))
         if act == "put":
             value = chance.randbytes(4)
             rows.put(key, value)
             plain.put(key, value)
+        elif act.endswith("many"):
+            some = {bytes([chance.randrange(40)]): chance.randbytes(4) for _ in range(4)}
+            if act == "add many":
+                for key in rows.get_many(list(some)):
+                    del some[key]
+                rows.add_many(some)
+            else:
+                rows.put_many(some)
+            plain.rows.update(some)
         elif act == "delete":
             rows.delete(key)
             plain.delete(key)
