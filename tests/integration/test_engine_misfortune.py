@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,16 +50,19 @@ def clean(path: Path) -> None:
 
 
 def on_first_batch(monkeypatch: pytest.MonkeyPatch, mishap: object) -> None:
-    """Calls `mishap()` once, when the running job has stored its first batch."""
+    """Calls `mishap()` once, when the running job has stored its first batch; none of its threads
+    goes on to another one meanwhile, or it might be done before."""
     told: list[bool] = []
     add = JobContext.add
+    one_at_a_time = threading.Lock()
 
     def add_then(self: JobContext, **counts: int) -> None:
         add(self, **counts)
-        if not told:
-            told.append(True)
-            assert callable(mishap)
-            mishap()
+        with one_at_a_time:
+            if not told:
+                told.append(True)
+                assert callable(mishap)
+                mishap()
 
     monkeypatch.setattr(JobContext, "add", add_then)
 
