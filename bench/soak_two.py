@@ -134,6 +134,9 @@ class Side:
             if time.monotonic() > deadline_s:
                 raise Wrong(f"backup {backup} is not seen")
 
+    def rebuild(self) -> None:
+        self.witness.maintain("rebuild")
+
     def verify(self) -> None:
         self.witness.maintain("verify", deep=True)
 
@@ -233,6 +236,7 @@ def finish(point: Path, *sides: Side) -> None:
         for backup, expected in side.truth.items():
             side.compare(backup, expected)
         side.verify()
+        side.rebuild()
         side.collect()
     report = check_point(str(point), deep=True)
     if report.findings:

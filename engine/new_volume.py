@@ -76,8 +76,12 @@ class NewVolume:
             if os.path.lexists(path_final):
                 raise self._taken()
             self._path, self._fd = _hidden_file(f"{self._pool}/{RESTORES}")
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._direct_fd = self._fs.open_direct(self._fd, self._path)
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._direct_fd = self._fs.open_direct(self._fd, self._path)
+            except BaseException:
+                self.close()
+                raise
 
     @property
     def fd(self) -> int:
@@ -88,6 +92,10 @@ class NewVolume:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets the hidden file go; what has its name by now stays."""
         with contextlib.suppress(OSError):
             os.unlink(self._path)
         with contextlib.suppress(OSError):
@@ -171,4 +179,8 @@ def _hidden_file(directory: str) -> tuple[str, int]:
         except FileNotFoundError:  # another restore, just done, removed the empty directory
             if attempt == _NAME_TRIES - 1:
                 raise
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.rmdir(directory)
+            raise
     raise AssertionError("not reached")

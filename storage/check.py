@@ -62,6 +62,7 @@ __all__ = [
     "Damage",
     "DiskDamage",
     "Finding",
+    "NoReads",
     "Reads",
     "check_point",
 ]

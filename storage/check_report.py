@@ -17,7 +17,8 @@ _NAP_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something that is not as it must be. `backups`: uuids of those that lose data by it."""
+    """Something that is not as it must be. `backups`: uuids of all that may lose data by it, as
+    they are made on top of it; which of them do, and where, is in the report's `disks`."""
 
     kind: str  # "log", "label", "pack", "manifest", "chunk", "view"; or a harmless one
     path: str

@@ -63,6 +63,7 @@ SWEEPS = (
     Sweep("model", "tests.model.search", "--full", 120),
     Sweep("crash", "tests.crash_sweep", "--points 1000000", 240, takes_minutes=True),
     Sweep("calls", "tests.fire.sweep", "--stride 1", 120),
+    Sweep("below", "tests.fire.below", "--stride 1", 60),
     Sweep("reflink", "tests.reflink_sweep", "--rounds 10000", 60),
     Sweep("plug ext4", "tests.fire.plug", "--kind ext4 --count 2500", 60),
     Sweep("plug xfs", "tests.fire.plug", "--kind xfs --count 2500", 60),

@@ -152,6 +152,14 @@ def dump(domain: Domain) -> dict[str, dict[bytes, bytes]]:
         return {name: dict(state.table(name).scan()) for name in tables.TABLE_NAMES}
 
 
+def require_rebuilt_alike(domain: Domain) -> None:
+    """The view is what log, footers and manifests say, byte for byte (I8)."""
+    domain.refresh()
+    before = dump(domain)
+    domain.rebuild()
+    assert dump(domain) == before, "the view is not what a rebuild makes"
+
+
 def files(domain: Domain, *roots: str) -> set[str]:
     """Pack and manifest files on disk, as paths below the domain."""
     found = set()

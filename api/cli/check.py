@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -9,15 +12,24 @@ from rich.progress import Progress
 
 from api.cli.exits import BROKEN, FAILED, Failure
 from api.cli.screen import Screen
+from engine.packreads import PackReads
+from engine.state import State
 from engine.verify import report_lines
-from storage.check import CheckReport, check_point
+from storage.check import CheckReport, NoReads, Reads, check_point
 from storage.errors import StorageError
+from storage.point import Point
 
 
-def check_and_tell(screen: Screen, path: Path, *, deep: bool) -> None:
-    """Prints what was found. Ends the command with FAILED unless all data is sound."""
+def check_and_tell(
+    screen: Screen, path: Path, *, deep: bool, rate_bytes_per_s: int = 0, resume: Path | None = None
+) -> None:
+    """Prints what was found. Ends the command with FAILED unless all data is sound.
+
+    `resume`: a directory of its own, where a deep check that is interrupted leaves how far it was.
+    """
     try:
-        report = _check(screen, path, deep)
+        with _remembered(path, resume if deep else None) as reads:
+            report = _check(screen, path, deep, rate_bytes_per_s, reads)
     except StorageError as error:
         raise Failure(BROKEN, str(error)) from error
     if screen.json:
@@ -28,7 +40,25 @@ def check_and_tell(screen: Screen, path: Path, *, deep: bool) -> None:
         raise Failure(FAILED, f"{path} is not sound: {len(report.findings)} findings")
 
 
-def _check(screen: Screen, path: Path, deep: bool) -> CheckReport:
+@contextlib.contextmanager
+def _remembered(path: Path, directory: Path | None) -> Iterator[Reads]:
+    """What was read of the point, kept until a check has come to its end."""
+    if directory is None:
+        yield NoReads()
+        return
+    point = Point.open(str(path)).uuid
+    with contextlib.closing(State(str(directory))) as state:
+        reads = PackReads(state, point, time.time)
+        try:
+            yield reads
+        finally:
+            reads.flush()
+        PackReads.end(state, point)
+
+
+def _check(
+    screen: Screen, path: Path, deep: bool, rate_bytes_per_s: int, reads: Reads
+) -> CheckReport:
     quiet = screen.json or not screen.bars.is_terminal
     with Progress(console=screen.bars, disable=quiet, transient=True) as bars:
         bar = bars.add_task("check", total=None)
@@ -36,4 +66,10 @@ def _check(screen: Screen, path: Path, deep: bool) -> CheckReport:
         def on_progress(done: int, total: int) -> None:
             bars.update(bar, completed=done, total=total or None)
 
-        return check_point(str(path), deep=deep, on_progress=on_progress)
+        return check_point(
+            str(path),
+            deep=deep,
+            on_progress=on_progress,
+            reads=reads,
+            rate_bytes_per_s=rate_bytes_per_s,
+        )

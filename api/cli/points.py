@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 from rich.table import Table
 
-from api.cli import names, units
+from api.cli import names, params, units
 from api.cli.follow import finish
 from api.cli.remote import Here, remote
 from api.cli.screen import Screen, card, table
@@ -109,7 +109,13 @@ def rebuild(here: Here, *, name: str, wait: bool) -> None:
 @click.argument("path", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--deep", is_flag=True, help="Read and check every stored byte.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def check(*, path: Path, deep: bool, as_json: bool) -> None:
+@click.option("--rate", metavar="SIZE", default="0", help="Read no more than this a second: 50M.")
+@click.option(
+    "--resume",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Remember in this directory what was read; an interrupted deep check goes on there.",
+)
+def check(*, path: Path, deep: bool, as_json: bool, rate: str, resume: Path | None) -> None:
     """Check the backup point at PATH on this machine, without a server. Changes nothing.
 
     Exit code 1 when data is lost or in doubt, 5 when the point can't be read at all.
@@ -119,7 +125,10 @@ def check(*, path: Path, deep: bool, as_json: bool) -> None:
     """
     from api.cli.check import check_and_tell  # the storage layer, which no other command needs
 
-    check_and_tell(Screen(json=as_json), path, deep=deep)
+    rate_bytes_per_s = params.size(rate)
+    check_and_tell(
+        Screen(json=as_json), path, deep=deep, rate_bytes_per_s=rate_bytes_per_s, resume=resume
+    )
 
 
 def _maintain(here: Here, call: str, name: str, *, deep: bool, wait: bool) -> None:

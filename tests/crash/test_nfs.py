@@ -12,13 +12,16 @@ from storage.domain import Domain
 from storage.errors import StorageError
 from storage.point import Point
 from tests.crash_scripts import noise, random_script
-from tests.crash_sweep import crash
+from tests.crash_sweep import crash, faults_of
 from tests.crash_world import PACK_BYTES, PATH, Chance, World, repeatable
+from tests.simfs import Fault
 from tests.simnfs import NfsClient, machines
 from tests.store import Saved, dump
 
 SCRIPTS = 30
 CRASHES_EVERY = 40
+FAULTY_SCRIPTS = 8
+FAULTS_OF_ONE = 12
 
 
 class NfsWorld(World):
@@ -28,6 +31,7 @@ class NfsWorld(World):
         super().__init__(scratch)
         self.fs = NfsClient(self.fs.disk)
         self.machines: list[NfsClient] = []
+        self.faults: dict[tuple[int, str], Fault] = {}  # of a host's first machine
 
     def domain(self, at: int = 0, host: str = "h1") -> Domain:
         key = (at, host)
@@ -36,6 +40,7 @@ class NfsWorld(World):
             machine = NfsClient(self.fs.disk)
             self.machines.append(machine)
             machine.watch = self.fs.watch
+            machine.fault = self.faults.pop(key, None)
             point = Point.open(PATH, fs=machine)
             self.hosts += [key] if key not in self.hosts else []
             label, views = self.sides[at].label, self.view_dir(at)
@@ -53,6 +58,7 @@ class NfsWorld(World):
     def later(self) -> None:
         for machine in self.machines:
             machine.expire()
+            machine.fault = None
         for domain in self.domains.values():
             domain.refresh()
 
@@ -89,6 +95,39 @@ def test_stale_memories_lose_nothing(part: int) -> None:
                 world.discard()
     assert stale
     assert points > 50
+
+
+@pytest.mark.parametrize("part", range(2))
+def test_a_call_that_fails_on_a_machine_with_stale_memories(part: int) -> None:
+    """Replies that are lost, names that are there after a success, room that is not: beside them
+    the memories of before."""
+    met = 0
+    with repeatable() as scratch:
+        for number in range(part, FAULTY_SCRIPTS, 2):
+            name = f"faulty nfs {number}"
+            chance = random.Random(name)
+            calls = _run(scratch, name, number, {}).machines[0].calls
+            for fault in chance.sample(list(faults_of(calls)), FAULTS_OF_ONE):
+                world = _run(scratch, name, number, {(0, "h1"): fault})
+                met += sum(machine.faults_met for machine in world.machines)
+    assert met >= FAULTY_SCRIPTS * FAULTS_OF_ONE // 4
+
+
+def _run(scratch: str, name: str, number: int, faults: dict[tuple[int, str], Fault]) -> NfsWorld:
+    """One script to its end, and the proof; what fails is done again, later."""
+    with Chance.seeded(name):
+        world = NfsWorld(scratch)
+        world.faults = faults
+        for step in random_script(number, 10):
+            try:
+                step(world)
+            except StorageError:
+                world.later()
+                step(world)
+        world.later()
+        world.prove(thorough=True)
+        world.discard()
+    return world
 
 
 def test_what_is_promised_to_a_client_and_what_is_not() -> None:

@@ -1,7 +1,8 @@
 """Bytes and files of a point, damaged at seeded places, one at a time.
 
-Whatever is damaged: it is detected and named, nothing wrong comes back, and all that the checker
-does not list as lost can still be read. More places: VMKEEP_DAMAGE=20000 pytest tests/damage.
+Whatever is damaged: it is detected and named (the file, a chunk's place, who loses by it), nothing
+wrong comes back, and all that the checker does not list as lost can still be read. More places:
+VMKEEP_DAMAGE=20000 pytest tests/damage.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import pytest
 
 from storage.check import CheckReport, check_point
 from storage.errors import Damaged, StorageError
+from storage.fs import OsFs
+from storage.packs import FRAME_HEADER_BYTES, read_footer
 from tests.damage import site as sites
 from tests.damage.site import Site, damaged, readable
 
@@ -44,6 +47,7 @@ def test_every_damage_is_found_and_nothing_wrong_comes_back(site: Site, share: i
     chance = random.Random(f"damage {share}")
     files = site.files()
     tried: Counter[str] = Counter()
+    frames = 0
     while tried.total() < PLACES // SHARES:
         (kind,) = chance.choices(list(WEIGHTS), list(WEIGHTS.values()))
         path = chance.choice(files[kind])
@@ -55,16 +59,31 @@ def test_every_damage_is_found_and_nothing_wrong_comes_back(site: Site, share: i
             continue
         tried[kind] += 1
         what = f"{way.__name__} {path.relative_to(site.path)}"
+        place = frame_with_all(path, content, changed) if kind == "packs" else -1
+        frames += place >= 0
         with damaged(path, changed):
             try:
-                _judge(site, kind, path, anew=chance.random() < 0.5)
+                _judge(site, kind, path, place, anew=chance.random() < 0.5)
             except Exception as error:
                 error.add_note(f"share {share}, place {tried.total()}: {what}")
                 raise
-    print(f"damaged and found: {dict(tried)}")
+    print(f"damaged and found: {dict(tried)}, in one frame: {frames}")
+    assert frames > PLACES // SHARES // 20
 
 
-def _judge(site: Site, kind: str, path: Path, *, anew: bool) -> None:
+def frame_with_all(path: Path, content: bytes, changed: bytes | None) -> int:
+    """Where the frame is that all changed bytes of a pack lie in; -1: they don't."""
+    if changed is None or len(changed) != len(content):
+        return -1
+    changes = [at for at, (old, new) in enumerate(zip(content, changed, strict=True)) if old != new]
+    for entry in read_footer(OsFs(), str(path))[1]:
+        end = entry.offset + FRAME_HEADER_BYTES + entry.stored_len
+        if entry.offset <= changes[0] and changes[-1] < end:
+            return entry.offset
+    return -1
+
+
+def _judge(site: Site, kind: str, path: Path, place: int, *, anew: bool) -> None:
     if kind == "POINT":
         with pytest.raises(StorageError, match=str(site.path)):
             check_point(str(site.path), deep=True)
@@ -85,6 +104,12 @@ def _judge(site: Site, kind: str, path: Path, *, anew: bool) -> None:
         assert not report.clean
         named = [found for found in report.findings if str(path) in f"{found.path} {found.detail}"]
         assert named or kind == "log", report.findings
+        if place >= 0:
+            chunks = [found for found in named if found.offset == place]
+            assert chunks, report.findings
+            losers = {disk.backup for disk in report.disks}
+            assert losers
+            assert losers <= {name for found in chunks for name in found.backups}
     _judge_reading(site, kind, report, anew=anew)
 
 

@@ -34,7 +34,7 @@ from storage.errors import StorageError
 from storage.listing import BackupRow
 from tests.fire.loops import Held, mount, unmount
 from tests.fire.site import Site, changed, noise
-from tests.store import Saved, load, save
+from tests.store import Saved, load, require_rebuilt_alike, save
 
 MAKE_FS = {
     "ext4": ["mke2fs", "-q", "-t", "ext4", "-F"],
@@ -228,6 +228,7 @@ class Bench:
         try:
             self.truth = judged(domain, told, self.truth)
             self.counts["restored"] += len(self.truth)
+            require_rebuilt_alike(domain)
         except Broken as broken:
             raise Broken(f"seed {seed}: {broken}") from broken
         finally:

@@ -36,7 +36,7 @@ from tests.fire.plug import MAKE_FS, SIZE_BYTES, Broken, Told, image_of, judged
 from tests.fire.site import Site
 from tests.nfs.kit import ROOT, find_tool, make_kit
 from tests.nfs.vm import run_vm
-from tests.store import save
+from tests.store import require_rebuilt_alike, save
 
 LOG_BYTES = 8 << 30  # sparse
 WORDS_PER_S = 1  # at least, in the emulated machine
@@ -134,6 +134,7 @@ class Replay:
         try:
             self.counts["restored"] += len(judged(site.domain, self.told, set()))
             save(site.domain, image_of(b"1"), None, b"1")
+            require_rebuilt_alike(site.domain)
         finally:
             site.domain.close()
         site.check()

@@ -1,6 +1,6 @@
 """One verb on a prepared domain, with the file system failing or the process dying at call N.
 
-    python -m tests.fire.script VERB PLACE        (what strace runs: see test_strace.py)
+    python -m tests.fire.script VERB PLACE        (what strace runs: see below.py)
 
 Single-threaded as far as the product is: a session seals its packs in a thread of its own.
 """
@@ -245,4 +245,6 @@ def dying_at(n: int) -> FailsAt:
 
 
 if __name__ == "__main__":
-    run(Facts.load(Path(sys.argv[2])), sys.argv[1])
+    found = Facts.load(Path(sys.argv[2]))
+    found.tell = functools.partial(print, flush=True)
+    run(found, sys.argv[1])

@@ -37,7 +37,7 @@ from tests.fire.script import (
     prepare,
     run,
 )
-from tests.store import Saved, cluster, files, live_files, load, save
+from tests.store import Saved, cluster, files, live_files, load, require_rebuilt_alike, save
 
 FAULTS = {
     "kill": 0,
@@ -141,11 +141,13 @@ def judge(facts: Facts, verb: str, told: list[str]) -> None:
     domain = facts.open()
     _judge_backups(facts, domain, verb, told)
     _judge_next(domain)
+    require_rebuilt_alike(domain)
     domain.close()
     other = facts.open(1)
     if verb == "take_over":
         _judge_import(facts, other, told)
     _judge_next(other)
+    require_rebuilt_alike(other)
     other.close()
 
 

@@ -19,7 +19,7 @@ from tests.engine_rig import ANYWHERE, EngineRig
 from tests.fire.hog import filled, free_bytes
 from tests.fire.site import Site, changed, noise
 from tests.rig import random_bytes
-from tests.store import Saved, files, live_files
+from tests.store import Saved, files, live_files, require_rebuilt_alike
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZES = {"ext4": 64 * MIB, "xfs": 320 * MIB}
@@ -77,6 +77,7 @@ def test_at_every_fill_level(site: Site, place: Path) -> None:
         site.require_truth()
         site.check()
         assert files(site.domain) == live_files(site.domain)
+    require_rebuilt_alike(site.domain)
     assert outcomes[0] is False
     assert outcomes[-1] is True
 

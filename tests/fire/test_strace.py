@@ -1,27 +1,21 @@
-"""The same, from outside and below Python: strace ends the process, or fails a call, in LMDB too.
-
-strace counts per thread, and LMDB's writes are made by the thread that appends: the main one here.
-"""
+"""Some of the faults from below, chosen by hand, in each check; all of them: see below.py."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.fire.below import CALLS, DATA, KILL, injected
 from tests.fire.script import Facts, prepare
 from tests.fire.sweep import judge
 from tests.store import cluster
 
-DATA = "views/host-1/data.mdb"
-HEAD, PAGES, SYNC = "pwrite64", "writev", "fdatasync"  # how LMDB commits, backwards
-KILL = "signal=SIGKILL"
+HEAD, PAGES, SYNC = CALLS
 FAULTS = [
     ("full", "", f"link,linkat:{KILL}:when=2", -9),
     ("incremental", DATA, f"{PAGES}:{KILL}:when=1", -9),
@@ -50,14 +44,8 @@ def facts() -> Iterator[Facts]:
 def test_a_fault_from_below(facts: Facts, verb: str, below: str, fault: str, ends: int) -> None:
     if shutil.which("strace") is None:
         pytest.skip("needs strace")
-    label = facts.labels[verb == "take_over"]
-    paths = ["-P", f"{facts.place}/point/domains/{label.cluster_uuid}/{below}"] if below else []
-    calls = fault.partition(":")[0]
-    command = ["strace", "-f", "-o", "/dev/null", "-e", f"trace={calls}", *paths]
-    command += ["-e", f"inject={fault}"]
-    command += [sys.executable, "-m", "tests.fire.script", verb, str(facts.place)]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ended.returncode == ends, ended.stderr
+    ended = injected(facts, verb, below, fault)
+    assert ended.status == ends, ended.errors
     if ends == 1:
-        assert "storage.errors.PointUnreachable" in ended.stderr
-    judge(facts, verb, [])
+        assert "storage.errors.PointUnreachable" in ended.errors
+    judge(facts, verb, ended.told)

@@ -14,10 +14,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+from api.cli.check import check_and_tell
+from api.cli.screen import Screen
 from bench.service import Service
+from storage.check_frames import FrameCheck
 
 ROOT = Path(__file__).parent.parent.parent
 MIB = 1 << 20
@@ -202,6 +206,35 @@ def test_the_offline_check(vmkeep: Command, machine: str) -> None:
     path = str(vmkeep.data / "point")
     assert "no findings" in vmkeep.ok("point", "check", path, "--deep")
     assert vmkeep.json("point", "check", path)["findings"] == []
+
+
+def test_an_offline_check_goes_on_where_it_was_interrupted(
+    vmkeep: Command, machine: str, tmp_path: Path
+) -> None:
+    vmkeep.ok("backup", "create", machine, "--wait", "--full")
+    volume(vmkeep, machine).write_bytes(random.Random(4).randbytes(4 * MIB))
+    vmkeep.ok("backup", "create", machine, "--wait", "--full")
+    path, mark = vmkeep.data / "point", tmp_path / "mark"
+    one_pack = mock.patch.object(FrameCheck, "damaged", _one_pack(FrameCheck.damaged))
+    with one_pack, pytest.raises(KeyboardInterrupt):
+        check_and_tell(Screen(json=False), path, deep=True, resume=mark)
+    told = vmkeep.ok("point", "check", str(path), "--deep", "--resume", str(mark), "--rate", "1G")
+    assert "1 packs had been read before it was interrupted" in told
+    told = vmkeep.ok("point", "check", str(path), "--deep", "--resume", str(mark))
+    assert "interrupted" not in told
+
+
+def _one_pack(read: Callable[..., set[int]]) -> Callable[..., set[int]]:
+    """Reads one pack, then is Ctrl-C."""
+    done: list[bool] = []
+
+    def read_one(*arguments: object) -> set[int]:
+        if done:
+            raise KeyboardInterrupt
+        done.append(True)
+        return read(*arguments)
+
+    return read_one
 
 
 def test_a_flipped_bit_is_found_and_mended_as_the_docs_say(vmkeep: Command, tmp_path: Path) -> None:

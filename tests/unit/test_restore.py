@@ -11,12 +11,13 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from engine.errors import Cancelled, Conflict, PoolFull
+from engine.errors import Cancelled, Conflict, PoolFull, PoolUnreachable
 from engine.jobs import JobContext
 from engine.restore import RestoreDisk, run_restore
 from engine.snapshot import RESTORES, clear_leftovers
@@ -194,6 +195,53 @@ def test_a_full_pool_by_errno(rig: Rig, number: int, monkeypatch: pytest.MonkeyP
     with pytest.raises(PoolFull):
         rig.restore(made)
     assert names(rig) == ["v"]
+
+
+class FailsAt:
+    """The `n`-th call that changes the pool fails. `met`: there was one."""
+
+    CALLS = ("open", "mkdir", "ftruncate", "pwritev", "fsync", "link")
+
+    def __init__(self, patch: pytest.MonkeyPatch, pool: Path, n: int, number: int) -> None:
+        self.met = False
+        self._pool, self._left, self._number = str(pool), n, number
+        for name in self.CALLS:
+            patch.setattr(os, name, partial(self._call, getattr(os, name)))
+
+    def _call(
+        self, real: Callable[..., object], place: str | int, *args: object, **kw: object
+    ) -> object:
+        path = place if isinstance(place, str) else os.readlink(f"/proc/self/fd/{place}")
+        if path.startswith(self._pool):
+            self._left -= 1
+            if not self._left:
+                self.met = True
+                raise OSError(self._number, os.strerror(self._number), path)
+        return real(place, *args, **kw)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+def test_any_call_on_the_pool_fails(rig: Rig, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says so and leaves nothing, not even a name whose durability is in doubt."""
+    content = random_bytes(5 * CHUNK + 513)
+    made = rig.back_up(volume(rig, "v", content))
+    expected = PoolUnreachable if number == errno.EIO else PoolFull
+    refused = 0
+    for n in range(1, 100):
+        with monkeypatch.context() as patch:
+            pool = FailsAt(patch, rig.pool, n, number)
+            with contextlib.suppress(expected):
+                restored = rig.restore(made, workers=1)
+                assert restored.read_bytes() == content
+                restored.unlink()
+                if not pool.met:
+                    break
+        refused += 1
+        assert names(rig) == ["v"]
+        assert open_sessions(rig) == 0
+    assert not pool.met
+    assert refused > 6
+    assert rig.restore(made).read_bytes() == content
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 4096])
