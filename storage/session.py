@@ -39,7 +39,7 @@ from storage.record import (
     file_id,
 )
 from storage.sealed import Seal
-from storage.tables import Tables
+from storage.tables import ChunkRow, Tables
 
 if TYPE_CHECKING:
     from storage.domain import Domain
@@ -157,10 +157,13 @@ class Session:
         What is known to be damaged where it lies is not: it is stored anew, which heals it.
         The answer may become wrong by somebody's delete; the commit finds that out.
         """
-        sound_of = self._domain.trust.sound
-        live, sound = self._domain.view.ask(
-            lambda state: (state.table("chunks").get_many(ids), sound_of(state, ids))
-        )
+        sound_among = self._domain.trust.sound_among
+
+        def found(state: Tables) -> tuple[dict[bytes, bytes], dict[bytes, ChunkRow]]:
+            live = state.table("chunks").get_many(ids)
+            return live, sound_among(state, live)
+
+        live, sound = self._domain.view.ask(found)
         known = [chunk in self._own or chunk in sound for chunk in ids]
         salvaged = self._salvaged([chunk for chunk in ids if chunk not in live])
         return [there or chunk in salvaged for chunk, there in zip(ids, known, strict=True)]
