@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from storage import tables
@@ -46,9 +46,9 @@ class AdoptedPacks:
         self._makers: dict[str, str] = {}  # FileId here → FileId with its maker
         self._proved: dict[bytes, None] = {}
 
-    def placed(self, state: Tables, ids: Sequence[bytes]) -> dict[bytes, str]:
-        """The packs of those of the chunks that the domain has and trusts."""
-        rows = self._domain.trust.sound(state, ids)
+    def placed(self, state: Tables, live: Mapping[bytes, bytes]) -> dict[bytes, str]:
+        """The packs of those of the chunks (chunk → row, packed) that the domain trusts."""
+        rows = self._domain.trust.sound_among(state, live)
         names = {
             number: tables.pack_id(state, number) for number in {r.pack for r in rows.values()}
         }

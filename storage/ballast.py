@@ -8,6 +8,8 @@ checkpoints) unlinks it when it meets "no space", and goes on in the room that t
 It is made again at once, out of half of what is free then, so that it serves more than once; and in
 full when there is room. It says nothing, so it may be lost, or deleted by anybody, at any time.
 
+Before that there is a reserve: room that backups, imports and checkpoints leave free.
+
 Size: as large as the view, since a delete may write all of it anew; no less than BALLAST_BYTES, and
 no more than BALLAST_SHARE of the file system.
 """
@@ -20,16 +22,23 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from storage.errors import PointFull
-from storage.fs import Fs
+from storage.fs import Fs, Room
 from storage.publish import close_discarded, discard
 
 BALLAST_BYTES = 8 << 20
 BALLAST_SHARE = 50
 SMALLEST_BYTES = 64 << 10
+RESERVE_BYTES = 64 << 20
+RESERVE_SHARE = 50  # of a small file system not more
 
 ResultT = TypeVar("ResultT")
 
 log = logging.getLogger(__name__)
+
+
+def reserve_bytes(room: Room) -> int:
+    """What is kept free on a file system of that size, for the small writes that deleting takes."""
+    return min(RESERVE_BYTES, room.capacity_bytes // RESERVE_SHARE)
 
 
 def ballast_size(capacity_bytes: int, free_bytes: int, view_bytes: int) -> int:

@@ -6,9 +6,9 @@ import logging
 from typing import TYPE_CHECKING
 
 from storage import tables
+from storage.ballast import reserve_bytes
 from storage.bundles import FILE_LIMIT_BYTES, stretch_of
 from storage.errors import PointFull, PointReadOnly, StorageError, translated
-from storage.session import reserve_bytes
 
 if TYPE_CHECKING:
     from storage.domain import Domain

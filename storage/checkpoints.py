@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 from blake3 import blake3
 
 from storage import tables
+from storage.ballast import reserve_bytes
 from storage.errors import PointFull, translated
 from storage.publish import close_discarded, discard, make_dirs, publish
 from storage.rebuild import COPY_BYTES, checkpoint_name
 from storage.record import Checkpoint
-from storage.session import reserve_bytes
 
 if TYPE_CHECKING:
     from storage.domain import Domain

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING
 
 from storage import orphans, tables
 from storage.adopted import nobody
+from storage.ballast import reserve_bytes
 from storage.chunks import FRAME_HEADER_BYTES, Frame
 from storage.errors import PointFull, Refused, SessionEnded, StorageError, translated
 from storage.fold import Garbage
-from storage.fs import Room
 from storage.manifests import ManifestWriter, encode_page
 from storage.packs import PackWriter, read_footer
 from storage.publish import discard, link_or_copy, make_dirs
@@ -47,16 +47,8 @@ if TYPE_CHECKING:
 
 OWN_IDS_REMEMBERED = 1 << 17
 UNSEALED_PACKS_LIMIT = 2
-# Kept free for the small writes that deleting takes; scaled down on small file systems.
-RESERVE_BYTES = 64 << 20
-RESERVE_SHARE = 50
 
 log = logging.getLogger(__name__)
-
-
-def reserve_bytes(room: Room) -> int:
-    """What is kept free on a file system of that size."""
-    return min(RESERVE_BYTES, room.capacity_bytes // RESERVE_SHARE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,9 +152,12 @@ class Session:
         The answer may become wrong by somebody's delete; the commit finds that out.
         """
         adopted = self._domain.adopted
-        live, placed = self._domain.view.ask(
-            lambda state: (state.table("chunks").get_many(ids), adopted.placed(state, ids))
-        )
+
+        def found(state: Tables) -> tuple[dict[bytes, bytes], dict[bytes, str]]:
+            live = state.table("chunks").get_many(ids)
+            return live, adopted.placed(state, live)
+
+        live, placed = self._domain.view.ask(found)
         sound = adopted.reliable(placed, vouched)
         known = [chunk in self._own or chunk in sound for chunk in ids]
         salvaged = self._salvaged([chunk for chunk in ids if chunk not in live])

@@ -51,20 +51,24 @@ class Trust:
     def sound(self, state: Tables, ids: Sequence[bytes]) -> dict[bytes, ChunkRow]:
         """The rows of those of the chunks that can be expected to be whole where they lie: a patch
         not without its base."""
-        found = self._sound_rows(state, ids)
-        bases = self._sound_rows(state, [row.base for row in found.values() if row.base])
+        return self.sound_among(state, state.table("chunks").get_many(ids))
+
+    def sound_among(self, state: Tables, rows: Mapping[bytes, bytes]) -> dict[bytes, ChunkRow]:
+        """As `sound`, of chunks whose rows have been looked up already."""
+        found = self._sound_rows(rows)
+        wanted = [row.base for row in found.values() if row.base]
+        if not wanted:
+            return found
+        bases = self._sound_rows(state.table("chunks").get_many(wanted))
         return {
             chunk: row
             for chunk, row in found.items()
             if not row.base or (row.base in bases and not bases[row.base].base)
         }
 
-    def _sound_rows(self, state: Tables, ids: Sequence[bytes]) -> dict[bytes, ChunkRow]:
-        rows = {
-            chunk: unpack_chunk_row(value)
-            for chunk, value in state.table("chunks").get_many(ids).items()
-        }
-        return {chunk: row for chunk, row in rows.items() if self._is_sound(chunk, row.pack)}
+    def _sound_rows(self, rows: Mapping[bytes, bytes]) -> dict[bytes, ChunkRow]:
+        found = {chunk: unpack_chunk_row(value) for chunk, value in rows.items()}
+        return {chunk: row for chunk, row in found.items() if self._is_sound(chunk, row.pack)}
 
     def _is_sound(self, chunk: bytes, number: int) -> bool:
         """Whether nothing is known against the chunk's frame in the pack of that number."""
