@@ -40,7 +40,7 @@ from engine.libvirt.binding import (
 )
 from engine.libvirt.domains import DomainDisk, DomainFacts, read_domain
 from engine.libvirt.ending import FindDomain, end_job, end_later, end_left_job
-from engine.libvirt.jobxml import JobDisk, backup_xml, checkpoint_xml, export_bitmap
+from engine.libvirt.jobxml import JobDisk, backup_xml, checkpoint_xml, export_bitmap, record_xml
 from engine.libvirt.machine import inflated, machine_of
 from engine.libvirt.media import has_bitmaps, identity_of
 from engine.libvirt.scratch import ScratchWatch, remove_left
@@ -192,7 +192,8 @@ def _begun(domain: Domain, facts: DomainFacts, job: _Job, parent: str) -> _Begun
     since, notes = frozenset[str](), list[str]()
     if parent:
         name = checkpoints.name_for(job.setup.host, parent)
-        since, why = checkpoints.disks_since(domain, name, inflated(job.wish.checkpoint))
+        known = inflated(job.wish.checkpoint) or _record_of(name, facts, job)
+        since, why = checkpoints.disks_since(domain, name, known)
         notes = [f"full read: {why}"] if why else _read_in_full(facts, job, since)
     rungs = _rungs(facts, job, parent, since)
     hook, agent_note = agent_hook(domain, facts, job.vm, job.setup)
@@ -222,6 +223,12 @@ def _rungs(
 def _is_same(disk: DomainDisk, job: _Job) -> bool:
     """Whether its medium is the one that the parent's checkpoint was made on."""
     return job.wish.identities.get(disk.target) == identity_of(disk)
+
+
+def _record_of(name: str, facts: DomainFacts, job: _Job) -> str:
+    """The checkpoint that a backup of the stopped domain began, by its bitmaps; "" for none."""
+    recorded = [disk.target for disk in facts.disks if has_bitmaps(disk) and _is_same(disk, job)]
+    return record_xml(name, recorded, [disk.target for disk in facts.disks])
 
 
 def _read_in_full(facts: DomainFacts, job: _Job, since: frozenset[str]) -> list[str]:
