@@ -25,6 +25,7 @@ HOST_TOOLS = {
     "depmod": "kmod",
     "dmsetup": "dmsetup",
     "blockdev": "util-linux",
+    "unshare": "util-linux",
     "mke2fs": "e2fsprogs",
     "e2fsck": "e2fsprogs",
     "apt-get": "apt",
