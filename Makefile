@@ -9,7 +9,7 @@ ARGS ?=
 TEST_TOOLS := qemu-img:qemu-utils nbdkit:nbdkit mkfs.xfs:xfsprogs mkfs.btrfs:btrfs-progs mke2fs:e2fsprogs \
 	strace:strace systemd-analyze:systemd qemu-system-x86_64:qemu-system-x86 \
 	busybox:busybox-static depmod:kmod dmsetup:dmsetup faketime:faketime \
-	swtpm:swtpm swtpm_setup:swtpm-tools \
+	swtpm:swtpm swtpm_setup:swtpm-tools /usr/share/OVMF/OVMF_CODE_4M.fd:ovmf \
 	libvirtd:libvirt-daemon virt-qemu-run:libvirt-daemon-driver-qemu qemu-ga:qemu-guest-agent \
 	/usr/include/libvirt/libvirt.h:libvirt-dev pkg-config:pkg-config gcc:gcc
 

@@ -19,7 +19,7 @@ from engine.core import Core
 from engine.distrust import remember
 from engine.errors import Conflict, Invalid
 from engine.freeze import FreezeHook
-from engine.hold import HoldWish
+from engine.hold import HoldWish, Resting
 from engine.ids import new_id, normal
 from engine.inventory import find, pool_of, require_idle
 from engine.jobs import JobContext, new_job
@@ -32,7 +32,6 @@ from engine.model import (
     BackupLabel,
     Disk,
     DiskBackup,
-    Machine,
     Vm,
 )
 from engine.qemu.bitmaps import bitmap_name
@@ -123,16 +122,17 @@ class _BackupRun:
         self._row = row
         self._vm = vm
         self._full_wanted = full_wanted
-        self._machine: tuple[Machine | None, tuple[str, ...]] = (None, ())
+        self._resting = Resting()
 
     def __call__(self, ctx: JobContext) -> tuple[str, ...]:
         core = self._core
         self._see_vm()
         row = self._row
         parent = None if self._full_wanted else _parent(core, row)
-        hold = core.inventory.hold_for(self._vm, self._wish(parent))
+        wish = self._wish(parent)
+        hold = core.inventory.hold_for(self._vm, wish)
         if hold is None:
-            self._machine = core.inventory.machine_of(self._vm)
+            self._resting = core.inventory.resting(self._vm, wish)
         result = run_backup(
             BackupWork(
                 domain=core.points.domain(row.point_uuid, row.cluster_uuid),
@@ -179,6 +179,7 @@ class _BackupRun:
         machine = self._core.catalogue.whole(parent).label.machine if parent else None
         return HoldWish(
             backup_uuid=self._row.uuid,
+            parent=parent.uuid if parent else "",
             identities={d.target_device: d.identity for d in parent.label.disks} if parent else {},
             checkpoint=machine.checkpoint if machine else b"",
             kept=frozenset(backup.uuid for backup in self._elsewhere()),
@@ -192,7 +193,7 @@ class _BackupRun:
         for disk, made in zip(self._vm.disks, self._row.label.disks, strict=True):
             path = self._path(disk) if by_path else disk.volume_name
             base = before.get(disk.target_device)
-            bitmaps = BitmapPlan(
+            bitmaps = self._resting.bitmaps.get(disk.target_device) or BitmapPlan(
                 parent=bitmap_name(base.disk_uuid) if base else "",
                 new=bitmap_name(made.disk_uuid),
                 keep=kept,
@@ -248,16 +249,18 @@ class _BackupRun:
     def _label_bytes(self, facts: BackupFacts) -> bytes:
         """The label as the backup turned out."""
         label = self._row.label
-        machine, missing = self._machine
-        notes = [*_snapshot_notes(facts.snapshot), *_changes_notes(facts), *facts.notes, *missing]
+        resting, held = self._resting, facts.snapshot
+        notes = [*_snapshot_notes(held), *_changes_notes(facts), *facts.notes, *resting.notes]
         told = any(note.startswith("full: ") for note in notes)
         if facts.full and not self._full_wanted and not told:
             notes.insert(0, NOTHING_TO_BUILD_ON)
+        recorded = {t: resting.identities[t] for t in held.recording & resting.identities.keys()}
+        identities = {**recorded, **held.identities}
         disks = tuple(
             replace(
                 disk,
-                capacity=facts.snapshot.capacities[disk.target_device],
-                identity=facts.snapshot.identities.get(disk.target_device, ""),
+                capacity=held.capacities[disk.target_device],
+                identity=identities.get(disk.target_device, ""),
             )
             for disk in label.disks
         )
@@ -266,8 +269,8 @@ class _BackupRun:
             full=facts.full,
             notes=tuple(notes),
             disks=disks,
-            frozen=facts.snapshot.frozen,
-            machine=facts.snapshot.machine or machine,
+            frozen=held.frozen,
+            machine=held.machine or resting.machine,
         )
         self._row = replace(self._row, label=label)
         return encode_label(label)

@@ -17,12 +17,11 @@ from typing import Protocol, TypeVar
 from msgspec.structs import replace
 
 from engine.errors import Conflict, NotFound, Thing
-from engine.hold import Hold, HoldWish
+from engine.hold import Hold, HoldWish, Resting
 from engine.model import (
     BackupLabel,
     Cluster,
     Disk,
-    Machine,
     Namespace,
     ObjectGroup,
     Pool,
@@ -83,11 +82,8 @@ class Inventory(Protocol):
         """How to hold the VM's disks for a backup; None: as engine/snapshot.py does."""
         ...
 
-    def machine_of(self, vm: Vm) -> tuple[Machine | None, tuple[str, ...]]:
-        """(what a restore needs to make such a VM again, notes on what of it is not kept).
-
-        Of a VM that `hold_for` has no way for. NotFound, HypervisorAway.
-        """
+    def resting(self, vm: Vm, wish: HoldWish) -> Resting:
+        """More of a VM that `hold_for` has no way for. NotFound, HypervisorAway."""
         ...
 
     def realize(self, vm: Vm, label: BackupLabel) -> None:
@@ -151,8 +147,8 @@ class EmbeddedInventory:
     def hold_for(self, vm: Vm, wish: HoldWish) -> Hold | None:
         """Nobody else has the volumes that are ours to clone or to read."""
 
-    def machine_of(self, vm: Vm) -> tuple[Machine | None, tuple[str, ...]]:  # noqa: ARG002
-        return None, ()
+    def resting(self, vm: Vm, wish: HoldWish) -> Resting:  # noqa: ARG002
+        return Resting()
 
     def realize(self, vm: Vm, label: BackupLabel) -> None:
         """A VM is its record here."""

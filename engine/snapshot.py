@@ -74,6 +74,7 @@ class SnapshotFacts:
     freeze_s: float = 0.0  # from frozen to thawed; 0 when it was not frozen
     identities: Mapping[str, str] = field(default_factory=dict)  # of live disks, by target device
     machine: Machine | None = None
+    recording: frozenset[str] = frozenset()  # targets whose images record changes from now on
 
     @property
     def method(self) -> Method:
@@ -96,13 +97,18 @@ class Snapshot:
         methods: dict[str, Method] = {
             target: "direct" if volume.guarded else "reflink" for target, volume in volumes.items()
         }
+        images = {t: volume for t, volume in volumes.items() if isinstance(volume, Qcow2Source)}
+        untracked = [
+            f"{t} full read: {image.untracked}" for t, image in images.items() if image.untracked
+        ]
         self.facts = SnapshotFacts(
             methods=methods,
             capacities={target: volume.capacity for target, volume in volumes.items()},
             frozen=freeze.held,
-            notes=(*notes, *freeze.notes),
+            notes=(*notes, *freeze.notes, *untracked),
             clone_s=clone_s,
             freeze_s=freeze.held_s,
+            recording=frozenset(t for t, image in images.items() if image.recording),
         )
 
     @property

@@ -33,16 +33,25 @@ FoundBy: TypeAlias = Literal["scan", "reflink", "bitmap"]
 _TICK_NS = 20_000_000
 
 
+BITMAP_PREFIX = "vmkeep-"
+
+
 @dataclass(frozen=True, slots=True)
 class BitmapPlan:
     """Which dirty bitmaps of an image a backup uses: `parent`'s, and `new` for the next one.
 
-    "" for none. `keep`: those that backups on other points will build on.
+    "" for none; `why` is then the reason, if the parent backup had one. `keep`: those that backups
+    on other points will build on. `ours`: what the names begin with that are ours to remove.
+    `medium`, if it is given, is (device, inode) of the file that all this is about: another one
+    found in its place gets none of it, as names may be shared by a VM's disks.
     """
 
     parent: str = ""
     new: str = ""
     keep: frozenset[str] = frozenset()
+    ours: str = BITMAP_PREFIX
+    why: str = ""
+    medium: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,32 +4,45 @@ A backup makes one, named by the host of ours and the backup. It is of use as lo
 its point's newest of that VM. The parent's goes when the new backup is committed, a failed backup's
 at once; what a killed service left goes with the next success. A checkpoint that is lost costs a
 full read and nothing else.
+
+To libvirt a checkpoint is a name on record; what counts is the bitmap of that name in each image. A
+backup of the stopped domain leaves such bitmaps (resting.py), and nothing on record. libvirt takes
+a checkpoint's record from us if QEMU says that the bitmaps are there, recording and whole.
 """
 
 from __future__ import annotations
 
 import logging
 
+from engine.errors import EngineError
 from engine.libvirt.binding import METADATA_ONLY, Domain, LibvirtFault
-from engine.libvirt.jobxml import redefinition, tracked_by
+from engine.libvirt.domains import read_domain
+from engine.libvirt.jobxml import record_xml, redefinition, tracked_by
+from engine.libvirt.media import has_bitmaps
+from engine.qemu.bitmaps import bitmaps_of
+from engine.sources import BITMAP_PREFIX
 
 log = logging.getLogger(__name__)
 
-_PREFIX = "vmkeep"
 _REDEFINE = 1
 _VALIDATE = 1 << 2
 
 
+def prefix_of(host: str) -> str:
+    """What the names of all our checkpoints begin with."""
+    return f"{BITMAP_PREFIX}{host}-"
+
+
 def name_for(host: str, backup_uuid: str) -> str:
-    """The checkpoint that begins with that backup."""
-    return f"{_PREFIX}-{host}-{backup_uuid}"
+    """The checkpoint, and the bitmaps, that begin with that backup."""
+    return f"{prefix_of(host)}{backup_uuid}"
 
 
 def disks_since(domain: Domain, name: str, known_xml: str) -> tuple[frozenset[str], str]:
     """(the disks whose changes since that checkpoint are on record, why none are).
 
-    One that the domain has lost, for it was defined anew, is put on record again from `known_xml`
-    if the images still have its bitmaps.
+    One that the domain does not have, as it was defined anew, or as the backup was one of the
+    stopped domain, is put on record from `known_xml` if the images have its bitmaps.
     """
     try:
         xml = domain.checkpointLookupByName(name).getXMLDesc()
@@ -74,12 +87,39 @@ def drop(domain: Domain, name: str) -> None:
 
 
 def sweep(domain: Domain, host: str, kept: frozenset[str]) -> None:
-    """Drops all of ours but those of the backups `kept`."""
+    """Drops all of ours but those of the backups `kept`, also those that are in the images only."""
     names = {name_for(host, backup) for backup in kept}
-    for checkpoint in domain.listAllCheckpoints():
-        name = checkpoint.getName()
-        if name.startswith(f"{_PREFIX}-{host}-") and name not in names:
-            drop(domain, name)
+    known = {checkpoint.getName() for checkpoint in domain.listAllCheckpoints()}
+    stale = {name for name in known if name.startswith(prefix_of(host))} - names
+    if _is_active(domain):  # else QEMU does not have the images, and can't remove any of it
+        stale |= _put_on_record(domain, host, known | names)
+    for name in sorted(stale):
+        drop(domain, name)
+
+
+def _put_on_record(domain: Domain, host: str, known: set[str]) -> set[str]:
+    """The names, none of `known`, that bitmaps of ours in the images have; libvirt knows them now.
+
+    What can't be looked into, and what libvirt refuses, is left for later.
+    """
+    disks = read_domain(domain.XMLDesc()).disks
+    found: dict[str, list[str]] = {}
+    for disk in filter(has_bitmaps, disks):
+        try:
+            names = bitmaps_of(disk.source)
+        except EngineError as error:
+            log.info("bitmaps_not_seen", extra={"volume": disk.source, "why": str(error)})
+            continue
+        for name in names:
+            if name.startswith(prefix_of(host)) and name not in known:
+                found.setdefault(name, []).append(disk.target)
+    for name, targets in found.items():
+        try:
+            xml = record_xml(name, targets, [disk.target for disk in disks])
+            domain.checkpointCreateXML(xml, _REDEFINE)
+        except LibvirtFault as error:
+            log.info("bitmap_kept", extra={"checkpoint": name, "why": str(error)})
+    return set(found)
 
 
 def _is_active(domain: Domain) -> bool:

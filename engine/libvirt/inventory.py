@@ -23,18 +23,18 @@ from msgspec.structs import replace
 
 from engine.config import Config, LibvirtHost
 from engine.errors import ConfigInvalid, Conflict, EngineError, HypervisorAway, NotFound
-from engine.hold import Hold, HoldWish
+from engine.hold import Hold, HoldWish, Resting
 from engine.inventory import EmbeddedInventory, Places, find, pool_of
 from engine.libvirt.binding import NO_SUCH_DOMAIN, Domain, LibvirtFault, code_of, require_libvirt
 from engine.libvirt.domains import read_domain
 from engine.libvirt.ending import end_left_job
 from engine.libvirt.live import begin_live
-from engine.libvirt.machine import machine_of
+from engine.libvirt.resting import resting_domain
 from engine.libvirt.restored import define_restored
 from engine.libvirt.rows import pools_of, vm_of
 from engine.libvirt.setup import LiveSetup
 from engine.libvirt.watch import DomainSeen, Sight, Watch, look_at
-from engine.model import BackupLabel, Disk, Machine, Pool, Vm, VmAction
+from engine.model import BackupLabel, Disk, Pool, Vm, VmAction
 from engine.seed import refer
 from engine.state import State
 from engine.views import HypervisorState
@@ -119,13 +119,13 @@ class LibvirtInventory(EmbeddedInventory):
             return None
         return partial(begin_live, partial(self.domain, vm), vm, self._live, wish)
 
-    def machine_of(self, vm: Vm) -> tuple[Machine | None, tuple[str, ...]]:
+    def resting(self, vm: Vm, wish: HoldWish) -> Resting:
         if not vm.host:
-            return None, ()
+            return Resting()
         domain = self.domain(vm)
         with libvirt_errors(vm):
             facts = read_domain(domain.XMLDesc())
-        return machine_of(domain, facts, self._live.tpm_directory)
+        return resting_domain(domain, facts, self._live, wish)
 
     def realize(self, vm: Vm, label: BackupLabel) -> None:
         if label.machine is None:

@@ -7,10 +7,12 @@ is in neither.
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from engine.libvirt.domains import parsed
+
+_LONG_AGO = "1"  # libvirt wants a time, and does nothing with it
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +51,28 @@ def checkpoint_xml(name: str, disks: Sequence[JobDisk]) -> str:
     """For the checkpoint that begins with the job; "" when no disk could have a bitmap."""
     if not any(disk.tracked for disk in disks):
         return ""
+    tracked = [disk.target for disk in disks if disk.tracked]
+    return ET.tostring(_checkpoint(name, tracked, [d.target for d in disks]), encoding="unicode")
+
+
+def record_xml(name: str, tracked: Collection[str], targets: Sequence[str]) -> str:
+    """For putting a checkpoint on record whose bitmaps the images of `tracked` have, out of all
+    `targets` of the domain; "" when there are none."""
+    if not tracked:
+        return ""
+    root = _checkpoint(name, tracked, targets)
+    ET.SubElement(root, "creationTime").text = _LONG_AGO
+    return ET.tostring(root, encoding="unicode")
+
+
+def _checkpoint(name: str, tracked: Collection[str], targets: Sequence[str]) -> ET.Element:
     root = ET.Element("domaincheckpoint")
     ET.SubElement(root, "name").text = name
     listed = ET.SubElement(root, "disks")
-    for disk in disks:
-        kind = "bitmap" if disk.tracked else "no"
-        ET.SubElement(listed, "disk", name=disk.target, checkpoint=kind)
-    return ET.tostring(root, encoding="unicode")
+    for target in targets:
+        kind = "bitmap" if target in tracked else "no"
+        ET.SubElement(listed, "disk", name=target, checkpoint=kind)
+    return root
 
 
 def tracked_by(xml: str) -> frozenset[str]:

@@ -40,7 +40,7 @@ from engine.libvirt.binding import (
 )
 from engine.libvirt.domains import DomainDisk, DomainFacts, read_domain
 from engine.libvirt.ending import FindDomain, end_job, end_later, end_left_job
-from engine.libvirt.jobxml import JobDisk, backup_xml, checkpoint_xml, export_bitmap
+from engine.libvirt.jobxml import JobDisk, backup_xml, checkpoint_xml, export_bitmap, record_xml
 from engine.libvirt.machine import inflated, machine_of
 from engine.libvirt.media import has_bitmaps, identity_of
 from engine.libvirt.scratch import ScratchWatch, remove_left
@@ -193,8 +193,9 @@ def _begun(domain: Domain, facts: DomainFacts, job: _Job, parent: str) -> _Begun
     since, notes = frozenset[str](), list[str]()
     if parent:
         name = checkpoints.name_for(job.setup.host, parent)
-        since, why = checkpoints.disks_since(domain, name, inflated(job.wish.checkpoint))
-        notes = [f"full read: {why}"] if why else _read_in_full(facts, job, since)
+        known = inflated(job.wish.checkpoint) or _record_of(name, facts, job)
+        since, why = checkpoints.disks_since(domain, name, known)
+        notes = _read_in_full(facts, job, since, why)
     rungs = _rungs(facts, job, parent, since)
     hook, agent_note = agent_hook(domain, facts, job.vm, job.setup)
     with frozen(hook) as freeze:
@@ -225,16 +226,26 @@ def _is_same(disk: DomainDisk, job: _Job) -> bool:
     return job.wish.identities.get(disk.target) == identity_of(disk)
 
 
-def _read_in_full(facts: DomainFacts, job: _Job, since: frozenset[str]) -> list[str]:
-    """Why disks that could have a bitmap, and whose parent has them, can't use one."""
-    known = [disk for disk in facts.disks if job.wish.identities.get(disk.target)]
-    notes = []
-    for disk in filter(has_bitmaps, known):
-        if not _is_same(disk, job):
-            notes.append(f"{disk.target} full read: its medium is another one")
-        elif disk.target not in since:
-            notes.append(f"{disk.target} full read: the parent's checkpoint does not have it")
-    return notes
+def _record_of(name: str, facts: DomainFacts, job: _Job) -> str:
+    """The checkpoint that a backup of the stopped domain began, by its bitmaps; "" for none."""
+    recorded = [disk.target for disk in facts.disks if has_bitmaps(disk) and _is_same(disk, job)]
+    return record_xml(name, recorded, [disk.target for disk in facts.disks])
+
+
+def _read_in_full(facts: DomainFacts, job: _Job, since: frozenset[str], why: str) -> list[str]:
+    """Why disks that could have a bitmap, and whose parent has them, can't use one.
+
+    `why`: the reason if it is the same for all, or "".
+    """
+    known = [d for d in facts.disks if job.wish.identities.get(d.target) and has_bitmaps(d)]
+    same = [disk for disk in known if _is_same(disk, job)]
+    others = [disk for disk in known if disk not in same]
+    notes = [f"{disk.target} full read: its medium is another one" for disk in others]
+    if why:
+        return [*notes, *([f"full read: {why}"] if same or not known else [])]
+    lost = [disk for disk in same if disk.target not in since]
+    missing = "the parent's checkpoint does not have it"
+    return [*notes, *(f"{disk.target} full read: {missing}" for disk in lost)]
 
 
 def _begin_with_less(

@@ -15,13 +15,23 @@ _HEADER_BYTES = 8
 _MOST_CHARS = 4096
 
 
-def identity_of(disk: DomainDisk) -> str:
-    """Equal only for the same file, device or name."""
+def medium_of(disk: DomainDisk) -> tuple[int, int] | None:
+    """(device, inode) of its file; None if it is none that we can see."""
     try:
         found = os.stat(disk.source)
-        inode = f"{found.st_dev}:{found.st_ino}"
     except OSError:
-        inode = ""
+        return None
+    return found.st_dev, found.st_ino
+
+
+def identity_of(disk: DomainDisk) -> str:
+    """Equal only for the same file, device or name."""
+    return identity_with(disk, medium_of(disk))
+
+
+def identity_with(disk: DomainDisk, medium: tuple[int, int] | None) -> str:
+    """`identity_of`, for a medium that was looked at before."""
+    inode = f"{medium[0]}:{medium[1]}" if medium else ""
     return f"{disk.kind}:{disk.format}:{inode}:{disk.source}"[:_MOST_CHARS]
 
 

@@ -1,6 +1,7 @@
 """Dirty bitmaps in a qcow2 image, by which the next backup knows what was written since this one.
 
-Each is named after the disk backup that it begins with. QEMU keeps it while the VM runs and stores
+Each is named after the disk backup that it begins with, or, where libvirt has the VM, as libvirt's
+checkpoints are. QEMU keeps it while the VM runs and stores
 it when it closes the image; after a crash it is there, but marked as in use, and not to be
 believed. A program that writes to the image and knows no bitmaps invalidates them all (an
 autoclear bit). Adding and removing needs the image for itself, for some milliseconds.
@@ -12,8 +13,7 @@ import msgspec
 
 from engine.errors import DiskServerBroken
 from engine.qemu.process import run_qemu_img
-
-OURS = "vmkeep-"
+from engine.sources import BITMAP_PREFIX
 
 
 class _Bitmap(msgspec.Struct, frozen=True):
@@ -40,7 +40,7 @@ _INFO = msgspec.json.Decoder(_Info)
 
 def bitmap_name(disk_uuid: str) -> str:
     """Of the bitmap that records what is written after this disk backup."""
-    return f"{OURS}{disk_uuid}"
+    return f"{BITMAP_PREFIX}{disk_uuid}"
 
 
 def bitmaps_of(path: str) -> dict[str, bool]:

@@ -8,11 +8,13 @@ running QEMU keeps metadata in its memory, so an image that somebody has open fo
 locks tell) is refused.
 
 Changes are known by a bitmap in the image. The one for the next backup is added before the marks
-are taken, so it records too much rather than too little. An image that stands on another one is
-read in full: a bitmap knows nothing of writes to what is below. At the end the bitmaps that no
-backup will build on any more are removed, after a failure the new one. All of that is best effort:
-what remains is removed by a later backup, and a bitmap that is missing costs a full read. Adding
-and removing locks the image, for some milliseconds each; a start just then has to be repeated.
+are taken, so it records too much rather than too little. Where libvirt has the VM the bitmaps have
+its checkpoints' names (engine/libvirt/resting.py), so that backups of the running and of the
+stopped domain build on each other. An image that stands on another one is read in full: a bitmap
+knows nothing of writes to what is below. At the end the bitmaps that no backup will build on any
+more are removed, after a failure the new one. All of that is best effort: what remains is removed
+by a later backup, and a bitmap that is missing costs a full read. Adding and removing locks the
+image, for some milliseconds each; a start just then has to be repeated.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from engine.errors import (
     EngineError,
 )
 from engine.nbd.source import CONNECTIONS, NbdSource
-from engine.qemu.bitmaps import OURS, add_bitmap, bitmaps_of, remove_bitmap
+from engine.qemu.bitmaps import add_bitmap, bitmaps_of, remove_bitmap
 from engine.qemu.header import chain_below, read_header
 from engine.qemu.process import QemuNbd, image_options
 from engine.sources import (
@@ -66,7 +68,11 @@ class _Member:
 
 
 class Qcow2Source:
-    """A DiskSource over a stopped qcow2 volume."""
+    """A DiskSource over a stopped qcow2 volume.
+
+    `recording`: whether the image has the bitmap for the next backup. `untracked`: why what changed
+    since the parent backup is not known; "" if it is, or if there is no parent.
+    """
 
     guarded = True  # others might write to it
 
@@ -74,6 +80,8 @@ class Qcow2Source:
         """Raises Conflict (volume_in_use, volume_changed), PoolUnreachable, DiskServer… errors."""
         self._disk = disk
         self._committed = False
+        self.recording = False
+        self.untracked = disk.bitmaps.why
         with contextlib.ExitStack() as undo:
             self._members = self._open_chain(undo)
             parent_bitmap = self._believable_bitmap()
@@ -139,7 +147,7 @@ class Qcow2Source:
         fds = [(path, fd), *((one, self._opened(one, undo)) for one in below)]
         for name, one in fds:
             _require_unused(name, one)
-        if not below and header.version > 2:
+        if not below and header.version > 2 and self._is_planned_for(fd):
             self._add_bitmap(undo)
         with pool_errors(path):
             return [_Member(name, one, settled_mark(one)) for name, one in fds]
@@ -159,14 +167,35 @@ class Qcow2Source:
         except EngineError as error:
             log.info("bitmap_not_added", extra={"volume": self._disk.path, "why": str(error)})
             return
+        self.recording = True
         undo.callback(self._settle_bitmaps)
+
+    def _is_planned_for(self, fd: int) -> bool:
+        """Whether the bitmaps' plan is about this very file."""
+        medium = self._disk.bitmaps.medium
+        if medium is None:
+            return True
+        with pool_errors(self._disk.path):
+            found = os.fstat(fd)
+        return medium == (found.st_dev, found.st_ino)
 
     def _believable_bitmap(self) -> str:
         """The parent's bitmap if it is there and whole, else ""."""
         wanted = self._disk.bitmaps.parent
-        if not wanted or len(self._members) > 1:
+        if not wanted:
             return ""
-        return wanted if bitmaps_of(self._disk.path).get(wanted) else ""
+        self.untracked = self._why_not(wanted)
+        return "" if self.untracked else wanted
+
+    def _why_not(self, bitmap: str) -> str:
+        if len(self._members) > 1:
+            return "it stands on another image"
+        if not self._is_planned_for(self._members[0].fd):
+            return "its medium is another one"
+        found = bitmaps_of(self._disk.path)
+        if bitmap not in found:
+            return "the parent's bitmap is gone"
+        return "" if found[bitmap] else "the parent's bitmap is incomplete: was QEMU killed?"
 
     def _serve(self, bitmap: str) -> QemuNbd:
         # By descriptor where that can be: the name may mean another file by now. What a name in the
@@ -188,14 +217,17 @@ class Qcow2Source:
 
     def _settle_bitmaps(self) -> None:
         """Removes our bitmaps that no backup will build on any more. Never fails."""
-        plan = self._disk.bitmaps
-        keep = {*plan.keep, plan.new if self._committed else plan.parent}
         try:
-            for name in bitmaps_of(self._disk.path):
-                if name.startswith(OURS) and name not in keep:
-                    remove_bitmap(self._disk.path, name)
+            for name in filter(self._is_stale, bitmaps_of(self._disk.path)):
+                remove_bitmap(self._disk.path, name)
         except EngineError as error:
             log.info("bitmaps_kept", extra={"volume": self._disk.path, "why": str(error)})
+
+    def _is_stale(self, bitmap: str) -> bool:
+        plan = self._disk.bitmaps
+        if not self._committed:
+            return bitmap == plan.new
+        return bitmap.startswith(plan.ours) and bitmap not in {*plan.keep, plan.new}
 
 
 def _require_unused(path: str, fd: int) -> None:

@@ -16,10 +16,10 @@ from tests.initrd import Initrd, with_needs
 from tests.nfs.kit import Kit, find_tool
 
 AGENT_PORT = "org.qemu.guest_agent.0"
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 _MODULES = (
     *("virtio_pci", "virtio_blk", "virtio_console", "virtio_net"),
-    *("crc32c_generic", "ext4"),
+    *("crc32c_generic", "ext4", "efivarfs"),
 )
 _DIRECTORIES = ("bin", "dev", "proc", "sys", "run", "tmp", "mnt", "modules", "etc", "var")
 _DONE = "@done"

@@ -71,11 +71,15 @@ class Host:
 
     def start(self) -> None:
         """libvirtd runs and answers."""
+        self._daemon = self._launched()
+        self.connection = self._connected()
+
+    def _launched(self) -> subprocess.Popen[bytes]:
         home = str(self.root)
         places = {"RUNTIME_DIR": "run", "CONFIG_HOME": "config", "DATA_HOME": "data"}
         environment = {f"XDG_{name}": f"{home}/{place}" for name, place in places.items()}
         environment |= {"PATH": os.environ["PATH"] + ":/usr/sbin:/sbin", "HOME": home}
-        self._daemon = subprocess.Popen(
+        return subprocess.Popen(
             [find_tool("libvirtd")],
             env=environment | {"XDG_CACHE_HOME": str(self._cache)},
             user=self._user.pw_uid,
@@ -87,7 +91,6 @@ class Host:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        self.connection = self._connected()
 
     def stop(self) -> None:
         """libvirtd is gone; the guests run on."""

@@ -7,20 +7,22 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
+from typing import Any
 
 import pytest
 
-from engine.libvirt.binding import Domain
+from engine.libvirt.binding import Domain, LibvirtFault
 from engine.model import Backup, Job, Vm
 from engine.nbd.source import NbdSource
 from tests.engine_rig import PATIENCE_S, EngineRig
 from tests.libvirt.guest import Guest
 from tests.libvirt.host import MIB, Host, Image
-from tests.libvirt.site import contents, wait_for_vm
+from tests.libvirt.site import contents, wait_for_vm, wait_until
 
 NAME = "lab"
 QCOW2_BYTES = 24 * MIB
 RAW_BYTES = 8 * MIB
+_ABORT_PIVOT = 1 << 1
 
 
 @dataclass(slots=True)
@@ -110,6 +112,21 @@ def paused_reading(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]
     finally:
         go_on.set()
         monkeypatch.setattr(NbdSource, "read_into", read_into)
+
+
+def pivot(domain: Any, target: str) -> None:
+    """Onto the copy or commit of a disk, once that is in step and QEMU says that it is ready."""
+
+    def is_done() -> bool:
+        try:
+            domain.blockJobAbort(target, _ABORT_PIVOT)
+        except LibvirtFault as error:
+            if "not ready for pivot" not in str(error):
+                raise
+            return False
+        return True
+
+    wait_until(is_done)
 
 
 def make_lab(host: Host, rig: EngineRig) -> Lab:

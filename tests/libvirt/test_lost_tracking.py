@@ -14,14 +14,13 @@ import pytest
 
 from engine.model import Backup
 from tests.libvirt.host import MIB, Host, Image, disk_xml
-from tests.libvirt.lab import NAME, QCOW2_BYTES, Lab, make_lab
-from tests.libvirt.site import rig_on, wait_for_vm, wait_until
+from tests.libvirt.lab import NAME, QCOW2_BYTES, Lab, make_lab, pivot
+from tests.libvirt.site import rig_on, wait_for_vm
 from tests.nfs.kit import find_tool
 
 _DISK_ONLY_NO_METADATA = 1 << 4 | 1 << 2
 _COMMIT_ACTIVE = 1 << 2
 _COPY_TRANSIENT_REUSED = 1 << 2 | 1 << 1
-_ABORT_PIVOT = 1 << 1
 _UNDEFINE_WITH_CHECKPOINTS = 1 << 4
 _LIVE = 1
 _INACTIVE = 1 << 1
@@ -50,7 +49,7 @@ def test_a_snapshot_is_taken_and_committed(lab: Lab) -> None:
     assert "vda full read: its medium is another one" in on_overlay.label.notes
     lab.write("/mnt/above", 128)
     domain.blockCommit("vda", None, None, 0, _COMMIT_ACTIVE)
-    _pivot(domain)
+    pivot(domain, "vda")
     committed = _right_backup(lab)
     assert "vda full read: its medium is another one" in committed.label.notes
     _is_tracked_again(lab)
@@ -101,7 +100,7 @@ def test_the_disk_moves_to_another_pool_while_the_vm_runs(lab: Lab) -> None:
     lab.host.own(moved.path)
     domain.blockCopy("vda", disk_xml(moved), {}, _COPY_TRANSIENT_REUSED)
     lab.write("/mnt/meanwhile", 128)
-    _pivot(domain)
+    pivot(domain, "vda")
     backup = _right_backup(lab)
     assert "vda full read: its medium is another one" in backup.label.notes
     _is_tracked_again(lab)
@@ -149,17 +148,6 @@ def _is_tracked_again(lab: Lab) -> None:
 
 def _wait_for_disks(lab: Lab, count: int) -> None:
     wait_for_vm(lab.rig, NAME, lambda vm: vm is not None and len(vm.disks) == count)
-
-
-def _pivot(domain: Any) -> None:
-    """Onto the copy, once it is in step."""
-
-    def in_step() -> bool:
-        info = domain.blockJobInfo("vda")
-        return bool(info["cur"] == info["end"] > 0)
-
-    wait_until(in_step)
-    domain.blockJobAbort("vda", _ABORT_PIVOT)
 
 
 def _run(tool: str, *arguments: str) -> None:

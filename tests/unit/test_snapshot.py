@@ -57,6 +57,15 @@ def extents(path: Path) -> int:
         return count_extents(file.fileno())
 
 
+def map_of(path: Path) -> str:
+    """The extents as they are, nothing flushed for that."""
+    tools = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    done = subprocess.run(
+        ["filefrag", "-v", path], env={"PATH": tools}, check=True, capture_output=True, text=True
+    )
+    return done.stdout
+
+
 def recorder(tmp_path: Path, body: str = "") -> tuple[str, Path]:
     """(a command that writes its arguments down, what it wrote)."""
     journal = tmp_path / "journal"
@@ -121,6 +130,21 @@ class TestReflink:
             file.write(b"fresh")
             with take_snapshot([DiskFile("vda", str(path))], NO_HOOK) as snapshot:
                 assert content(snapshot.sources["vda"])[MIB : MIB + 5] == b"fresh"
+
+    def test_what_is_dirty_is_flushed_before_the_freeze(self, loop_fs: LoopFs, kind: str) -> None:
+        """Else the clone would flush it, while the guest is frozen and its writers stand still."""
+        path = loop_fs(kind, FS_BYTES) / "v"
+        path.write_bytes(os.urandom(MIB))
+        assert "delalloc" in map_of(path)
+        seen = []
+
+        def hook(_verb: str) -> str:
+            seen.append(map_of(path))
+            return ""
+
+        with take_snapshot([DiskFile("vda", str(path))], FreezeHook(["true"], inside=hook)):
+            assert len(seen) == 2
+        assert "delalloc" not in seen[0]
 
     def test_all_disks_under_one_freeze(self, loop_fs: LoopFs, tmp_path: Path, kind: str) -> None:
         pool = loop_fs(kind, FS_BYTES)

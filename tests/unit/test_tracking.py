@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from engine import tracking
-from engine.baselines import Baselines
+from engine.baselines import Baselines, open_baseline
 from engine.extents import Extent, clone_into, extent_map
 from engine.snapshot import SNAPSHOTS, clear_leftovers
+from engine.sources import Origin, VolumeSource
 from storage.errors import PointFull
 from tests.conftest import LoopFs
-from tests.rig import random_bytes, write_at
+from tests.rig import Made, random_bytes, write_at
 from tests.tracking_rig import (
     CHUNK,
     KEEP_SIZE,
@@ -42,6 +45,11 @@ def rig(request: pytest.FixtureRequest, loop_fs: LoopFs, tmp_path: Path) -> Iter
 
 
 @pytest.fixture
+def xfs_rig(loop_fs: LoopFs, tmp_path: Path) -> Iterator[TrackedRig]:
+    yield from _rig(loop_fs("xfs", FS_BYTES), tmp_path)
+
+
+@pytest.fixture
 def btrfs_rig(loop_fs: LoopFs, tmp_path: Path) -> Iterator[TrackedRig]:
     yield from _rig(loop_fs("btrfs", FS_BYTES), tmp_path)
 
@@ -65,6 +73,15 @@ def next_is_scanned(rig: TrackedRig, why: str) -> None:
     assert found_by(made) == "scan"
     assert f"vda scanned: {why}" in notes(made)
     assert rig.restored() == rig.volume.read_bytes()
+
+
+def compared(rig: TrackedRig, parent: Made, place: Path) -> str:
+    """What the comparison says of the file there, as a clone of the rig's volume."""
+    fd = os.open(place, os.O_RDONLY)
+    origin = Origin(rig.row().inode, rig.row().generation)
+    with contextlib.closing(VolumeSource(fd, str(rig.volume), origin=origin)) as clone:
+        tracker = tracking.Tracker(rig.baselines, rig.row().vm_uuid, "next")
+        return tracker.compare("vda", parent.disks["vda"], clone)
 
 
 @pytest.fixture(autouse=True)
@@ -278,6 +295,55 @@ class TestNoBaseline:
         write_at(fresh, 3 * CHUNK, b"changed")
         os.rename(fresh, rig.volume)
         next_is_scanned(rig, "the volume was replaced")
+
+    def test_a_new_volume_that_got_its_inode(self, xfs_rig: TrackedRig) -> None:
+        """Only the generation tells the two apart."""
+        rig = xfs_rig
+        rig.next()
+        before = rig.volume.stat().st_ino
+        rig.volume.unlink()
+        for number in range(500):
+            rig.volume.touch()
+            if rig.volume.stat().st_ino == before:
+                break
+            rig.volume.rename(rig.pool / f"spare-{number}")
+        else:
+            pytest.fail("XFS does not give the inode away again")
+        rig.volume.write_bytes(random_bytes(SIZE, seed=1))
+        next_is_scanned(rig, "the volume was replaced")
+
+    def test_a_clone_on_another_file_system(self, rig: TrackedRig, loop_fs: LoopFs) -> None:
+        """Numbers of blocks of two file systems say nothing side by side."""
+        made = rig.next()
+        place = loop_fs("xfs", FS_BYTES) / "v"
+        shutil.copyfile(rig.volume, place)
+        assert compared(rig, made, place) == (
+            "the baseline can't be compared: it is on another file system"
+        )
+
+    def test_a_clone_of_another_size(self, rig: TrackedRig) -> None:
+        made = rig.next()
+        place = rig.pool / "larger"
+        run("cp", "--reflink=always", rig.volume, place)
+        assert compared(rig, made, place) == ""
+        os.truncate(place, SIZE + CHUNK)
+        assert compared(rig, made, place) == "its size changed"
+
+    @pytest.mark.parametrize(
+        "mark",
+        ["file_inode", "file_generation", "file_mtime_ns", "file_ctime_ns", "size_bytes"],
+    )
+    def test_each_mark_of_its_file_counts_alone(self, rig: TrackedRig, mark: str) -> None:
+        rig.next()
+        os.close(open_baseline(rig.row()))
+        other = msgspec.structs.replace(rig.row(), **{mark: getattr(rig.row(), mark) + 1})
+        with pytest.raises(FileExistsError):
+            open_baseline(other)
+
+    def test_so_does_its_file_system(self, rig: TrackedRig) -> None:
+        rig.next()
+        with pytest.raises(FileExistsError):
+            open_baseline(msgspec.structs.replace(rig.row(), file_system="another"))
 
     @pytest.mark.parametrize("size_bytes", [SIZE + CHUNK, SIZE - CHUNK, SIZE - 1])
     def test_grown_or_shrunk(self, rig: TrackedRig, size_bytes: int) -> None:
