@@ -7,7 +7,6 @@ One VM for all tests. /dev/vda and /dev/vdb are qcow2, so their bitmaps have the
 from __future__ import annotations
 
 import subprocess
-import threading
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -16,11 +15,10 @@ from typing import Any
 import pytest
 
 from engine.model import Backup
-from engine.nbd.source import NbdSource
 from engine.qemu.bitmaps import bitmaps_of
 from tests.engine_rig import ANYWHERE, PATIENCE_S
 from tests.libvirt.host import MIB, Host, Image
-from tests.libvirt.lab import NAME, Lab, pivot
+from tests.libvirt.lab import NAME, Lab, paused_reading, pivot
 from tests.libvirt.site import rig_on, wait_for_vm
 from tests.nfs.kit import find_tool
 
@@ -192,22 +190,12 @@ def test_a_start_wins_and_what_the_failed_backup_left_goes(
     """Its bitmaps can't be removed while QEMU has the images; the next success does it."""
     stop(lab)
     before = right_backup(lab)
-    reached, go_on = threading.Event(), threading.Event()
-    read_into = NbdSource.read_into
-
-    def slow(self: NbdSource, buffer: memoryview, offset: int) -> int:
-        reached.set()
-        assert go_on.wait(PATIENCE_S)
-        return read_into(self, buffer, offset)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(NbdSource, "read_into", slow)
+    with paused_reading(monkeypatch) as reached:
         _, job = lab.rig.ask_backup(lab.vm, full=True)
         assert reached.wait(PATIENCE_S)
         lab.guest = lab.host.boot(lab.domain)
         lab.write("/mnt/started", 100)
-        go_on.set()
-        assert "somebody wrote to it" in lab.failed_job(job).error
+    assert "somebody wrote to it" in lab.failed_job(job).error
     assert len(bitmaps_of(str(lab.images[0].path))) == 2
     wait_for_vm(lab.rig, NAME, lambda vm: vm is not None and vm.state == "running")
     newest = right_backup(lab)
