@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from storage.log import record_path
 from storage.point import Point
 from storage.session import NewBackup
 from tests.failing_fs import HookFs
+from tests.hostile.mutating import peak_bytes
 from tests.store import (
     CHUNK,
     Saved,
@@ -29,6 +31,8 @@ from tests.store import (
     save,
     write_disk,
 )
+
+MIB = 1 << 20
 
 
 @pytest.fixture
@@ -233,3 +237,23 @@ def test_the_copy_that_readers_use_is_the_one_that_counts(
     else:
         assert kinds == []
         assert load(domain, saved[0]) == chunk
+
+
+def test_memory_does_not_grow_with_the_point(point: Point, domain: Domain) -> None:
+    """Thirty times as much is looked at, byte for byte; what is found is kept on a disk."""
+    seeds = iter(range(1_000_000))
+
+    def more(chunks: int) -> None:
+        parts = [random.Random(next(seeds)).randbytes(3000) for _ in range(chunks)]
+        save(domain, b"".join(part.ljust(CHUNK, b"\1") for part in parts))
+
+    def peak() -> int:
+        return peak_bytes(lambda: check_point(point.path, deep=True))
+
+    more(40)
+    peak()  # what is made once, is made now
+    before = peak()
+    for _ in range(30):
+        more(40)
+    assert check_point(point.path, deep=True).chunks == 31 * 40
+    assert peak() < before + MIB // 4
