@@ -36,6 +36,7 @@ from storage.manifests import PAGE_ENTRIES
 from storage.maps import DiskMap
 from storage.packs import FrameView, parse_frame
 from storage.patches import base_of, patched
+from storage.publish import close_discarded
 from storage.tables import LOST_PACK, ChunkRow, Tables, unpack_chunk_row
 
 if TYPE_CHECKING:
@@ -463,7 +464,7 @@ class _OpenPacks:
                 del self._reading[pack]
             idle = [name for name in self._open if name not in self._reading]
             for name in idle[: max(0, len(self._open) - OPEN_PACKS)]:
-                self._domain.fs.close(self._open.pop(name))
+                close_discarded(self._domain.fs, self._open.pop(name))
 
     def _set_aside(self, pack: str) -> None:
         with self._lock:
@@ -474,6 +475,6 @@ class _OpenPacks:
     def close(self) -> None:
         with self._lock:
             while self._stale:
-                self._domain.fs.close(self._stale.pop())
+                close_discarded(self._domain.fs, self._stale.pop())
             while self._open:
-                self._domain.fs.close(self._open.popitem()[1])
+                close_discarded(self._domain.fs, self._open.popitem()[1])
