@@ -125,6 +125,9 @@ class NewVolume:
         self._fs.start_writeback(self._fd, offset, len(content))
 
     def _write_direct(self, content: memoryview, offset: int) -> None:
+        # ext4 lets one thread at a time write into a hole, for as long as the device takes, but any
+        # number where blocks are set aside.
+        self._fs.set_aside(self._fd, offset, len(content))
         try:
             self._fs.pwrite(self._direct_fd, [content], offset)
         except OSError as error:

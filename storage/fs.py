@@ -189,6 +189,11 @@ class OsFs:
         os.posix_fallocate(fd, 0, size_bytes)
 
     @in_flight
+    def set_aside(self, fd: int, offset: int, size_bytes: int) -> None:
+        """Room for what will be written there at once. A hint: a lack of it shows at the write."""
+        _libc.fallocate(fd, 0, ctypes.c_int64(offset), ctypes.c_int64(size_bytes))
+
+    @in_flight
     def start_writeback(self, fd: int, offset: int, size_bytes: int) -> None:
         # A hint only: file systems without it (NFS) answer an error, which changes nothing.
         _libc.sync_file_range(
