@@ -2,7 +2,7 @@
 
 Theory: docs/design.md §5.4. A changed chunk that the domain lacks, and whose predecessor is known,
 is compared with its base, which is read for that: the bases of an item together, in the order of
-their places, so a few reads for 8 MiB. If it does not pay, or the base can't be read, the chunk is
+their places, so a few reads for 4 MiB. If it does not pay, or the base can't be read, the chunk is
 stored whole. A base that is damaged is told to the domain, which stores it anew with the next full
 backup.
 

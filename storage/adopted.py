@@ -17,7 +17,7 @@ import contextlib
 import mmap
 import threading
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from storage import tables
 from storage.chunks import FRAME_HEADER_BYTES
@@ -29,7 +29,11 @@ from storage.tables import Tables
 if TYPE_CHECKING:
     from storage.domain import Domain
 
+KeyT = TypeVar("KeyT")
+ValueT = TypeVar("ValueT")
+
 PROVED_REMEMBERED = 1 << 16
+MAKERS_REMEMBERED = 1 << 14
 
 
 def nobody(_maker: str) -> bool:
@@ -83,6 +87,7 @@ class AdoptedPacks:
             return ""
         with self._lock:
             self._makers[pack] = maker
+            _forget_oldest(self._makers, MAKERS_REMEMBERED)
         return maker
 
     def _prove(self, chunks: set[bytes]) -> set[bytes]:
@@ -104,5 +109,9 @@ class AdoptedPacks:
     def _remember(self, proved: set[bytes]) -> None:
         with self._lock:
             self._proved.update(dict.fromkeys(proved))
-            while len(self._proved) > PROVED_REMEMBERED:
-                del self._proved[next(iter(self._proved))]
+            _forget_oldest(self._proved, PROVED_REMEMBERED)
+
+
+def _forget_oldest(remembered: dict[KeyT, ValueT], most: int) -> None:
+    while len(remembered) > most:
+        del remembered[next(iter(remembered))]
