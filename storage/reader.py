@@ -84,13 +84,6 @@ class ReadRun:
     size_bytes: int
     frames: tuple[FramePlace, ...]
 
-    def targets(self) -> Iterator[int]:
-        """All chunk indexes that the run fills."""
-        for frame in self.frames:
-            yield from frame.targets
-            for patch in frame.patches:
-                yield from patch.place.targets
-
 
 def plan_reads(domain: Domain, disk_map: DiskMap, window_pages: int = 16) -> Iterator[ReadRun]:
     """All runs that make the disk up, window by window. Memory: one window's entries.
