@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 
-from engine.new_volume import DIRECT_BYTES, RestoreTarget
+from engine.new_volume import RestoreTarget
 from storage.fs import Buffer
 
 STAGE_BYTES = 4 << 20  # longer writes gain nothing
@@ -21,6 +21,7 @@ class Stage:
 
     def __init__(self, volume: RestoreTarget, chunk_size: int) -> None:
         self._volume = volume
+        self._chunk_size = chunk_size
         self._memory = memoryview(_huge_pages(max(STAGE_BYTES, chunk_size)))
         self._start = self._end = 0  # what waits to be written
         self._offset = 0  # where it goes on the disk
@@ -44,7 +45,9 @@ class Stage:
         if self._start == self._end:
             self._offset = offset
         self._end += len(content)
-        if len(content) % DIRECT_BYTES:  # the disk's end
+        if len(content) < self._chunk_size:
+            # The disk's end. What follows must begin at a page again, and at a multiple of its own
+            # length: a copy then lies where what it is made of does, or beside it, never across.
             self.flush()
             self._start = self._end = 0
 

@@ -64,6 +64,17 @@ def test_same_bytes_and_size(rig: Rig, size_bytes: int, workers: int) -> None:
     assert open_sessions(rig) == 0
 
 
+def test_a_chunk_in_many_places_after_the_disk_s_short_end(rig: Rig) -> None:
+    """The end lies in an older pack, so it is written before; the chunk is decompressed once."""
+    path = sparse(rig.pool / "v", 400 * CHUNK + 2 * 4096)
+    write_at(path, 400 * CHUNK, random_bytes(2 * 4096))
+    first = rig.back_up(path)
+    chunk = b"".join(b"%8d" % at for at in range(CHUNK // 8))
+    write_at(path, 0, chunk * 200)
+    made = rig.back_up(path, parent=first)
+    assert rig.restore(made, workers=1).read_bytes() == path.read_bytes()
+
+
 def test_holes_and_zeros_take_no_room(rig: Rig) -> None:
     path = sparse(rig.pool / "v", 10 << 40)
     write_at(path, 5 << 40, random_bytes(CHUNK))

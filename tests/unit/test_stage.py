@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -49,7 +51,8 @@ def small_stage(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def content_of(number: int, size_bytes: int = CHUNK) -> bytes:
-    return bytes([number % 251 + 1]) * size_bytes
+    """Of a number; no two places of it are alike, so that what is shifted shows."""
+    return random.Random(number).randbytes(size_bytes)
 
 
 def test_neighbours_are_written_at_once() -> None:
@@ -75,6 +78,25 @@ def test_a_content_goes_to_many_places(made_elsewhere: bool) -> None:
             stage.put(content, (at + 4 * copy) * CHUNK)
     stage.flush()
     assert disk.content == b"".join(content_of(at) for _ in range(3) for at in range(4))
+
+
+def test_copies_behind_the_disk_s_short_end_are_whole() -> None:
+    """They lie on the stage beside one another, and must not lie across what they are made of."""
+    disk = Disk(20 * CHUNK)
+    stage = Stage(disk, CHUNK)
+    short = stage.room(2 * 4096)
+    short[:] = content_of(19, 2 * 4096)
+    stage.put(short, 19 * CHUNK)
+    for at in (0, 1, 2):
+        content = stage.room(CHUNK)
+        content[:] = content_of(at)
+        stage.put(content, at * CHUNK)
+    for at in range(3, 12):
+        stage.put(content, at * CHUNK)
+    stage.flush()
+    assert disk.content[19 * CHUNK :][: 2 * 4096] == content_of(19, 2 * 4096)
+    for at in range(12):
+        assert disk.content[at * CHUNK : (at + 1) * CHUNK] == content_of(min(at, 2))
 
 
 def test_a_room_that_is_not_used_costs_nothing() -> None:
