@@ -8,7 +8,8 @@ gc copies nothing out of such a pack that it has not proved, as the copy would l
 
 A pack says in its header who made it; one whose header names another session than its path was
 adopted. (Salvaged packs, too, are: what is proved once too often costs time only.) What was proved
-is remembered in memory, and only so much of it.
+is remembered in memory, and only so much of it: by place, since the same chunk may come to lie in
+another stranger's pack.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from storage import tables
@@ -48,7 +49,7 @@ class AdoptedPacks:
         self._domain = domain
         self._lock = threading.Lock()
         self._makers: dict[str, str] = {}  # FileId here → FileId with its maker
-        self._proved: dict[bytes, None] = {}
+        self._proved: dict[tuple[str, bytes], None] = {}  # a pack's FileId, and a chunk there
 
     def placed(self, state: Tables, live: Mapping[bytes, bytes]) -> dict[bytes, str]:
         """The packs of those of the chunks (chunk → row, packed) that the domain trusts."""
@@ -66,10 +67,12 @@ class AdoptedPacks:
         are proved now, by reading them."""
         adopted = {pack for pack in set(placed.values()) if self.is_adopted(pack)}
         doubted = {pack for pack in adopted if not vouched(self._maker(pack))}
+        doubtful = {(pack, chunk) for chunk, pack in placed.items() if pack in doubted}
         with self._lock:
-            proved = self._proved.keys() & placed.keys()
-        doubtful = {chunk for chunk, pack in placed.items() if pack in doubted} - proved
-        return (placed.keys() - doubtful) | (self._prove(doubtful) if doubtful else set())
+            doubtful -= self._proved.keys()
+        if doubtful:
+            doubtful -= self._prove(doubtful)
+        return placed.keys() - {chunk for _, chunk in doubtful}
 
     def is_adopted(self, pack: str) -> bool:
         """Whether somebody else made the pack; also true of one whose header can't be read."""
@@ -90,9 +93,25 @@ class AdoptedPacks:
             _forget_oldest(self._makers, MAKERS_REMEMBERED)
         return maker
 
-    def _prove(self, chunks: set[bytes]) -> set[bytes]:
-        """Those of the chunks that are what their ids say. The others are not trusted any more."""
-        domain, proved = self._domain, set[bytes]()
+    def _prove(self, doubtful: set[tuple[str, bytes]]) -> set[tuple[str, bytes]]:
+        """Those of (pack, chunk) where the chunk is what its id says. The others are not trusted
+        any more."""
+        sound = self._sound([chunk for _, chunk in doubtful])
+
+        def lying(state: Tables) -> dict[bytes, str]:
+            return self.placed(state, state.table("chunks").get_many(sound))
+
+        # A chunk never comes back to a pack that it has left: so one that lies there still, after
+        # it was read, was read there.
+        proved = doubtful & {(pack, c) for c, pack in self._domain.view.ask(lying).items()}
+        with self._lock:
+            self._proved.update(dict.fromkeys(proved))
+            _forget_oldest(self._proved, PROVED_REMEMBERED)
+        return proved
+
+    def _sound(self, chunks: Sequence[bytes]) -> list[bytes]:
+        """Reads the chunks, wherever they lie: those that are what their ids say."""
+        domain, sound = self._domain, list[bytes]()
         size_bytes = MAX_RUN_BYTES + FRAME_HEADER_BYTES + domain.chunk_size
         buffer = memoryview(mmap.mmap(-1, size_bytes))
         with contextlib.closing(domain.reader()) as reader, contextlib.suppress(Damaged):
@@ -100,16 +119,10 @@ class AdoptedPacks:
             for run in plan_chunks(domain, sorted(chunks)):
                 for place, found in reader.read_each(run, buffer):
                     if not isinstance(found, ChunkDamaged):
-                        proved.add(place.chunk_id)
+                        sound.append(place.chunk_id)
                     elif found.pack:
                         domain.trust.withdraw(found.pack, frozenset({found.chunk}))
-        self._remember(proved)
-        return proved
-
-    def _remember(self, proved: set[bytes]) -> None:
-        with self._lock:
-            self._proved.update(dict.fromkeys(proved))
-            _forget_oldest(self._proved, PROVED_REMEMBERED)
+        return sound
 
 
 def _forget_oldest(remembered: dict[KeyT, ValueT], most: int) -> None:

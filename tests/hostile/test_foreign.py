@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -20,9 +19,7 @@ from storage.listing import BackupRow
 from storage.log import record_path
 from storage.manifests import encode_page
 from storage.point import ClusterLabel, Point
-from storage.reader import ChunkReader
 from storage.record import (
-    FIRST_PREVIOUS,
     LABEL_LIMIT_BYTES,
     Abort,
     BackupSeal,
@@ -30,16 +27,13 @@ from storage.record import (
     DiskSeal,
     FileSeal,
     Forget,
-    Op,
-    Open,
     Record,
-    record_digest,
 )
 from tests import forging
 from tests.engine_rig import EngineRig, disk_bytes
+from tests.hostile.forger import HUGE, Forger, S, opened
 from tests.hostile.mutating import ROUNDS, mutants, peak_bytes
 from tests.store import (
-    Saved,
     cluster,
     files,
     image_of,
@@ -51,76 +45,6 @@ from tests.store import (
 )
 
 MIB = 1 << 20
-S = "ab" * 16
-HUGE = 1 << 61
-
-
-class Forger:
-    """A domain that is written file by file."""
-
-    def __init__(self, point: Path, name: str = "evil") -> None:
-        self.label = ClusterLabel(cluster_uuid=new_uuid(), cluster_name=name)
-        self.root = point / "domains" / self.label.cluster_uuid
-        for directory in ("log/00000000", "packs", "manifests", "checkpoints", "hosts", "tmp"):
-            (self.root / directory).mkdir(parents=True)
-        body = msgspec.msgpack.encode(self.label)
-        (self.root / "DOMAIN").write_bytes(forging.small_object(b"VKDO", body))
-        self._seq = 0
-        self._previous = FIRST_PREVIOUS
-
-    @property
-    def uuid(self) -> str:
-        return self.label.cluster_uuid
-
-    def append(self, *ops: Op) -> None:
-        record = Record(
-            seq=self._seq + 1, previous=self._previous, nonce=bytes(16), host="h", ops=tuple(ops)
-        )
-        self.append_body(msgspec.msgpack.encode(record))
-
-    def append_body(self, body: bytes) -> None:
-        self._seq += 1
-        content = forging.small_object(b"VKRE", body)
-        (self.root / "log" / record_path(self._seq)).write_bytes(content)
-        self._previous = record_digest(content)
-
-    def manifest(
-        self, pages: Sequence[tuple[int, bytes]], capacity: int, kind: int = 0
-    ) -> FileSeal:
-        items, rows = b"", []
-        for page_no, page in pages:
-            rows.append(forging.page_row(page_no, len(page) // 34, 64 + len(items), page))
-            items += page
-        content = forging.manifest(items, rows, capacity, kind).encoded()
-        return self._put("manifests", 0, content, len(rows))
-
-    def pack(self, items: bytes, rows: Sequence[bytes]) -> FileSeal:
-        return self._put("packs", 0, forging.pack(items, rows).encoded(), len(rows))
-
-    def _put(self, root: str, n: int, content: bytes, count: int) -> FileSeal:
-        path = self.root / root / S / f"{n:08x}"
-        path.parent.mkdir()
-        path.write_bytes(content)
-        return FileSeal(n=n, size_bytes=len(content), count=count, digest=content[-32:-16])
-
-    def commit(
-        self,
-        manifest: FileSeal,
-        packs: tuple[FileSeal, ...] = (),
-        capacity: int = HUGE,
-        label: bytes = b"",
-    ) -> str:
-        """OPEN and COMMIT of one backup of one disk; its uuid."""
-        backup = new_uuid()
-        disk = DiskSeal(disk=new_uuid(), capacity=capacity, manifest=manifest.n)
-        seal = BackupSeal(backup=backup, label=label, disks=(disk,))
-        self.append(opened(S))
-        self.append(Commit(session=S, packs=packs, manifests=(manifest,), backups=(seal,)))
-        return backup
-
-
-def opened(session: str, *holds: str) -> Open:
-    return Open(session=session, kind="backup", host="h", incarnation="i", holds=holds)
 
 
 @pytest.fixture
@@ -216,91 +140,6 @@ def test_a_pack_that_lies_about_a_chunk_of_ours(mine: Domain, evil: Forger) -> N
     with pytest.raises(StorageError):
         mine.import_backups(evil.uuid, [backup], lambda row: row.label)
     assert load(mine, kept) == chunk
-
-
-def lie(evil: Forger, mine: Domain, *claimed: bytes, told: bytes) -> str:
-    """A backup whose pack says that it holds the `claimed` contents, and holds `told` instead."""
-    items, rows, page = b"", [], {}
-    for at, content in enumerate(claimed):
-        chunk_id = mine.hasher.full(content)
-        rows.append(forging.pack_row(64 + len(items), chunk_id, 0, len(told), told))
-        items += forging.frame(chunk_id, 0, len(told), told)
-        page[at] = chunk_id
-    capacity = len(claimed) * len(told)
-    manifest = evil.manifest([(0, encode_page(page))], capacity)
-    return evil.commit(manifest, (evil.pack(items, rows),), capacity=capacity)
-
-
-def theirs_uuid(domain: Domain) -> str:
-    return os.path.basename(domain.paths.root)
-
-
-def imported(mine: Domain, source: str, backup: str) -> Saved:
-    (row,) = mine.import_backups(source, [backup], lambda row: row.label)
-    return Saved(row.backup, row.disks[0].disk, "")
-
-
-def test_what_only_a_stranger_says_is_not_relied_on(mine: Domain, evil: Forger) -> None:
-    """A chunk that we get to have after the import: the import's copy is looked at first."""
-    chunk = image_of(5)
-    taken = imported(mine, evil.uuid, lie(evil, mine, chunk, told=image_of(6)))
-    with pytest.raises(Damaged):
-        load(mine, taken)
-    kept = save(mine, chunk)
-    assert load(mine, kept) == chunk
-    assert load(mine, taken) == chunk  # healed
-
-
-def test_what_a_stranger_says_and_is_true_is_not_stored_again(point: Point, mine: Domain) -> None:
-    theirs = open_domain(point, cluster("theirs"), "host-8")
-    image = image_of(1, 2, 3)
-    taken = imported(mine, theirs_uuid(theirs), save(theirs, image).backup)
-    packs = files(mine, "packs")
-    kept = save(mine, image)
-    assert files(mine, "packs") == packs
-    assert load(mine, kept) == load(mine, taken) == image
-
-
-def test_an_import_does_not_rely_on_another_stranger(
-    point: Point, mine: Domain, evil: Forger
-) -> None:
-    chunk = image_of(5)
-    imported(mine, evil.uuid, lie(evil, mine, chunk, told=image_of(6)))
-    theirs = open_domain(point, cluster("theirs"), "host-8")
-    taken = imported(mine, theirs_uuid(theirs), save(theirs, chunk).backup)
-    assert load(mine, taken) == chunk
-
-
-def test_a_second_import_of_a_domain_reads_none_of_its_chunks(
-    point: Point, mine: Domain, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    theirs = open_domain(point, cluster("theirs"), "host-8")
-    image = image_of(1, 2, 3)
-    first, second = save(theirs, image), save(theirs, image[:-1] + b"x")
-    imported(mine, theirs_uuid(theirs), first.backup)
-
-    def refused(*_: object) -> None:
-        raise AssertionError("reads chunks")
-
-    monkeypatch.setattr(ChunkReader, "read_each", refused)
-    taken = imported(mine, theirs_uuid(theirs), second.backup)
-    monkeypatch.undo()
-    assert load(mine, taken) == image[:-1] + b"x"
-
-
-def test_gc_makes_no_stranger_s_word_ours(mine: Domain, evil: Forger) -> None:
-    """Nothing is copied out of a pack that lies: the copy would look like ours."""
-    one, other = image_of(5), image_of(6)
-    evil_backup = lie(evil, mine, one, other, told=image_of(7))
-    taken = imported(mine, evil.uuid, evil_backup)
-    kept = save(mine, other)  # so that half of the pack is dead
-    report = mine.reclaim(sparse_below=1.0, copy_budget_bytes=1 << 30)
-    assert (report.packs_repacked, len(report.damaged)) == (0, 1)
-    assert "another cluster" in report.damaged[0]
-    later = save(mine, one)
-    assert load(mine, later) == one
-    assert load(mine, kept) == other
-    assert load(mine, taken) == one + other
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -1,0 +1,153 @@
+"""Packs that another cluster made, and that name chunks which they don't hold: nothing of ours may
+be worse for having taken them over."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from storage.adopted import AdoptedPacks
+from storage.domain import Domain
+from storage.errors import Damaged
+from storage.manifests import encode_page
+from storage.point import Point
+from storage.reader import ChunkReader
+from tests import forging
+from tests.hostile.forger import Forger
+from tests.store import Saved, cluster, files, image_of, load, new_point, open_domain, save
+
+
+@pytest.fixture
+def point(tmp_path: Path) -> Point:
+    return new_point(tmp_path)
+
+
+@pytest.fixture
+def evil(point: Point) -> Forger:
+    return Forger(Path(point.path))
+
+
+@pytest.fixture
+def mine(point: Point) -> Domain:
+    return open_domain(point, cluster("mine"), "host-9")
+
+
+def lie(evil: Forger, mine: Domain, *claimed: bytes, told: bytes) -> str:
+    """A backup whose pack says that it holds the `claimed` contents, and holds `told` instead."""
+    items, rows, page = b"", [], {}
+    for at, content in enumerate(claimed):
+        chunk_id = mine.hasher.full(content)
+        rows.append(forging.pack_row(64 + len(items), chunk_id, 0, len(told), told))
+        items += forging.frame(chunk_id, 0, len(told), told)
+        page[at] = chunk_id
+    capacity = len(claimed) * len(told)
+    manifest = evil.manifest([(0, encode_page(page))], capacity)
+    return evil.commit(manifest, (evil.pack(items, rows),), capacity=capacity)
+
+
+def theirs_uuid(domain: Domain) -> str:
+    return os.path.basename(domain.paths.root)
+
+
+def imported(mine: Domain, source: str, backup: str) -> Saved:
+    (row,) = mine.import_backups(source, [backup], lambda row: row.label)
+    return Saved(row.backup, row.disks[0].disk, "")
+
+
+def test_what_only_a_stranger_says_is_not_relied_on(mine: Domain, evil: Forger) -> None:
+    """A chunk that we get to have after the import: the import's copy is looked at first."""
+    chunk = image_of(5)
+    taken = imported(mine, evil.uuid, lie(evil, mine, chunk, told=image_of(6)))
+    with pytest.raises(Damaged):
+        load(mine, taken)
+    kept = save(mine, chunk)
+    assert load(mine, kept) == chunk
+    assert load(mine, taken) == chunk  # healed
+
+
+def test_what_a_stranger_says_and_is_true_is_not_stored_again(point: Point, mine: Domain) -> None:
+    theirs = open_domain(point, cluster("theirs"), "host-8")
+    image = image_of(1, 2, 3)
+    taken = imported(mine, theirs_uuid(theirs), save(theirs, image).backup)
+    packs = files(mine, "packs")
+    kept = save(mine, image)
+    assert files(mine, "packs") == packs
+    assert load(mine, kept) == load(mine, taken) == image
+
+
+def test_an_import_does_not_rely_on_another_stranger(
+    point: Point, mine: Domain, evil: Forger
+) -> None:
+    chunk = image_of(5)
+    imported(mine, evil.uuid, lie(evil, mine, chunk, told=image_of(6)))
+    theirs = open_domain(point, cluster("theirs"), "host-8")
+    taken = imported(mine, theirs_uuid(theirs), save(theirs, chunk).backup)
+    assert load(mine, taken) == chunk
+
+
+def test_a_second_import_of_a_domain_reads_none_of_its_chunks(
+    point: Point, mine: Domain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = open_domain(point, cluster("theirs"), "host-8")
+    image = image_of(1, 2, 3)
+    first, second = save(theirs, image), save(theirs, image[:-1] + b"x")
+    imported(mine, theirs_uuid(theirs), first.backup)
+
+    def refused(*_: object) -> None:
+        raise AssertionError("reads chunks")
+
+    monkeypatch.setattr(ChunkReader, "read_each", refused)
+    taken = imported(mine, theirs_uuid(theirs), second.backup)
+    monkeypatch.undo()
+    assert load(mine, taken) == image[:-1] + b"x"
+
+
+def test_gc_makes_no_stranger_s_word_ours(mine: Domain, evil: Forger) -> None:
+    """Nothing is copied out of a pack that lies: the copy would look like ours."""
+    one, other = image_of(5), image_of(6)
+    evil_backup = lie(evil, mine, one, other, told=image_of(7))
+    taken = imported(mine, evil.uuid, evil_backup)
+    kept = save(mine, other)  # so that half of the pack is dead
+    report = mine.reclaim(sparse_below=1.0, copy_budget_bytes=1 << 30)
+    assert (report.packs_repacked, len(report.damaged)) == (0, 1)
+    assert "another cluster" in report.damaged[0]
+    later = save(mine, one)
+    assert load(mine, later) == one
+    assert load(mine, kept) == other
+    assert load(mine, taken) == one + other
+
+
+def test_what_was_proved_in_one_pack_is_not_so_in_the_next(
+    point: Point, mine: Domain, evil: Forger
+) -> None:
+    """A true import is relied on and deleted; then one comes that lies about the same chunk."""
+    chunk = image_of(5)
+    theirs = open_domain(point, cluster("theirs"), "host-8")
+    taken = imported(mine, theirs_uuid(theirs), save(theirs, chunk).backup)
+    first = save(mine, chunk)
+    mine.forget([taken.backup, first.backup])
+    imported(mine, evil.uuid, lie(evil, mine, chunk, told=image_of(6)))
+    assert load(mine, save(mine, chunk)) == chunk
+
+
+def test_gc_copies_no_lie_of_a_chunk_that_is_healed_meanwhile(
+    mine: Domain, evil: Forger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gc has looked up what to copy; before it proves that, a backup stores it anew."""
+    one, other = image_of(5), image_of(6)
+    imported(mine, evil.uuid, lie(evil, mine, one, other, told=image_of(7)))
+    save(mine, other)  # so that half of the pack is dead
+    proves, healed = AdoptedPacks.reliable, list[Saved]()
+
+    def reliable(self: AdoptedPacks, placed: Mapping[bytes, str]) -> set[bytes]:
+        monkeypatch.undo()
+        healed.append(save(mine, one))
+        return proves(self, placed)
+
+    monkeypatch.setattr(AdoptedPacks, "reliable", reliable)
+    report = mine.reclaim(sparse_below=1.0, copy_budget_bytes=1 << 30)
+    assert (len(healed), report.packs_repacked) == (1, 0)
+    assert load(mine, healed[0]) == one
