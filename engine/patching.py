@@ -19,7 +19,7 @@ from typing import Protocol
 
 from storage.chunks import Encoder, Frame
 from storage.domain import Domain
-from storage.errors import ChunkDamaged, Damaged
+from storage.errors import ChunkDamaged
 from storage.fs import Buffer
 from storage.patches import PatchEncoder
 from storage.reader import MAX_RUN_BYTES, plan_chunks
@@ -53,15 +53,12 @@ class Bases:
 
     def read(self, ids: list[bytes], buffer: memoryview) -> Iterator[tuple[bytes, Buffer]]:
         """Those of the chunks that can be read, proved; each good until the next is asked for."""
-        try:
-            for run in plan_chunks(self._domain, ids):
-                for place, content in self._reader.read_each(run, buffer):
-                    if isinstance(content, ChunkDamaged):
-                        self._miss(place.chunk_id, content)
-                    else:
-                        yield place.chunk_id, content
-        except Damaged:  # gone since it was looked up
-            return
+        for run in plan_chunks(self._domain, ids):
+            for place, content in self._reader.read_each(run, buffer):
+                if isinstance(content, ChunkDamaged):
+                    self._miss(place.chunk_id, content)
+                else:
+                    yield place.chunk_id, content
 
     def _miss(self, chunk: bytes, damage: ChunkDamaged) -> None:
         if damage.pack:

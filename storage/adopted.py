@@ -114,8 +114,7 @@ class AdoptedPacks:
         domain, sound = self._domain, list[bytes]()
         size_bytes = MAX_RUN_BYTES + FRAME_HEADER_BYTES + domain.chunk_size
         buffer = memoryview(mmap.mmap(-1, size_bytes))
-        with contextlib.closing(domain.reader()) as reader, contextlib.suppress(Damaged):
-            # Damaged: some have gone since they were looked up, and count as unknown.
+        with contextlib.closing(domain.reader()) as reader:
             for run in plan_chunks(domain, sorted(chunks)):
                 for place, found in reader.read_each(run, buffer):
                     if not isinstance(found, ChunkDamaged):

@@ -77,12 +77,13 @@ class PatchPlace:
 @dataclass(frozen=True, slots=True)
 class ReadRun:
     """A stretch of a pack: `size_bytes` from `offset`, with the frames wanted from it, in the order
-    of what they fill."""
+    of what they fill. `held`: a session holds what has these chunks, so that none may be gone."""
 
     pack: str
     offset: int
     size_bytes: int
     frames: tuple[FramePlace, ...]
+    held: bool = True
 
 
 def plan_reads(domain: Domain, disk_map: DiskMap, window_pages: int = 16) -> Iterator[ReadRun]:
@@ -100,23 +101,26 @@ def plan_reads(domain: Domain, disk_map: DiskMap, window_pages: int = 16) -> Ite
                 targets.setdefault(chunk, []).append(target)
         pages_held += 1
         if pages_held == window_pages:
-            yield from _runs(domain, targets)
+            yield from _runs(domain, targets, held=True)
             targets, pages_held = {}, 0
-    yield from _runs(domain, targets)
+    yield from _runs(domain, targets, held=True)
 
 
 def plan_chunks(domain: Domain, ids: Sequence[bytes]) -> Iterator[ReadRun]:
-    """The runs that read these chunks; targets are places in `ids`. Damaged as plan_reads."""
+    """The runs that read those of these chunks that are on the point; targets are places in `ids`.
+
+    Nobody need hold them: one that goes meanwhile is left out, and is no sign of damage.
+    """
     targets: dict[bytes, list[int]] = {}
     for at, chunk in enumerate(ids):
         targets.setdefault(chunk, []).append(at)
-    return _runs(domain, targets)
+    return _runs(domain, targets, held=False)
 
 
-def _runs(domain: Domain, targets: dict[bytes, list[int]]) -> Iterator[ReadRun]:
+def _runs(domain: Domain, targets: dict[bytes, list[int]], *, held: bool) -> Iterator[ReadRun]:
     if not targets:
         return
-    plan = domain.view.ask(partial(_planned, targets))
+    plan = domain.view.ask(partial(_planned, targets, held))
     run: list[_Place] = []
     for place in sorted(plan.places()):
         if run and not _joins(run, place):
@@ -127,22 +131,24 @@ def _runs(domain: Domain, targets: dict[bytes, list[int]]) -> Iterator[ReadRun]:
         yield plan.run(run)
 
 
-def _planned(targets: dict[bytes, list[int]], state: Tables) -> _Plan:
+def _planned(targets: dict[bytes, list[int]], held: bool, state: Tables) -> _Plan:
     """Where the chunks and their bases are, with the names of the packs."""
-    rows = _rows(state, list(targets))
+    rows = _rows(state, list(targets), sure=held)
+    there = {chunk: targets[chunk] for chunk in rows}
     bases = {row.base for row in rows.values() if row.base}
-    rows |= _rows(state, list(bases - rows.keys()))
+    rows |= _rows(state, list(bases - rows.keys()), sure=True)
     names = {number: _pack_name(state, number) for number in {r.pack for r in rows.values()}}
-    return _Plan(targets, rows, names)
+    return _Plan(there, rows, names, held)
 
 
 def _pack_name(state: Tables, number: int) -> str:
     return "" if number == LOST_PACK else tables.pack_id(state, number)
 
 
-def _rows(state: Tables, ids: Sequence[bytes]) -> dict[bytes, ChunkRow]:
+def _rows(state: Tables, ids: Sequence[bytes], *, sure: bool) -> dict[bytes, ChunkRow]:
+    """`sure`: each has to be there."""
     found = state.table("chunks").get_many(ids)
-    for chunk in ids:
+    for chunk in ids if sure else ():
         if chunk not in found:
             raise ViewDamaged(f"view: chunk {chunk.hex()} is in a backup, but nowhere on the point")
     return {chunk: unpack_chunk_row(value) for chunk, value in found.items()}
@@ -174,7 +180,9 @@ class _Plan:
         targets: dict[bytes, list[int]],
         rows: dict[bytes, ChunkRow],
         names: dict[int, str],
+        held: bool,
     ) -> None:
+        self._held = held
         self._targets = targets
         self._rows = rows
         self._names = names
@@ -209,7 +217,8 @@ class _Plan:
         frames = [self._frame(place.offset - start, place.chunk_id) for place in places]
         # In the disk's order: who writes them finds neighbours behind one another.
         frames.sort(key=_first_target)
-        return ReadRun(self._names.get(places[0].pack, ""), start, end - start, tuple(frames))
+        name = self._names.get(places[0].pack, "")
+        return ReadRun(name, start, end - start, tuple(frames), self._held)
 
 
 def _first_target(frame: FramePlace) -> int:
@@ -287,7 +296,7 @@ class ChunkReader:
                 else:
                     yield patch.place, content
         if moved:
-            yield from self._read_anew(moved, memory, attempts - 1)
+            yield from self._read_anew(moved, run.held, memory, attempts - 1)
 
     def _read_around(
         self, run: ReadRun, memory: _Memory, attempts: int, reason: str
@@ -304,7 +313,8 @@ class ChunkReader:
         for place in run.frames:
             size_bytes = FRAME_HEADER_BYTES + place.stored_len
             alone = replace(place, offset_in_run=0)
-            one = ReadRun(run.pack, run.offset + place.offset_in_run, size_bytes, (alone,))
+            start = run.offset + place.offset_in_run
+            one = replace(run, offset=start, size_bytes=size_bytes, frames=(alone,))
             yield from self._read(one, memory, attempts)
 
     def _read_elsewhere(
@@ -314,13 +324,13 @@ class ChunkReader:
         log.info("pack_moved pack=%s", run.pack)
         frames = [*run.frames, *(patch.place for f in run.frames for patch in f.patches)]
         targets = {place.chunk_id: list(place.targets) for place in frames if place.targets}
-        yield from self._read_anew(targets, memory, attempts)
+        yield from self._read_anew(targets, run.held, memory, attempts)
 
     def _read_anew(
-        self, targets: dict[bytes, list[int]], memory: _Memory, attempts: int
+        self, targets: dict[bytes, list[int]], held: bool, memory: _Memory, attempts: int
     ) -> Iterator[tuple[FramePlace, Buffer | ChunkDamaged]]:
         self._domain.refresh()
-        for moved in _runs(self._domain, targets):
+        for moved in _runs(self._domain, targets, held=held):
             if not attempts:
                 path = self._domain.paths.pack(moved.pack)
                 yield from _all_damaged(moved, f"{path} is live, but not there")
