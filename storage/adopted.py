@@ -18,7 +18,7 @@ import contextlib
 import mmap
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from storage import tables
 from storage.chunks import FRAME_HEADER_BYTES
@@ -37,7 +37,12 @@ PROVED_REMEMBERED = 1 << 16
 MAKERS_REMEMBERED = 1 << 14
 
 
-def nobody(_maker: str) -> bool:
+Vouched: TypeAlias = Callable[[str, str], bool]
+"""Whether somebody who is believed vouches for an adopted pack, given its FileId and the one that
+its header says."""
+
+
+def nobody(_pack: str, _maker: str) -> bool:
     """Vouches for no pack."""
     return False
 
@@ -59,14 +64,11 @@ class AdoptedPacks:
         }
         return {chunk: names[row.pack] for chunk, row in rows.items()}
 
-    def reliable(
-        self, placed: Mapping[bytes, str], vouched: Callable[[str], bool] = nobody
-    ) -> set[bytes]:
-        """Those of the chunks (chunk → pack) that lie in packs of ours, in adopted ones that
-        `vouched` is true of (it is asked for the FileId that the maker's domain has for them), or
-        are proved now, by reading them."""
+    def reliable(self, placed: Mapping[bytes, str], vouched: Vouched = nobody) -> set[bytes]:
+        """Those of the chunks (chunk → pack) that lie in packs of ours, in adopted ones that are
+        `vouched` for, or are proved now, by reading them."""
         adopted = {pack for pack in set(placed.values()) if self.is_adopted(pack)}
-        doubted = {pack for pack in adopted if not vouched(self._maker(pack))}
+        doubted = {pack for pack in adopted if not vouched(pack, self._maker(pack))}
         doubtful = {(pack, chunk) for chunk, pack in placed.items() if pack in doubted}
         with self._lock:
             doubtful -= self._proved.keys()

@@ -14,9 +14,11 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 from storage import tables
+from storage.adopted import Vouched
 from storage.bad_places import open_to_read, read_at
 from storage.chunks import FRAME_HEADER_BYTES, ZERO_MARK, Decoder, Encoder
 from storage.errors import (
@@ -55,10 +57,6 @@ class ForeignDomain:
 
     def backups(self) -> list[BackupRow]:
         return list(backup_rows(self.state))
-
-    def has_pack(self, pack: str) -> bool:
-        """Whether the pack of that FileId is live there."""
-        return tables.packs.get(self.state, pack) is not None
 
 
 def read_domain(fs: Fs, paths: DomainPaths, known: MemoryTables | None = None) -> ForeignDomain:
@@ -114,12 +112,13 @@ def _take(
     absent = [backup for backup in wanted if backup not in rows]
     if absent:
         raise NotOnPoint(f"backup {absent[0]} is not on the point")
+    vouched = cache(partial(_same_file, domain, source.paths))
     with domain.begin("import") as session:
         needed: set[bytes] = set()
         for backup in wanted:
             for disk in rows[backup].disks:
-                needed |= _write_manifest(domain, session, source, disk.disk)
-        _link_packs(domain, session, source, needed)
+                needed |= _write_manifest(domain, session, source, disk.disk, vouched)
+        _link_packs(domain, session, source, needed, vouched)
         session.commit(
             [
                 NewBackup(backup, relabel(rows[backup]), [d.disk for d in rows[backup].disks])
@@ -128,8 +127,20 @@ def _take(
         )
 
 
+def _same_file(domain: Domain, source: DomainPaths, pack: str, maker: str) -> bool:
+    """Whether our `pack` is the file that the source has as `maker`. That a header names one of
+    the source's packs proves nothing: anybody can write that."""
+    with translated(source.root):
+        try:
+            ours = domain.fs.stat(domain.paths.pack(pack))
+            theirs = domain.fs.stat(source.pack(maker))
+        except FileNotFoundError:
+            return False
+    return theirs.kind == "file" and theirs.inode == ours.inode
+
+
 def _write_manifest(
-    domain: Domain, session: Session, source: ForeignDomain, disk: str
+    domain: Domain, session: Session, source: ForeignDomain, disk: str, vouched: Vouched
 ) -> set[bytes]:
     """Writes a disk's whole map as a full manifest of ours; returns the chunks we lack."""
     row = tables.disks.require(source.state, disk)
@@ -146,13 +157,17 @@ def _write_manifest(
             raise Damaged(f"disk {disk}: page {page_no} is not one of a full disk of its size")
         builder.add_page(page_no, entries)
         ids = list(set(entries.values()))
-        known = session.known(ids, source.has_pack)
+        known = session.known(ids, vouched)
         lacking.update(chunk for chunk, there in zip(ids, known, strict=True) if not there)
     return lacking
 
 
 def _link_packs(
-    domain: Domain, session: Session, source: ForeignDomain, needed: set[bytes]
+    domain: Domain,
+    session: Session,
+    source: ForeignDomain,
+    needed: set[bytes],
+    vouched: Vouched,
 ) -> None:
     """Gives those of the source's live packs that hold a needed chunk a name in the session.
 
@@ -161,11 +176,8 @@ def _link_packs(
     """
     chosen = dict(_holders(domain, source, needed))
     bases = list({base for found in chosen.values() for base in found.values() if base})
-    lacking = [
-        b
-        for b, known in zip(bases, session.known(bases, source.has_pack), strict=True)
-        if not known
-    ]
+    known = session.known(bases, vouched)
+    lacking = [base for base, there in zip(bases, known, strict=True) if not there]
     chosen |= dict(_holders(domain, source, set(lacking)))
     ours: set[bytes] = set()
     for _, pack in sorted(chosen):

@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from storage import orphans, tables
-from storage.adopted import nobody
+from storage.adopted import Vouched, nobody
 from storage.ballast import reserve_bytes
 from storage.chunks import FRAME_HEADER_BYTES, Frame
 from storage.errors import PointFull, Refused, SessionEnded, StorageError, translated
@@ -144,7 +144,7 @@ class Session:
 
     # Chunks.
 
-    def known(self, ids: Sequence[bytes], vouched: Callable[[str], bool] = nobody) -> list[bool]:
+    def known(self, ids: Sequence[bytes], vouched: Vouched = nobody) -> list[bool]:
         """For each id, whether it need not be stored: it is live, or this session's own already.
 
         What is known to be damaged where it lies is not: it is stored anew, which heals it. What

@@ -45,12 +45,13 @@ class Sealed:
     file_size: int | None = None
     annex: bytes = b""
     annex_size: int | None = None
+    session: bytes = SESSION
 
     def but(self, **changes: object) -> Sealed:
         return replace(self, **changes)  # type: ignore[arg-type]
 
     def encoded(self) -> bytes:
-        header = self.magic + struct.pack("<HH", self.version, self.flags) + SESSION
+        header = self.magic + struct.pack("<HH", self.version, self.flags) + self.session
         header += struct.pack("<II", self.n, self.chunk_size) + self.extra
         table = b"".join(self.rows)
         offset = _or(self.table_offset, 64 + len(self.items))

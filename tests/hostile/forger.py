@@ -66,8 +66,13 @@ class Forger:
         content = forging.manifest(items, rows, capacity, kind).encoded()
         return self._put("manifests", 0, content, len(rows))
 
-    def pack(self, items: bytes, rows: Sequence[bytes]) -> FileSeal:
-        return self._put("packs", 0, forging.pack(items, rows).encoded(), len(rows))
+    def pack(self, items: bytes, rows: Sequence[bytes], maker: str = "") -> FileSeal:
+        """`maker`: the FileId that its header says."""
+        sealed = forging.pack(items, rows)
+        if maker:
+            session, _, n = maker.partition("/")
+            sealed = sealed.but(session=bytes.fromhex(session), n=int(n, 16))
+        return self._put("packs", 0, sealed.encoded(), len(rows))
 
     def _put(self, root: str, n: int, content: bytes, count: int) -> FileSeal:
         path = self.root / root / S / f"{n:08x}"

@@ -35,8 +35,9 @@ def mine(point: Point) -> Domain:
     return open_domain(point, cluster("mine"), "host-9")
 
 
-def lie(evil: Forger, mine: Domain, *claimed: bytes, told: bytes) -> str:
-    """A backup whose pack says that it holds the `claimed` contents, and holds `told` instead."""
+def lie(evil: Forger, mine: Domain, *claimed: bytes, told: bytes, maker: str = "") -> str:
+    """A backup whose pack says that it holds the `claimed` contents, and holds `told` instead.
+    `maker`: the FileId under which it says that it was made."""
     items, rows, page = b"", [], {}
     for at, content in enumerate(claimed):
         chunk_id = mine.hasher.full(content)
@@ -45,7 +46,7 @@ def lie(evil: Forger, mine: Domain, *claimed: bytes, told: bytes) -> str:
         page[at] = chunk_id
     capacity = len(claimed) * len(told)
     manifest = evil.manifest([(0, encode_page(page))], capacity)
-    return evil.commit(manifest, (evil.pack(items, rows),), capacity=capacity)
+    return evil.commit(manifest, (evil.pack(items, rows, maker),), capacity=capacity)
 
 
 def theirs_uuid(domain: Domain) -> str:
@@ -85,6 +86,18 @@ def test_an_import_does_not_rely_on_another_stranger(
     imported(mine, evil.uuid, lie(evil, mine, chunk, told=image_of(6)))
     theirs = open_domain(point, cluster("theirs"), "host-8")
     taken = imported(mine, theirs_uuid(theirs), save(theirs, chunk).backup)
+    assert load(mine, taken) == chunk
+
+
+def test_a_header_that_names_the_source_s_own_pack_vouches_for_nothing(
+    point: Point, mine: Domain, evil: Forger
+) -> None:
+    chunk = image_of(5)
+    theirs = open_domain(point, cluster("theirs"), "host-8")
+    saved = save(theirs, chunk)
+    (pack,) = (path.removeprefix("packs/") for path in files(theirs, "packs"))
+    imported(mine, evil.uuid, lie(evil, mine, chunk, told=image_of(6), maker=pack))
+    taken = imported(mine, theirs_uuid(theirs), saved.backup)
     assert load(mine, taken) == chunk
 
 
