@@ -221,6 +221,8 @@ def _copy_live(domain: Domain, session: Session, pack: str) -> int:
     ]
     path = domain.paths.pack(pack)
     ids = [entry.chunk_id for entry in wanted]
+    if not all(domain.trust.is_sound(chunk, row.number) for chunk in ids):
+        raise Damaged(f"{path}: not all of it is whole, and the copy would be trusted")
     if len(domain.adopted.reliable(dict.fromkeys(ids, pack))) < len(ids):
         raise Damaged(f"{path}: another cluster made it, and not all of it is what it says")
     copied_bytes = 0

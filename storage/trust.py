@@ -68,9 +68,9 @@ class Trust:
 
     def _sound_rows(self, rows: Mapping[bytes, bytes]) -> dict[bytes, ChunkRow]:
         found = {chunk: unpack_chunk_row(value) for chunk, value in rows.items()}
-        return {chunk: row for chunk, row in found.items() if self._is_sound(chunk, row.pack)}
+        return {chunk: row for chunk, row in found.items() if self.is_sound(chunk, row.pack)}
 
-    def _is_sound(self, chunk: bytes, number: int) -> bool:
+    def is_sound(self, chunk: bytes, number: int) -> bool:
         """Whether nothing is known against the chunk's frame in the pack of that number."""
         if number == LOST_PACK:
             return False

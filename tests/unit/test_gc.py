@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from storage import gc
-from storage.chunks import Encoder
+from storage.chunks import CODEC_RAW, Encoder, make_frame
 from storage.domain import Domain
 from storage.errors import PointFull
 from storage.fs import OsFs, Room
 from storage.point import ClusterLabel, Point
+from storage.session import NewBackup
 from tests.store import (
     CHUNK,
     Saved,
@@ -22,6 +23,7 @@ from tests.store import (
     load,
     mixed,
     new_point,
+    new_uuid,
     open_domain,
     save,
 )
@@ -62,6 +64,25 @@ def test_gc_passes_over_a_pack_that_another_gc_retired(
     report = gc.execute_gc(domain, plan, lambda: False)
     assert (report.packs_removed, report.damaged) == (0, ())
     assert load(domain, small) == chunks[0]
+
+
+def test_gc_makes_nothing_trusted_that_is_known_to_be_wrong(domain: Domain) -> None:
+    """A chunk that was stored wrong (by a bad bit of memory, say): its frame is whole, its copy
+    would be too."""
+    one, two, other = mixed(3)
+    with domain.begin("backup") as session:
+        disk = new_uuid()
+        wrong = make_frame(domain.hasher.full(one), CHUNK, CODEC_RAW, other)
+        session.store([wrong, Encoder().encode(domain.hasher.full(two), two)])
+        entries = {0: domain.hasher.full(one)}
+        session.manifest(disk, CHUNK, None).add_page(0, entries)
+        session.commit([NewBackup(new_uuid(), b"", [disk])])
+    domain.trust.withdraw(f"{session.id}/00000000", frozenset({domain.hasher.full(one)}))
+    report = domain.reclaim(sparse_below=0.9)
+    assert (report.packs_repacked, len(report.damaged)) == (0, 1)
+    saved = save(domain, one)
+    assert load(domain, saved) == one
+    assert domain.reclaim(sparse_below=0.9).packs_removed == 1
 
 
 def test_gc_leaves_packs_alone_that_nothing_in_them_is_dead(domain: Domain) -> None:
