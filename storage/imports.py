@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING
 from storage import tables
 from storage.adopted import Vouched
 from storage.bad_places import open_to_read, read_at
-from storage.chunks import FRAME_HEADER_BYTES, ZERO_MARK, Decoder, Encoder
+from storage.chunks import CHUNK_ID_BYTES, FRAME_HEADER_BYTES, ZERO_MARK, Decoder, Encoder
 from storage.errors import (
     AlreadyOnPoint,
     ChunkMissing,
     Damaged,
     NotOnPoint,
     PointUnreachable,
+    Refused,
     translated,
 )
 from storage.fs import Fs
@@ -38,7 +39,7 @@ from storage.paths import DomainPaths, FileContents
 from storage.reader import MAX_RUN_BYTES, plan_chunks
 from storage.rebuild import fold_records, manifest_chain, merged_pages
 from storage.session import NewBackup, Session
-from storage.tables import BoundedTables, MemoryTables
+from storage.tables import BoundedTables, MemoryTables, Tables
 
 if TYPE_CHECKING:
     from storage.domain import Domain
@@ -46,6 +47,12 @@ if TYPE_CHECKING:
 ATTEMPTS = 3
 
 log = logging.getLogger(__name__)
+
+
+class _Overtaken(Refused):
+    """A chunk that was new to us when its copy was adopted is not new any more."""
+
+    retryable = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +100,9 @@ def import_backups(
         try:
             _take(domain, read_domain(domain.fs, source), missing, relabel)
             break
-        except (PointUnreachable, ChunkMissing, AlreadyOnPoint) as error:
+        except (PointUnreachable, ChunkMissing, AlreadyOnPoint, _Overtaken) as error:
             # The owner deleted or repacked meanwhile: its log tells where things are now. Or
-            # another host of ours took the same ones over.
+            # another host of ours took the same ones over, or somebody stored the same chunks.
             if attempt + 1 == ATTEMPTS:
                 raise
             log.info("import_again domain=%s reason=%s", source.root, error)
@@ -118,12 +125,13 @@ def _take(
         for backup in wanted:
             for disk in rows[backup].disks:
                 needed |= _write_manifest(domain, session, source, disk.disk, vouched)
-        _link_packs(domain, session, source, needed, vouched)
+        fresh = _link_packs(domain, session, source, needed, vouched)
         session.commit(
             [
                 NewBackup(backup, relabel(rows[backup]), [d.disk for d in rows[backup].disks])
                 for backup in wanted
-            ]
+            ],
+            partial(_require_fresh, fresh),
         )
 
 
@@ -168,8 +176,9 @@ def _link_packs(
     source: ForeignDomain,
     needed: set[bytes],
     vouched: Vouched,
-) -> None:
-    """Gives those of the source's live packs that hold a needed chunk a name in the session.
+) -> list[bytes]:
+    """Gives those of the source's live packs that hold a needed chunk a name in the session;
+    returns the ids of their chunks that we did not have, and so could not prove ours by.
 
     Older packs first, so that of two copies of a chunk the newer one becomes its place, as it is
     with the source. Patches take no place of ours: we store again what they would (see _ours).
@@ -179,15 +188,28 @@ def _link_packs(
     known = session.known(bases, vouched)
     lacking = [base for base, there in zip(bases, known, strict=True) if not there]
     chosen |= dict(_holders(domain, source, set(lacking)))
-    ours: set[bytes] = set()
+    ours, fresh = set[bytes](), list[bytes]()
     for _, pack in sorted(chosen):
         path = source.paths.pack(pack)
         with translated(path):
             adopted = domain.paths.pack(session.adopt_pack(path))
             _, entries = read_footer(domain.fs, adopted)
-        _prove_known(domain, adopted, [entry for entry in entries if not entry.base])
-        ours |= _ours(domain, [entry for entry in entries if entry.base], needed)
+        with domain.view.read() as state:
+            here = state.table("chunks").get_many([entry.chunk_id for entry in entries])
+            ours |= _ours(domain, state, [entry for entry in entries if entry.base], needed)
+        _prove(domain, adopted, [e for e in entries if e.chunk_id in here and not e.base])
+        fresh.append(b"".join(e.chunk_id for e in entries if e.chunk_id not in here))
     _store_whole(domain, session, sorted(ours))
+    return fresh
+
+
+def _require_fresh(fresh: Sequence[bytes], state: Tables) -> None:
+    """Raises _Overtaken if one of the chunks, whose ids are joined, is ours by now: the copy that
+    is about to take its place has not been proved."""
+    for ids in fresh:
+        chunks = [ids[at : at + CHUNK_ID_BYTES] for at in range(0, len(ids), CHUNK_ID_BYTES)]
+        if state.table("chunks").get_many(chunks):
+            raise _Overtaken("chunks of an imported backup were stored here meanwhile")
 
 
 def _holders(
@@ -212,13 +234,14 @@ def _holders(
         raise ChunkMissing(frozenset(left))
 
 
-def _ours(domain: Domain, patches: Sequence[PackEntry], needed: set[bytes]) -> set[bytes]:
+def _ours(
+    domain: Domain, state: Tables, patches: Sequence[PackEntry], needed: set[bytes]
+) -> set[bytes]:
     """What must be stored whole again beside an adopted pack: chunks that we have and that are
     patches there, since patches of ours may stand on them; and bases that are patches here."""
-    with domain.view.read() as state:
-        here = domain.trust.sound(state, [entry.chunk_id for entry in patches])
-        wanted = [entry.base for entry in patches if entry.chunk_id in needed]
-        bases = domain.trust.sound(state, wanted)
+    here = domain.trust.sound(state, [entry.chunk_id for entry in patches])
+    wanted = [entry.base for entry in patches if entry.chunk_id in needed]
+    bases = domain.trust.sound(state, wanted)
     return here.keys() | {base for base, row in bases.items() if row.base}
 
 
@@ -240,15 +263,13 @@ def _require_directory(fs: Fs, path: str) -> None:
             raise Damaged(f"{path} is no directory")
 
 
-def _prove_known(domain: Domain, path: str, entries: Sequence[PackEntry]) -> None:
+def _prove(domain: Domain, path: str, entries: Sequence[PackEntry]) -> None:
     """Checks an adopted pack's copies of chunks that we have: they take the place of ours."""
-    with domain.view.read() as state:
-        known = state.table("chunks").get_many([entry.chunk_id for entry in entries])
     decoder = Decoder()
     with translated(path):
         fd = open_to_read(domain.fs, path)
         try:
-            for entry in (entry for entry in entries if entry.chunk_id in known):
+            for entry in entries:
                 what = f"{path} at {entry.offset}"
                 size_bytes = FRAME_HEADER_BYTES + entry.stored_len
                 raw = read_at(domain.fs, fd, size_bytes, entry.offset, path)

@@ -77,3 +77,11 @@ def plan_dead(state: Tables, packs: Sequence[str]) -> tuple[str, ...]:
     if not dead or tables.lost_disks(state):
         return ()
     return tuple(pack for pack in dead if tables.may_retire(state, pack))
+
+
+def may_go(state: Tables, pack: str, *, lost: bool) -> bool:
+    """False for one that went already, and for one that a lost chunk, or disk, may be in."""
+    row = tables.packs.get(state, pack)
+    if row is None or row.live_chunks:
+        return row is not None
+    return not lost and tables.may_retire(state, pack)

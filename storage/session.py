@@ -28,6 +28,7 @@ from storage.errors import PointFull, Refused, SessionEnded, StorageError, trans
 from storage.fold import Garbage
 from storage.manifests import ManifestWriter, encode_page
 from storage.packs import PackWriter, read_footer
+from storage.proof import may_go
 from storage.publish import discard, link_or_copy, make_dirs
 from storage.record import (
     BackupSeal,
@@ -335,21 +336,31 @@ class Session:
 
     # Outcomes.
 
-    def commit(self, backups: Sequence[NewBackup]) -> None:
+    def commit(
+        self,
+        backups: Sequence[NewBackup],
+        require: Callable[[Tables], None] = lambda _: None,
+    ) -> None:
         """Seals what is open and makes the backups live. Durable, and acknowledged, on return.
+
+        `require` is shown the state that the commit follows; what it raises ends the commit.
 
         ChunkMissing: chunks that known() had vouched for are gone; the session is still open: store
         them again, then commit again. Other StorageErrors: leave the `with` block.
         """
         packs = self._seal_all()
-        manifests = tuple(sealed.seal for sealed in self._manifests.values())
         op = Commit(
             session=self.id,
             packs=packs,
-            manifests=manifests,
+            manifests=tuple(sealed.seal for sealed in self._manifests.values()),
             backups=tuple(self._backup_seal(backup) for backup in backups),
         )
-        self._append(lambda _: [op])
+
+        def build(state: Tables) -> Sequence[Op]:
+            require(state)
+            return [op]
+
+        self._append(build)
 
     def retire(self, packs: Sequence[str], folded: Sequence[FoldedChain]) -> Garbage:
         """A gc session's outcome: `packs` are dead, its own hold what was live in them, and its
@@ -359,7 +370,7 @@ class Session:
 
         def build(state: Tables) -> Sequence[Op]:
             lost = bool(tables.lost_disks(state))
-            live = tuple(pack for pack in packs if _may_go(state, pack, lost=lost))
+            live = tuple(pack for pack in packs if may_go(state, pack, lost=lost))
             rebased = [chain for chain in folded if chain.still_true(state)]
             seals = {chain.disk: self._manifests[chain.disk].seal for chain in rebased}
             rebases = tuple(
@@ -480,14 +491,6 @@ class Session:
             log.info("session_ended_already session=%s", self.id)
         except StorageError as error:
             log.warning("session_left_open session=%s error=%s", self.id, error)
-
-
-def _may_go(state: Tables, pack: str, *, lost: bool) -> bool:
-    """False for one that went already, and for one that a lost chunk, or disk, may be in."""
-    row = tables.packs.get(state, pack)
-    if row is None or row.live_chunks:
-        return row is not None
-    return not lost and tables.may_retire(state, pack)
 
 
 def _file_seal(n: int, seal: Seal) -> FileSeal:

@@ -6,15 +6,18 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from storage.adopted import AdoptedPacks
 from storage.domain import Domain
-from storage.errors import Damaged
+from storage.errors import Damaged, Refused
+from storage.imports import ATTEMPTS
 from storage.manifests import encode_page
 from storage.point import Point
 from storage.reader import ChunkReader
+from storage.session import Session
 from tests import forging
 from tests.hostile.forger import Forger
 from tests.store import Saved, cluster, files, image_of, load, new_point, open_domain, save
@@ -164,3 +167,40 @@ def test_gc_copies_no_lie_of_a_chunk_that_is_healed_meanwhile(
     report = mine.reclaim(sparse_below=1.0, copy_budget_bytes=1 << 30)
     assert (len(healed), report.packs_repacked) == (1, 0)
     assert load(mine, healed[0]) == one
+
+
+def test_a_chunk_that_becomes_ours_during_an_import_is_proved(
+    mine: Domain, evil: Forger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the import adopts would take its place, and a backup of ours would be lost."""
+    chunk = image_of(5)
+    backup = lie(evil, mine, chunk, told=image_of(6))
+    commits, stored = Session.commit, list[Saved]()
+
+    def commit(self: Session, *args: Any) -> None:
+        monkeypatch.undo()
+        stored.append(save(mine, chunk))
+        commits(self, *args)
+
+    monkeypatch.setattr(Session, "commit", commit)
+    taken = imported(mine, evil.uuid, backup)
+    assert load(mine, stored[0]) == chunk == load(mine, taken)
+
+
+def test_an_import_that_is_overtaken_each_time_says_so(
+    point: Point, mine: Domain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunks = [image_of(number) for number in range(1, 6)]
+    theirs = open_domain(point, cluster("theirs"), "host-8")
+    source, backup = theirs_uuid(theirs), save(theirs, b"".join(chunks)).backup
+    commits, left = Session.commit, chunks[:ATTEMPTS]
+
+    def commit(self: Session, backups: Any, *require: Any) -> None:
+        if require and left:
+            save(mine, left.pop())
+        commits(self, backups, *require)
+
+    monkeypatch.setattr(Session, "commit", commit)
+    with pytest.raises(Refused, match="meanwhile"):
+        imported(mine, source, backup)
+    assert load(mine, imported(mine, source, backup)) == b"".join(chunks)
