@@ -17,13 +17,13 @@ from msgspec.structs import replace
 from engine.backup import BackupFacts, BackupWork, DiskWork, run_backup
 from engine.core import Core
 from engine.distrust import remember
-from engine.errors import Conflict, Invalid
+from engine.errors import Conflict, EngineError, Invalid
 from engine.freeze import FreezeHook
 from engine.hold import HoldWish, Resting
 from engine.ids import new_id, normal
 from engine.inventory import find, pool_of, require_idle
 from engine.jobs import JobContext, new_job
-from engine.labels import encode_label
+from engine.labels import encode_label, settled_backup
 from engine.model import (
     BACKUP_DONE,
     BACKUP_FAILED,
@@ -41,7 +41,7 @@ from engine.tending import tend
 from engine.tracking import Tracker
 from engine.views import Scope
 from engine.volumes import volume_path
-from storage.errors import NotOnPoint
+from storage.errors import NotOnPoint, StorageError
 
 log = logging.getLogger(__name__)
 
@@ -160,9 +160,25 @@ class _BackupRun:
         remember(self._core.state, self._core.points, row.point_uuid, (row.cluster_uuid,))
         try:
             self._core.catalogue.put(row)
+            if error is not None:
+                self._put_right(row)
         finally:
             self._core.inventory.end_action(self._vm.uuid)
             self._core.points.look_again(row.point_uuid)
+
+    def _put_right(self, failed: Backup) -> None:
+        """A COMMIT may be in the log though we got an error. The look at the point that met it
+        passes over a running backup, and none comes back to it: so what that has seen counts now.
+        """
+        core, where = self._core, (failed.cluster_uuid, failed.point_uuid)
+        try:
+            found = core.points.domain(failed.point_uuid, failed.cluster_uuid).rows_of(
+                [failed.uuid]
+            )
+        except (EngineError, StorageError):
+            return  # the look that opens it sees all that it has
+        for row in found:
+            core.catalogue.put(settled_backup(row, *where, core.inventory.places))
 
     def _see_vm(self) -> None:
         """Its disks as they are now: it may have waited long for its turn."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,10 +19,13 @@ from engine.config import (
     PoolConfig,
     TenantConfig,
 )
+from engine.distrust import remember
 from engine.jobs import JobContext
-from engine.model import BACKUP_FAILED, Backup, Vm
+from engine.model import BACKUP_DONE, BACKUP_FAILED, Backup, Vm
 from engine.views import NewDisk, RestoreTarget, Scope
 from storage.check import check_point
+from storage.errors import PointUnreachable
+from storage.session import NewBackup, Session
 from tests.conftest import LoopFs
 from tests.engine_rig import ANYWHERE, EngineRig, disk_bytes, files_below
 from tests.rig import random_bytes, write_at
@@ -157,6 +161,34 @@ def _restore_into(rig: EngineRig, backup: Backup, pool: str, name: str) -> tuple
     target = RestoreTarget("sda", found.uuid, f"{name}.raw", "SSD")
     group, zone = rig.engine.object_groups()[0].uuid, rig.engine.zones()[0].uuid
     return rig.engine.restore_backup(ANYWHERE, backup.uuid, name, [target], group, zone)
+
+
+def test_a_backup_whose_commit_got_no_answer_is_there_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look at the point meets the COMMIT before the job notes that it has failed."""
+    content = disk_bytes(1 << 20, 1)
+    with EngineRig(tmp_path / "data") as rig:
+        commit = Session.commit
+
+        def unanswered(self: Session, new: Sequence[NewBackup]) -> None:
+            commit(self, new)
+            raise PointUnreachable("no answer")
+
+        def looking(*args: Any) -> None:
+            rig.core.points.look_again(rig.point_uuid)
+            remember(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Session, "commit", unanswered)
+            patch.setattr("engine.backups.remember", looking)
+            backup, job = rig.ask_backup(rig.make_vm("web", content))
+            assert rig.ended(job).state == "failed"
+        row = rig.engine.backup(ANYWHERE, backup)
+        assert (row.status, row.error) == (BACKUP_DONE, "")
+        assert rig.restore(row, "copy") == [content]
+        rig.engine.delete_backup(ANYWHERE, backup)
+        assert rig.core.points.domain(rig.point_uuid, rig.cluster_uuid).backups() == []
 
 
 def test_colliding_chunks_of_two_tenants_stay_their_own(tmp_path: Path) -> None:
