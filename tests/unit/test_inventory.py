@@ -213,6 +213,7 @@ def test_scopes(state: State, tmp_path: Path) -> None:
         seen(tenant=acme.uuid, namespace_uuid=main.uuid)
     assert covers(places, Scope(tenant=acme.uuid), east, prod.uuid)
     assert not covers(places, Scope(tenant=acme.uuid), east, first.uuid)
+    assert covers(places, Scope(), east, "of a namespace that was configured once")
     assert landing(places, Scope())[1] == main
     assert landing(places, Scope(tenant=acme.uuid))[1] == prod
 
