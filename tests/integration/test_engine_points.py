@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from functools import partial
 from pathlib import Path
@@ -112,6 +113,17 @@ def test_an_import_is_all_or_nothing(tmp_path: Path) -> None:
         domain = two.core.points.domain(first, two.cluster_uuid)
         domain.refresh()
         assert domain.backups() == []
+
+
+def test_no_point_is_made_in_a_pool_or_where_no_name_of_it_can_be_kept(tmp_path: Path) -> None:
+    odd = tmp_path / os.fsdecode(b"\xff")
+    odd.mkdir()
+    (tmp_path / "link").symlink_to(odd)
+    with EngineRig(tmp_path / "data") as rig:
+        for path in (rig.pool_path, tmp_path / "link"):
+            with pytest.raises(Invalid, match="path"):
+                attach(rig, path, "new")
+            assert os.listdir(path) == []
 
 
 def test_junk_labels_are_shown_and_crash_nothing(tmp_path: Path) -> None:
