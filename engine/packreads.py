@@ -51,5 +51,12 @@ class PackReads:
 
     @staticmethod
     def end(state: State, point_uuid: str) -> None:
-        """The verify came to its end: the next one reads everything."""
-        state.pack_reads.delete(f"{point_uuid}/")
+        """The verify came to its end: the next one reads everything.
+
+        Packs that it did not come to are gone, or not to be read: their rows go, or they would
+        gather for as long as there are backups.
+        """
+        rows = [row for row in state.pack_reads.values() if row.point_uuid == point_uuid]
+        began = next((row.at for row in rows if not row.pack), 0.0)
+        past = [row.pack for row in rows if row.at < began]
+        state.pack_reads.delete(*(f"{point_uuid}/{pack}" for pack in ("", *past)))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.model import PackRead
 from engine.packreads import PackReads
 from engine.state import State
 from storage import check_report
@@ -84,6 +85,20 @@ def test_what_was_not_read_for_longest_comes_first(
     monkeypatch.setattr(second, "done", lambda pack: (noted.__iadd__([pack]), done(pack)))
     check_point(str(site.path), deep=True, reads=second)
     assert [pack for pack in noted if pack in mine] == [*mine[1:], mine[0]]
+
+
+def test_packs_that_are_gone_are_forgotten(site: Site, state: State) -> None:
+    clock = Ticks()
+    gone = f"{site.label.cluster_uuid}/gone"
+    state.pack_reads.put_all(PackRead(point_uuid=p, pack=gone, at=clock()) for p in "pq")
+    reads = PackReads(state, "p", clock)
+    check_point(str(site.path), deep=True, reads=reads)
+    reads.flush()
+    PackReads.end(state, "p")
+    rows = [(row.point_uuid, row.pack) for row in state.pack_reads.values()]
+    assert ("q", gone) in rows
+    assert ("p", gone) not in rows
+    assert len(rows) == 1 + 5
 
 
 class Sleeper:
