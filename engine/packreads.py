@@ -27,7 +27,11 @@ class PackReads:
         self._goes_on = began is not None
         self._began = clock() if began is None else began
         if began is None:
-            self._rows.put(self._row("", self._began))
+            # What was read by a clock that was ahead would count as read by this verify.
+            ahead = [pack for pack, at in self._at.items() if at >= self._began]
+            self._at |= dict.fromkeys(ahead, 0.0)
+            rows = [self._row(pack, 0.0) for pack in ahead]
+            self._rows.put_all([*rows, self._row("", self._began)])
 
     def last(self, pack: str) -> float | None:
         return self._at.get(pack)

@@ -77,7 +77,7 @@ def test_what_was_not_read_for_longest_comes_first(
     order = sorted((row for row in state.pack_reads.values()), key=lambda row: row.at)
     mine = [row.pack for row in order if row.pack.startswith(site.label.cluster_uuid)]
     newest_first = PackReads(state, "p", clock)
-    state.pack_reads.put(newest_first._row(mine[0], 1e9))
+    state.pack_reads.put(newest_first._row(mine[0], clock()))
     state.pack_reads.delete("p/")
     second = PackReads(state, "p", clock)
     noted: list[str] = []
@@ -85,6 +85,19 @@ def test_what_was_not_read_for_longest_comes_first(
     monkeypatch.setattr(second, "done", lambda pack: (noted.__iadd__([pack]), done(pack)))
     check_point(str(site.path), deep=True, reads=second)
     assert [pack for pack in noted if pack in mine] == [*mine[1:], mine[0]]
+
+
+def test_what_a_clock_that_was_ahead_has_read_is_read_again(site: Site, state: State) -> None:
+    late = Ticks()
+    late.now = 1e9
+    ahead = PackReads(state, "p", late)
+    check_point(str(site.path), deep=True, reads=ahead)
+    ahead.flush()
+    PackReads.end(state, "p")
+    clock = Ticks()
+    interrupted(site, PackReads(state, "p", clock), 2)
+    again = PackReads(state, "p", clock)
+    assert check_point(str(site.path), deep=True, reads=again).packs_skipped == 2
 
 
 def test_packs_that_are_gone_are_forgotten(site: Site, state: State) -> None:
