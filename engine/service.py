@@ -282,9 +282,9 @@ class Engine:
             for row in self._core.baselines.rows()
         ]
 
-    def turn_tracking_on(self, vm_uuid: str) -> None:
+    def turn_tracking_on(self, vm_uuid: str, scope: Scope = EVERYWHERE) -> None:
         """Of all disks of a VM: the operator knows why it was ended. NotFound."""
-        vm = self.vm(vm_uuid)
+        vm = self.vm(vm_uuid, scope)
         for disk in vm.disks:
             self._core.baselines.turn_on(vm.uuid, disk.target_device)
 
