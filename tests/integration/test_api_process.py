@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -37,10 +38,10 @@ def own_logging() -> Iterator[None]:
     logging.getLogger("aiohttp.server").setLevel(logging.NOTSET)
 
 
-def _serve(data: Path, **environment: str) -> subprocess.Popen[str]:
+def _serve(data: Path, *, files: int = 1024, **environment: str) -> subprocess.Popen[str]:
     code = "import sys; from api.server import run; sys.exit(run(sys.argv[1], '127.0.0.1:0'))"
     return subprocess.Popen(
-        [sys.executable, "-u", "-c", code, str(data)],
+        ["prlimit", f"--nofile={files}:", sys.executable, "-u", "-c", code, str(data)],
         stdout=subprocess.PIPE,
         text=True,
         cwd=ROOT,
@@ -87,6 +88,16 @@ def test_it_says_what_it_made_and_ends_in_time(tmp_path: Path, number: int) -> N
                 assert supervisor.recv(100) == b"STOPPING=1"
                 assert server.wait(timeout=30) == 0
                 assert time.monotonic() - began < 10
+
+
+def test_it_opens_as_many_files_as_it_may(tmp_path: Path) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+    with _serve(tmp_path / "data", files=256) as server:
+        _told(server, "backup point")
+        found = resource.prlimit(server.pid, resource.RLIMIT_NOFILE)
+        server.terminate()
+    assert found == (most, hard)
 
 
 @pytest.mark.usefixtures("own_logging")
