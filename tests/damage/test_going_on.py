@@ -60,7 +60,7 @@ def test_it_goes_on_where_it_stopped_and_then_begins_anew(site: Site, state: Sta
     again.flush()
     assert report.packs == 5
     assert report.packs_skipped == 2
-    PackReads.end(state, "p")
+    again.end()
     fresh = PackReads(state, "p", clock)
     assert check_point(str(site.path), deep=True, reads=fresh).packs_skipped == 0
 
@@ -71,8 +71,7 @@ def test_what_was_not_read_for_longest_comes_first(
     clock = Ticks()
     first = PackReads(state, "p", clock)
     check_point(str(site.path), deep=True, reads=first)
-    first.flush()
-    PackReads.end(state, "p")
+    first.end()
     order = sorted((row for row in state.pack_reads.values()), key=lambda row: row.at)
     mine = [row.pack for row in order if row.pack.startswith(site.label.cluster_uuid)]
     newest_first = PackReads(state, "p", clock)
@@ -84,6 +83,45 @@ def test_what_was_not_read_for_longest_comes_first(
     monkeypatch.setattr(second, "done", lambda pack: (noted.__iadd__([pack]), done(pack)))
     check_point(str(site.path), deep=True, reads=second)
     assert [pack for pack in noted if pack in mine] == [*mine[1:], mine[0]]
+
+
+def packs_of(state: State) -> set[str]:
+    return {row.pack for row in state.pack_reads.values()}
+
+
+def test_what_is_remembered_of_packs_that_are_gone_goes(state: State) -> None:
+    """Else the state would grow with every pack that there ever was."""
+    clock = Ticks()
+    first = PackReads(state, "p", clock)
+    for pack in ("stays", "goes"):
+        first.done(pack)
+    first.end()
+    assert packs_of(state) == {"stays", "goes"}
+    other = PackReads(state, "q", clock)
+    other.done("theirs")
+    other.flush()
+    second = PackReads(state, "p", clock)
+    second.done("stays")
+    second.flush()
+    assert packs_of(state) == {"", "stays", "goes", "theirs"}
+    resumed = PackReads(state, "p", clock)
+    assert resumed.skip("stays")
+    resumed.end()
+    assert packs_of(state) == {"", "stays", "theirs"}  # "": the other point's verify
+
+
+def test_a_clock_that_was_set_back_skips_nothing(state: State) -> None:
+    late, early = Ticks(), Ticks()
+    late.now = 1e9
+    first = PackReads(state, "p", late)
+    first.done("one")
+    first.done("two")
+    first.end()
+    second = PackReads(state, "p", early)
+    second.done("one")
+    second.flush()
+    resumed = PackReads(state, "p", early)
+    assert (resumed.skip("one"), resumed.skip("two")) == (True, False)
 
 
 class Sleeper:
