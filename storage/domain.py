@@ -469,10 +469,11 @@ class Domain:
         source_cluster_uuid: str,
         backups: Sequence[str],
         relabel: Callable[[BackupRow], bytes],
+        taken: Callable[[Sequence[str]], None] = lambda _: None,
     ) -> list[BackupRow]:
         """Takes backups over from another cluster's domain of the point. See storage.imports."""
         source = self.paths.sibling(source_cluster_uuid)
-        return imports.import_backups(self, source, backups, relabel)
+        return imports.import_backups(self, source, backups, relabel, taken)
 
     def stats(self) -> DomainStats:
         """Counts of the view, without a look at the point."""

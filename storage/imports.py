@@ -85,11 +85,13 @@ def import_backups(
     source: DomainPaths,
     wanted: Sequence[str],
     relabel: Callable[[BackupRow], bytes],
+    taken: Callable[[Sequence[str]], None] = lambda _: None,
 ) -> list[BackupRow]:
     """Makes the wanted backups of `source` live in `domain`, all or none; returns their rows here.
 
-    Those that are here already are only returned. `relabel` gives each one's label here. Durable on
-    return. NotOnPoint when one is in neither; Damaged; PointFull.
+    Those that are here already are only returned; `taken` is told the others, which this call has
+    made live. `relabel` gives each one's label here. Durable on return. NotOnPoint when one is in
+    neither; Damaged; PointFull.
     """
     domain.refresh()
     for attempt in range(ATTEMPTS):
@@ -99,6 +101,7 @@ def import_backups(
             break
         try:
             _take(domain, read_domain(domain.fs, source), missing, relabel)
+            taken(missing)
             break
         except (PointUnreachable, ChunkMissing, AlreadyOnPoint, _Overtaken) as error:
             # The owner deleted or repacked meanwhile: its log tells where things are now. Or

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -15,8 +16,10 @@ from engine.errors import Conflict, EngineError, Invalid, NotFound
 from engine.labels import UNREADABLE_NAME
 from engine.views import BackupQuery, Scope
 from storage import bundles
+from storage.domain import Domain
 from storage.errors import PointNotEmpty, PointUnreachable, StorageError
 from storage.leftovers import Leftovers
+from storage.listing import BackupRow
 from storage.point import ClusterLabel, Point
 from storage.session import NewBackup
 from tests.engine_rig import ANYWHERE, ONE_JOB, PATIENCE_S, EngineRig, disk_bytes, files_below
@@ -112,6 +115,32 @@ def test_an_import_is_all_or_nothing(tmp_path: Path) -> None:
         domain = two.core.points.domain(first, two.cluster_uuid)
         domain.refresh()
         assert domain.backups() == []
+
+
+def test_an_import_that_fails_gives_back_what_it_has_brought_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not what another call has taken over, and acknowledged, meanwhile."""
+    with EngineRig(tmp_path / "a") as one, EngineRig(tmp_path / "b") as two:
+        first, second = (attach(one, tmp_path / name, name) for name in ("first", "second"))
+        for name in ("first", "second"):
+            attach(two, tmp_path / name, name)
+        good = back_up_to(one, first, disk_bytes(MIB, 1), "web")
+        bad = back_up_to(one, second, disk_bytes(2 * MIB, 2), "db")
+        for path in files_below(tmp_path / "second" / "domains" / one.cluster_uuid / "packs"):
+            Path(path).unlink()
+        takes = Domain.import_backups
+
+        def second_of_two(self: Domain, *args: Any) -> list[BackupRow]:
+            monkeypatch.undo()
+            two.engine.import_backups(two.cluster_uuid, [(good, first)])
+            return takes(self, *args)
+
+        monkeypatch.setattr(Domain, "import_backups", second_of_two)
+        with pytest.raises(StorageError):
+            two.engine.import_backups(two.cluster_uuid, [(good, first), (bad, second)])
+        backup = two.engine.backup(ANYWHERE, good)
+        assert two.restore(backup, "copy") == [disk_bytes(MIB, 1)]
 
 
 def test_junk_labels_are_shown_and_crash_nothing(tmp_path: Path) -> None:
