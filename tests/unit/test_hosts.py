@@ -6,9 +6,11 @@ import errno
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from storage import rebuild
 from storage.chunks import Encoder
 from storage.domain import Domain
 from storage.errors import Damaged, PointFull, StorageError
@@ -171,6 +173,29 @@ def test_a_rebuild_beside_a_gc_begins_again(
     other.refresh()
     assert dump(other) == dump(domain)
     assert load(other, kept) == image_of(3)
+
+
+def test_a_rebuild_beside_damage_and_others_who_append_comes_to_an_end(
+    point: Point, label: ClusterLabel, domain: Domain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(domain, image_of(1, 2))
+    (damaged,) = files(domain, "packs")
+    other = through(point, label, "host-2", OsFs())
+    os.unlink(os.path.join(domain.paths.root, damaged))
+    fill, kept = rebuild.fill, [save(domain, image_of(3))]
+
+    def filled(*args: Any) -> frozenset[str]:
+        found = fill(*args)
+        kept.append(save(domain, image_of(3)))
+        assert len(kept) < 10, "it begins again and again"
+        return found
+
+    monkeypatch.setattr(rebuild, "fill", filled)
+    other.rebuild()
+    monkeypatch.undo()
+    other.refresh()
+    assert other.losses().packs == (damaged.removeprefix("packs/"),)
+    assert all(load(other, saved) == image_of(3) for saved in kept)
 
 
 def test_importing_does_not_put_damage_in_the_place_of_ones_own_chunks(
