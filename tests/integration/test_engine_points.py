@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from functools import partial
 from pathlib import Path
@@ -14,10 +15,11 @@ from engine import keeper
 from engine.config import Config, parse_config
 from engine.errors import Conflict, EngineError, Invalid, NotFound
 from engine.labels import UNREADABLE_NAME
+from engine.service import Engine
 from engine.views import BackupQuery, Scope
 from storage import bundles
 from storage.domain import Domain
-from storage.errors import PointNotEmpty, PointUnreachable, StorageError
+from storage.errors import Damaged, PointNotEmpty, PointUnreachable, StorageError
 from storage.leftovers import Leftovers
 from storage.listing import BackupRow
 from storage.point import ClusterLabel, Point
@@ -306,6 +308,38 @@ def test_several_managed_clusters_each_have_their_own(tmp_path: Path) -> None:
         rig.engine.delete_backup(east, backup.uuid)
         copy = rig.engine.backup(west, backup.uuid)
         assert rig.restore(copy, "copy") == [disk_bytes(MIB, 1)]
+
+
+def test_a_damaged_domain_is_opened_when_it_is_whole_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a restart, though the others are open all the time."""
+    config = parse_config(b'[[clusters]]\nname = "east"\n[[clusters]]\nname = "west"\n', "test")
+    content = disk_bytes(MIB, 1)
+    with EngineRig(tmp_path / "a", config) as rig:
+        east = rig.back_up(rig.make_vm("db", content))
+        west = next(c.uuid for c in rig.engine.clusters() if c.uuid != east.cluster_uuid)
+        rig.engine.import_backups(west, [(east.uuid, rig.point_uuid)])
+        (record,) = (rig.data / "point" / "domains" / west / "log").rglob(f"{1:016x}")
+        whole = record.read_bytes()
+        rig.engine.stop(PATIENCE_S)
+        shutil.rmtree(rig.data / "point" / "domains" / west / "views")
+        record.write_bytes(whole[:-1])
+        rig.engine = Engine.start(str(rig.data), config)
+        look = partial(rig.core.points.look_again, rig.point_uuid, PATIENCE_S)
+        look()
+        with pytest.raises(Damaged):
+            rig.core.points.domain(rig.point_uuid, west)
+        assert rig.engine.point(rig.point_uuid).state == "damaged"
+        record.write_bytes(whole)
+        monkeypatch.setattr(keeper, "REOPEN_AFTER_S", 0.0)
+        monkeypatch.setattr(keeper, "REOPEN_REST", 0.0)
+        rig.core.points._keeper(rig.point_uuid)._reopens_at_s = 0.0
+        look()
+        assert rig.engine.point(rig.point_uuid).state == "online"
+        assert rig.restore(rig.engine.backup(Scope(cluster_uuid=west), east.uuid), "copy") == [
+            content
+        ]
 
 
 def test_a_configured_installation(tmp_path: Path) -> None:
