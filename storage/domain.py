@@ -39,7 +39,7 @@ from storage.maps import DiskMap
 from storage.paths import DomainPaths, FileContents
 from storage.proof import Proof
 from storage.reader import ChunkReader
-from storage.rebuild import make_view
+from storage.rebuild import Host, make_view
 from storage.record import (
     Abort,
     Forget,
@@ -415,7 +415,8 @@ class Domain:
         """
         with self._lock:
             path, identity = self.view.path, self.view.identity
-            self.view.replace(make_view(self.fs, self.paths, path, identity))
+            us = Host(self.host, self._seen.number)
+            self.view.replace(make_view(self.fs, self.paths, path, identity, us))
             self._tally.forget()
             self.proof.forget()
             self.trust.follow()

@@ -30,7 +30,7 @@ from storage.listing import BackupRow
 from storage.mounts import MountKind
 from storage.paths import DomainPaths
 from storage.publish import discard, make_dirs, put_if_absent
-from storage.rebuild import open_view
+from storage.rebuild import Host, open_view
 from storage.record import Digest32, Uuid
 from storage.seen import Seen
 from storage.tables import MemoryTables
@@ -197,8 +197,9 @@ class Point:
             os.makedirs(views, mode=0o700, exist_ok=True)
         identity = f"{self.uuid} {label.cluster_uuid}".encode()
         seen = Seen(seen_path)
+        us = Host(host, seen.number)
         with translated(views):
-            view = open_view(self._fs, paths, os.path.join(views, host), identity)
+            view = open_view(self._fs, paths, os.path.join(views, host), identity, us)
         domain = Domain(
             self._fs,
             paths,

@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import groupby, islice
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from blake3 import blake3
 from msgspec.structs import replace
@@ -48,13 +48,20 @@ ResultT = TypeVar("ResultT")
 log = logging.getLogger(__name__)
 
 
+class Host(NamedTuple):
+    """Whose view it is. `seen`: the last record that it knows to be durable."""
+
+    id: str
+    seen: int
+
+
 class Update(Protocol):
     """Runs a change of the state in a transaction of its own, and returns what it returned."""
 
     def __call__(self, change: Callable[[Tables], ResultT], /) -> ResultT: ...
 
 
-def open_view(fs: Fs, paths: DomainPaths, path: str, identity: bytes) -> View:
+def open_view(fs: Fs, paths: DomainPaths, path: str, identity: bytes, us: Host) -> View:
     """The domain's view, made anew when it is absent or can't be used. Not yet at the log's end."""
     destroy(_unfinished(path))
     destroy(path + ".old")  # of a View.replace that was killed
@@ -66,14 +73,14 @@ def open_view(fs: Fs, paths: DomainPaths, path: str, identity: bytes) -> View:
             destroy(path)
     view = _from_checkpoint(fs, paths, path, identity)
     if view is None:
-        made = make_view(fs, paths, path, identity)
+        made = make_view(fs, paths, path, identity, us)
         with translated(f"view {path}"):
             os.rename(made, path)
         view = View(path, identity)
     return view
 
 
-def make_view(fs: Fs, paths: DomainPaths, path: str, identity: bytes) -> str:
+def make_view(fs: Fs, paths: DomainPaths, path: str, identity: bytes, us: Host) -> str:
     """Makes a view from log, footers and manifests alone; returns the directory beside `path`
     that it lies in, closed. Raises Damaged when the log is; see `fill` for damaged files."""
     unfinished = _unfinished(path)
@@ -95,9 +102,21 @@ def make_view(fs: Fs, paths: DomainPaths, path: str, identity: bytes) -> str:
         if lost <= before or records.read_surely(last + 1) is None:
             if lost:
                 log.warning("view_incomplete path=%s: what the point lost is missing in it", path)
-            records.make_names_durable(max(1, last - 1), last)
+            _settle_names(records, last, us)
             return unfinished
         before = lost
+
+
+def _settle_names(records: Log, last: int, us: Host) -> None:
+    """The names of the last records are durable on return. Our own newest one may be there though
+    its fsync failed, unless we have seen it so; and then another fsync proves nothing."""
+    first = max(1, last - RECORDS_PER_STEP + 1)
+    records.make_names_durable(first, last)
+    for seq in range(last, max(first - 1, us.seen), -1):
+        found = records.read(seq)
+        if found is not None and found[0].host == us.id:
+            records.name_anew(seq)
+            return
 
 
 def _unfinished(path: str) -> str:

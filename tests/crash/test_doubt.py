@@ -98,3 +98,14 @@ def test_a_record_stands_though_the_view_could_not_take_it(world: World) -> None
     domain.rebuild()
     assert dump(domain) == before
     proved(world, world.fs.disk.crashed(Choice("none", 1)))
+
+
+def test_nothing_follows_a_record_in_doubt_that_a_view_made_anew_has_read(world: World) -> None:
+    world.save(FULL)
+    refusing = Refusing(world.fs, epoch(world), 2)
+    with pytest.raises(PointUnreachable):
+        world.domain().begin("read")
+    assert not refusing.left
+    world.domain().rebuild()
+    world.save(CHANGED)
+    proved(world, world.fs.disk.crashed(Choice("none", 1)))
