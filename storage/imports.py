@@ -39,7 +39,7 @@ from storage.paths import DomainPaths, FileContents
 from storage.reader import MAX_RUN_BYTES, plan_chunks
 from storage.rebuild import fold_records, manifest_chain, merged_pages
 from storage.session import NewBackup, Session
-from storage.tables import BoundedTables, MemoryTables, Tables
+from storage.tables import BoundedTables, Tables
 
 if TYPE_CHECKING:
     from storage.domain import Domain
@@ -60,13 +60,13 @@ class ForeignDomain:
     """Another domain as its log tells it: who is live, without an index."""
 
     paths: DomainPaths
-    state: MemoryTables
+    state: BoundedTables
 
     def backups(self) -> list[BackupRow]:
         return list(backup_rows(self.state))
 
 
-def read_domain(fs: Fs, paths: DomainPaths, known: MemoryTables | None = None) -> ForeignDomain:
+def read_domain(fs: Fs, paths: DomainPaths, known: BoundedTables | None = None) -> ForeignDomain:
     """Reads a domain's log to its end, from `known` on (changed in place) or from the start.
 
     Raises Damaged, PointNewerFormat, PointUnreachable.
