@@ -493,6 +493,7 @@ class Domain:
         return self.view.size_bytes() if on_point else 0
 
     def close(self) -> None:
-        """Lets go of the view. Open sessions stay open in the log until the host's next start."""
-        self._seen.settle()
-        self.view.close(seal=True)
+        """Lets go of the view once nobody is in it; sessions stay open until the next start."""
+        with self._lock:
+            self._seen.settle()
+            self.view.close(seal=True)

@@ -276,17 +276,18 @@ class View:
         return os.path.join(path, _DATA_FILE)
 
     def close(self, *, seal: bool = False) -> None:
-        """With a seal the next opening need not read all of it to prove it.
-
-        A scratch view is flushed before it gets one; StorageError when that fails.
+        """Once nobody is reading: LMDB would end the process. No update may be under way, and every
+        later call is a StorageError. With a seal the next opening need not read all of it to prove
+        it. A scratch view is flushed before it gets one; StorageError when that fails.
         """
-        try:
-            if seal and self._scratch:
-                with translated(f"view {self.path}"):
-                    self._current.env.sync(True)
-        finally:
-            for opened in (*self._replaced, self._current):
-                opened.env.close()
+        with self._unread():
+            try:
+                if seal and self._scratch:
+                    with translated(f"view {self.path}"):
+                        self._current.env.sync(True)
+            finally:
+                for opened in (*self._replaced, self._current):
+                    opened.env.close()
         if seal and not self.suspect:
             put_seal(os.path.join(self.path, _DATA_FILE))
 

@@ -18,7 +18,9 @@ from storage.fs import Buffer, OsFs
 from storage.heartbeats import Observer, beat
 from storage.point import ClusterLabel, Point
 from storage.reader import MAX_RUN_BYTES, plan_reads
+from storage.record import Op
 from storage.session import UNSEALED_PACKS_LIMIT, NewBackup
+from storage.tables import Tables
 from tests.failing_fs import FailingFs, HookFs, open_below
 from tests.store import (
     CHUNK,
@@ -230,6 +232,29 @@ def test_two_hosts_that_import_the_same_both_succeed(point: Point, domain: Domai
 
     (row,) = one.import_backups(source, [there.backup], relabel)
     assert (row.backup, row.label) == (there.backup, b"other")
+
+
+def test_a_domain_that_is_written_to_is_closed_after_that(domain: Domain) -> None:
+    begun, free = threading.Event(), threading.Event()
+
+    def build(_: Tables) -> list[Op]:
+        begun.set()
+        assert free.wait(10.0)
+        return []
+
+    writer = threading.Thread(target=domain.append, args=(build,))
+    closer = threading.Thread(target=domain.close)
+    writer.start()
+    assert begun.wait(10.0)
+    closer.start()
+    closer.join(0.2)
+    assert closer.is_alive()
+    free.set()
+    for thread in (writer, closer):
+        thread.join(10.0)
+        assert not thread.is_alive()
+    with pytest.raises(StorageError):
+        domain.begin("read")
 
 
 def test_rebuilds_leave_nothing_open(domain: Domain, tmp_path: Path) -> None:
