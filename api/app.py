@@ -139,7 +139,11 @@ def _refuse_foreign_origin(request: web.Request) -> None:
     origin = request.headers.get("Origin")
     if origin is None or request.method in ("GET", "HEAD"):
         return
-    if urlsplit(origin).netloc != request.headers.get("Host"):
+    try:
+        ours = urlsplit(origin).netloc == request.headers.get("Host")
+    except ValueError:  # "http://[" is no address
+        ours = False
+    if not ours:
         raise ApiError("foreign_origin", "the request comes from a page of another site")
 
 

@@ -111,7 +111,7 @@ def _log_operation(
 ) -> None:
     """One line of the operation log for a POST, and of the service's log for every call."""
     scode = row_of(error).scode if error else 0
-    desc = str(error)[:_MAX_LOGGED_CHARS] if error else ""
+    desc = _kept(str(error)) if error else ""
     log.log(
         logging.DEBUG if call.method == "GET" else logging.INFO,
         "call",
@@ -133,4 +133,9 @@ def _text_of(members: Members, name: str) -> str:
     value = members.get(name)
     if not isinstance(value, str):
         return ""
-    return value[:_MAX_LOGGED_CHARS].encode(errors="replace").decode()
+    return _kept(value)
+
+
+def _kept(text: str) -> str:
+    """As much of it as is kept; a path in it need not be Unicode."""
+    return text[:_MAX_LOGGED_CHARS].encode(errors="replace").decode()

@@ -11,6 +11,8 @@ import logging
 import sys
 import time
 
+from api.printable import one_line
+
 _OWN = frozenset(vars(logging.LogRecord("", 0, "", 0, "", (), None))) | {"message", "asctime"}
 
 
@@ -27,10 +29,10 @@ class TextLines(logging.Formatter):
     """One line for a person; a traceback follows on lines of its own."""
 
     def format(self, record: logging.LogRecord) -> str:
-        words = [_time(record), record.levelname, record.name, _one_line(record.getMessage())]
-        words += [f"{name}={_one_line(str(value))}" for name, value in fields(record).items()]
+        words = [_time(record), record.levelname, record.name, one_line(record.getMessage())]
+        words += [f"{name}={one_line(str(value))}" for name, value in fields(record).items()]
         trace = self.formatException(record.exc_info) if record.exc_info else ""
-        return " ".join(words) + (f"\n{trace}" if trace else "")
+        return "\n".join([" ".join(words), *map(one_line, trace.splitlines())])
 
 
 class JsonLines(logging.Formatter):
@@ -56,8 +58,3 @@ def fields(record: logging.LogRecord) -> dict[str, object]:
 
 def _time(record: logging.LogRecord) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
-
-
-def _one_line(text: str) -> str:
-    """Callers' texts are logged too: none of them may forge a line, or a terminal's escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

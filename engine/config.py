@@ -33,8 +33,13 @@ from engine.errors import ConfigInvalid
 
 _MOST_CONFIG_BYTES = 16 << 20
 
-Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=200)]
-Path: TypeAlias = Annotated[str, Meta(pattern="^/", max_length=4000)]
+_NO_NUL = r"^[^\x00]*$"
+
+Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=200, pattern=_NO_NUL)]
+# Of disks and their types: no longer than the API takes it, or nothing could be restored.
+ShortName: TypeAlias = Annotated[str, Meta(min_length=1, max_length=64, pattern=_NO_NUL)]
+Word: TypeAlias = Annotated[str, Meta(min_length=1, pattern=_NO_NUL)]
+Path: TypeAlias = Annotated[str, Meta(max_length=4000, pattern=r"^/[^\x00]*$")]
 Count: TypeAlias = Annotated[int, Meta(ge=1, le=256)]
 
 
@@ -60,7 +65,7 @@ class Gc(Section, frozen=True):
 class Freeze(Section, frozen=True):
     """What is run around a snapshot: `command… freeze VM_UUID`, then `command… thaw VM_UUID`."""
 
-    command: tuple[str, ...] = ()
+    command: tuple[Word, ...] = ()
     timeout_s: Annotated[float, Meta(gt=0, le=600)] = 10.0  # of each run of the command
     hold_s: Annotated[float, Meta(gt=0, le=600)] = 10.0  # thawed after this, come what may
 
@@ -119,7 +124,7 @@ class PoolConfig(Section, frozen=True):
     name: Name
     path: Path
     uuid: str = ""
-    usd_types: Annotated[tuple[Name, ...], Meta(min_length=1)] = ("HDD", "SSD")
+    usd_types: Annotated[tuple[ShortName, ...], Meta(min_length=1)] = ("HDD", "SSD")
     replica: Count = 1
     format: Literal["", "raw", "qcow2"] = ""  # of restored volumes; "" = as they were
 
@@ -133,7 +138,7 @@ class PointConfig(Section, frozen=True):
 class DiskConfig(Section, frozen=True):
     """A volume that exists. Its size is read from the file, its format never guessed."""
 
-    target_device: Name
+    target_device: ShortName
     volume_name: Name
     pool: str = ""
     usd_type: str = ""

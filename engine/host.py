@@ -18,18 +18,21 @@ import fcntl
 import os
 import uuid as uuids
 
-from engine.errors import AlreadyRunning
+from engine.errors import AlreadyRunning, ConfigInvalid
 from storage.errors import Damaged, translated
 
 
 class Host:
     """An open data directory. Made, if need be, and locked until `close` or the process's end.
 
-    Raises AlreadyRunning when another process works on it; StorageError when it can't be used.
+    Raises AlreadyRunning when another process works on it; ConfigInvalid for a path that is not
+    Unicode, which the state could not hold; StorageError when it can't be used.
     """
 
     def __init__(self, data: str) -> None:
         self.path = os.path.abspath(data)
+        if self.path != self.path.encode(errors="replace").decode():
+            raise ConfigInvalid(f"data directory {self.path!r}: its path is not Unicode")
         with translated(f"data directory {self.path}"):
             os.makedirs(self.path, mode=0o700, exist_ok=True)
             self._lock_fd = _lock(os.path.join(self.path, "lock"))
@@ -87,7 +90,7 @@ def _lock(path: str) -> int:
 def _host_id(path: str) -> str:
     """The id in the file; made, durably, when there is none."""
     try:
-        with open(path, encoding="ascii") as file:
+        with open(path, encoding="ascii", errors="replace") as file:
             return _checked_id(file.read(100).strip(), path)
     except FileNotFoundError:
         made = str(uuids.uuid4())

@@ -152,6 +152,10 @@ class Points:
         if not _is_path(path):
             raise Invalid("path", f"{path!r} is not an absolute path")
         place = self._bounded(f"resolve {path}", lambda: os.path.realpath(path))
+        if not _is_path(place):
+            raise Invalid("path", f"{path!r} leads to {place!r}, which is not Unicode")
+        if any(pool.path == place for pool in self._around.places.pools):
+            raise Invalid("path", f"{place} is the directory of a pool")
         with self._claimed(name, place):
             uuid = self._bounded(f"attach {place}", lambda: _open_or_create(place, name, checked))
             row = BackupPoint(uuid=uuid, name=name, kind=checked, path=place)

@@ -2,8 +2,10 @@
 
 Jobs that were queued or running are failed, backups in progress get status 2, VMs lose their
 action. A VM that was being restored is failed, and its volumes are removed: they got their names
-only when complete, so at most a whole one is there. Sessions on the points are aborted when the
-points are opened. A backup whose COMMIT made it is found there then, and counts as done after all.
+only when complete, so at most a whole one is there. A restore that was still waiting for its turn
+has made none: what has such a name is somebody else's, and stays. Sessions on the points are
+aborted when the points are opened. A backup whose COMMIT made it is found there then, and counts as
+done after all.
 """
 
 from __future__ import annotations
@@ -28,10 +30,11 @@ POOL_TIMEOUT_S = 10.0
 
 def recover(core: Core) -> None:
     """Before any job starts. A pool that does not answer is left as it is."""
+    begun = _begun_restores(core)
     jobs = core.jobs.recover()
     backups = core.catalogue.fail_running(RESTARTED)
     for vm in core.inventory.vms():
-        if vm.action == "restoring" and not vm.host:
+        if vm.action == "restoring" and not vm.host and vm.uuid in begun:
             _bounded(core, f"undo {vm.uuid}", partial(_remove_volumes, core, vm))
     vms = core.inventory.end_all_actions(_ended)
     kept = _settled_baselines(core)
@@ -40,6 +43,12 @@ def recover(core: Core) -> None:
     if jobs or backups or vms:
         fields = {"jobs": len(jobs), "backups": len(backups), "vms": len(vms)}
         log.warning("recovered", extra=fields)
+
+
+def _begun_restores(core: Core) -> frozenset[str]:
+    """The VMs whose restore has got to run."""
+    jobs = core.state.jobs.values()
+    return frozenset(job.compute_uuid for job in jobs if job.kind == "restore" and job.started_at)
 
 
 def _settled_baselines(core: Core) -> frozenset[str]:

@@ -28,7 +28,12 @@ def ranges(places: Places, scope: Scope) -> list[Range]:
 
 
 def covers(places: Places, scope: Scope, cluster_uuid: str, namespace_uuid: str) -> bool:
-    """Whether something that stands there is in scope. NotFound as for `ranges`."""
+    """Whether something that stands there is in scope. NotFound as for `ranges`.
+
+    An empty scope also covers what stands in a place that is not configured any more.
+    """
+    if not (scope.cluster_uuid or scope.tenant or scope.namespace_uuid):
+        return True
     return any(
         (cluster.uuid, namespace.uuid) == (cluster_uuid, namespace_uuid)
         for cluster, namespace in ranges(places, scope)

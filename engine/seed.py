@@ -20,6 +20,7 @@ from engine.config import (
     DiskConfig,
     NamespaceConfig,
     ObjectGroupConfig,
+    PointConfig,
     PoolConfig,
     TenantConfig,
     VmConfig,
@@ -53,6 +54,8 @@ def settle_places(state: State, config: Config, default_pool_path: str) -> Place
         config.clusters or (ClusterConfig(DEFAULT_NAME),),
         lambda want, uuid: Cluster(uuid=uuid, name=want.name, mode=want.mode),
     )
+    pools = _wanted_pools(config, default_pool_path)
+    _require_apart(pools, config.points)
     tenants = _settle(
         "tenants",
         state.tenants,
@@ -82,7 +85,7 @@ def settle_places(state: State, config: Config, default_pool_path: str) -> Place
             config.object_groups or (ObjectGroupConfig(DEFAULT_NAME),),
             lambda want, uuid: ObjectGroup(uuid=uuid, name=want.name),
         ),
-        pools=_settle("pools", state.pools, _wanted_pools(config, default_pool_path), _pool),
+        pools=_settle("pools", state.pools, pools, _pool),
     )
 
 
@@ -92,8 +95,12 @@ def settle_vms(state: State, config: Config, places: Places, size_of: SizeOf) ->
     A VM that was known keeps its uuid and its last error. `size_of` must not hang.
     """
     known = {vm.uuid: vm for vm in state.vms.values()}
+    settled: set[str] = set()
     for want in config.vms:
         vm = _configured_vm(want, places, known, size_of)
+        if vm.uuid in settled:
+            raise ConfigInvalid(f"vms: {want.name!r} is listed twice")
+        settled.add(vm.uuid)
         others = [other for other in known.values() if other.uuid != vm.uuid]
         try:
             require_addable(vm, others)
@@ -138,6 +145,23 @@ def refer(rows: Sequence[PlaceT], name: str, what: str) -> PlaceT:
         if name == row.name or name.lower() == row.uuid:
             return row
     raise ConfigInvalid(f"no {what} {name!r} is listed")
+
+
+def _require_apart(pools: Sequence[PoolConfig], points: Sequence[PointConfig]) -> None:
+    """A directory is one pool's or one point's: a volume in two pools would be two VMs', and one
+    beside a point's files could have their names."""
+    taken: dict[str, str] = {}
+    wanted = [(f"pool {want.name!r}", want.path) for want in pools]
+    wanted += [(f"backup point {want.name!r}", want.path) for want in points]
+    for what, path in wanted:
+        path = os.path.normpath(path)
+        if path in taken:
+            raise ConfigInvalid(f"{what}: {path} is the directory of {taken[path]}")
+        taken[path] = what
+    names = [want.name for want in points]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigInvalid(f"points: {name!r} is listed twice")
 
 
 def _wanted_pools(config: Config, default_path: str) -> tuple[PoolConfig, ...]:

@@ -50,6 +50,7 @@ from engine.stalls import StallState
 from engine.state import State
 from engine.tending import Tending, tend
 from engine.views import (
+    EVERYWHERE,
     BackupPage,
     BackupQuery,
     HypervisorState,
@@ -171,9 +172,9 @@ class Engine:
         found = self._core.inventory.vms()
         return [vm for vm in found if (vm.cluster_uuid, vm.namespace) in covered]
 
-    def vm(self, uuid: str) -> Vm:
-        """NotFound."""
-        return self._core.inventory.vm(normal(uuid))
+    def vm(self, uuid: str, scope: Scope = EVERYWHERE) -> Vm:
+        """NotFound, also when it is out of scope."""
+        return self._core.vm_in(scope, uuid)
 
     def volume_path(self, disk: Disk) -> str:
         """The disk's volume, absolute; "" when it is in no pool (any more)."""
@@ -193,9 +194,9 @@ class Engine:
         """The VM's uuid. See engine.vms.create_vm."""
         return vms.create_vm(self._core, scope, name, zone_uuid, object_group, disks)
 
-    def delete_vm(self, uuid: str, delete_volumes: bool) -> None:
+    def delete_vm(self, uuid: str, delete_volumes: bool, scope: Scope = EVERYWHERE) -> None:
         """See engine.vms.delete_vm."""
-        vms.delete_vm(self._core, uuid, delete_volumes)
+        vms.delete_vm(self._core, scope, uuid, delete_volumes)
 
     # Backups --------------------------------------------------------------------------------
 

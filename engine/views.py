@@ -5,7 +5,7 @@ None of it is stored. Sizes are bytes, times Unix seconds, ids canonical uuids.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import msgspec
@@ -30,11 +30,14 @@ class Scope(msgspec.Struct, frozen=True):
     vm_type: str = ""  # a label for the operation log, no restriction
 
 
+EVERYWHERE = Scope()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackupQuery:
     """A page of backups. "" and 0 = no filter; `page` counts from 1."""
 
-    scope: Scope = field(default_factory=Scope)
+    scope: Scope = EVERYWHERE
     vm_uuid: str = ""
     name_part: str = ""
     description_part: str = ""

@@ -78,14 +78,14 @@ def create_vm(
     return vm.uuid
 
 
-def delete_vm(core: Core, uuid: str, delete_volumes: bool) -> None:
+def delete_vm(core: Core, scope: Scope, uuid: str, delete_volumes: bool) -> None:
     """Deletes the record, and, if asked, those of its volumes that no other VM has. Backups stay.
 
     NotFound, Conflict(vm_busy). PoolUnreachable when a volume could not be removed; it is no VM's
     any more then.
     """
     with _making:
-        vm = core.inventory.remove_vm(normal(uuid))
+        vm = core.inventory.remove_vm(core.vm_in(scope, uuid).uuid)
         log.info("vm_deleted", extra={"vm": vm.uuid})
         if delete_volumes:
             _remove_volumes(core, vm)

@@ -143,6 +143,11 @@ async def page_of_another_site(site: Site) -> Sent:
     return site.post("compute/backup/create", site.create_body(vm), **headers)
 
 
+@provokes("foreign_origin")
+async def origin_that_is_no_address(site: Site) -> Sent:
+    return site.post("compute/create", {"compute_name": "x", "disks": []}, Origin="http://[")
+
+
 async def _raw(site: Site, method: str, target: str) -> Answer:
     url = URL(f"{site.url}{target}", encoded=True)
     async with site.http.request(method, url) as response:

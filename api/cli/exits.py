@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from api.printable import one_line
+
 OK = 0
 FAILED = 1  # the operation failed, a check found something, or Ctrl-C
 USAGE = 2  # the command line, or the configuration file, is wrong
@@ -24,7 +26,7 @@ class Failure(Exception):
     """Ends the command with one line on stderr and this exit code."""
 
     def __init__(self, exit_code: int, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(one_line(" ".join(message.split())))
         self.exit_code = exit_code
 
 

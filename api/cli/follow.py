@@ -12,6 +12,7 @@ from api.cli import units
 from api.cli.exits import FAILED, Failure
 from api.cli.remote import Here
 from api.client import Client
+from api.printable import one_line
 from api.schemas_companion import JobQuery, JobRow
 
 LOOK_EVERY_S = 0.2
@@ -24,7 +25,7 @@ def follow(here: Here, job_uuids: Sequence[str]) -> list[JobRow]:
         TextColumn("{task.description}"),
         BarColumn(bar_width=16),
         TextColumn("{task.percentage:>3.0f}%"),
-        TextColumn("{task.fields[state]}"),
+        TextColumn("{task.fields[state]}", markup=False),
         console=here.screen.bars,
         disable=here.screen.json or not here.screen.bars.is_terminal,
         transient=True,
@@ -91,7 +92,7 @@ def stall(job: JobRow) -> str:
 def pace(job: JobRow) -> str:
     """What a bar says of a running job, short enough for 80 columns."""
     if job.stalled_on:
-        return stall(job)
+        return one_line(stall(job))
     progress = job.progress
     facts = [f"{units.size(done_bytes(job))} of {units.size(progress.bytes_total)}"]
     if progress.rate > 0:

@@ -14,6 +14,7 @@ from msgspec.structs import replace
 
 from api.cli.exits import REFUSED, Failure
 from api.client import Client
+from api.printable import one_line
 from api.schemas import MAX_PAGE_SIZE, RowList
 from api.schemas_backup import BackupList, BackupListQuery, ComputeBackupBaseInfo
 from api.schemas_companion import ClusterRow, ComputeRow, NamedRow, PointRow, PoolRow
@@ -108,9 +109,8 @@ def _single(what: str, asked: str, fits: Sequence[Named]) -> str:
         return fits[0].uuid
     shown = ", ".join(f"{row.uuid} ({row.name})" for row in fits[:5])
     more = f" and {len(fits) - 5} more" if len(fits) > 5 else ""
-    raise click.UsageError(
-        f"{asked} could be each of {len(fits)}: {shown}{more}. Give a {what} uuid."
-    )
+    said = f"{asked} could be each of {len(fits)}: {shown}{more}. Give a {what} uuid."
+    raise click.UsageError(one_line(said))
 
 
 def _is_uuid(text: str) -> bool:

@@ -1,4 +1,8 @@
-"""What a command prints: tables and short lines for people, one JSON document for machines."""
+"""What a command prints: tables and short lines for people, one JSON document for machines.
+
+Names are anybody's, on a shared point also other clusters': nothing in them is markup, and what
+does not print is escaped.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,10 @@ from typing import TypeVar
 import msgspec
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from api.client import Reply
+from api.printable import one_line
 
 AnswerT = TypeVar("AnswerT")
 
@@ -25,20 +29,26 @@ class Screen:
     def __init__(self, *, json: bool) -> None:
         self.json = json
         tty = sys.stdout.isatty()
-        self.console = Console(width=None if tty else _PIPE_WIDTH, highlight=False)
+        self.console = Console(
+            width=None if tty else _PIPE_WIDTH, highlight=False, markup=False, emoji=False
+        )
         self.bars = Console(stderr=True)
 
-    def answer(self, reply: Reply[AnswerT], view: Callable[[AnswerT], object]) -> None:
+    def answer(self, reply: Reply[AnswerT], view: Callable[[AnswerT], str | Table]) -> None:
         """An answer: its `data` as it came, or what `view` makes of it."""
         if self.json:
             self.document(reply.raw)
+            return
+        shown = view(reply.data)
+        if isinstance(shown, str):
+            self.line(shown)
         else:
-            self.console.print(view(reply.data), soft_wrap=not self.console.is_terminal)
+            self.console.print(shown, soft_wrap=not self.console.is_terminal)
 
     def line(self, text: str) -> None:
-        """A line for people. `text` is printed as it is."""
+        """A line for people."""
         if not self.json:
-            self.console.print(text, markup=False, soft_wrap=True)
+            self.console.print(one_line(text), soft_wrap=True)
 
     def document(self, raw: bytes) -> None:
         """A JSON document, for machines."""
@@ -57,7 +67,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
             overflow="fold",
         )
     for row in rows:
-        shown.add_row(*(escape(cell) for cell in row))
+        shown.add_row(*(one_line(cell) for cell in row))
     return shown
 
 
@@ -68,5 +78,5 @@ def card(pairs: Iterable[tuple[str, str]]) -> Table:
     shown.add_column(overflow="fold")
     for name, value in pairs:
         if value:
-            shown.add_row(escape(name), escape(value))
+            shown.add_row(one_line(name), one_line(value))
     return shown

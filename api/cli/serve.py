@@ -8,6 +8,7 @@ import click
 
 from api.cli.exits import FAILED, USAGE, Failure
 from api.cli.remote import DEFAULT_LISTEN
+from api.printable import one_line
 from engine.errors import ConfigInvalid, EngineError
 from storage.errors import StorageError
 
@@ -52,4 +53,4 @@ def serve(data: Path, listen: str, config: Path | None, log_format: str | None) 
 
 
 def _tell(line: str) -> None:
-    print(line, flush=True)
+    print(one_line(line), flush=True)

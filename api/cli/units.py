@@ -38,10 +38,14 @@ def parse_time(text: str) -> int:
 
 
 def time(unix_s: float) -> str:
-    """Local time to the second; "-" for never."""
+    """Local time to the second; "-" for never. What no calendar has is shown as the number it is:
+    another cluster's backup may say anything."""
     if unix_s <= 0:
         return "-"
-    return datetime.fromtimestamp(unix_s).strftime("%Y-%m-%d %H:%M:%S")
+    try:
+        return datetime.fromtimestamp(unix_s).strftime("%Y-%m-%d %H:%M:%S")
+    except (OverflowError, ValueError, OSError):
+        return str(unix_s)
 
 
 def duration(seconds: float) -> str:

@@ -32,7 +32,7 @@ def _list(engine: Engine, query: ComputeListQuery) -> Reply[RowList[ComputeRow]]
 
 
 def _inspect(engine: Engine, query: ComputeInspectQuery) -> Reply[ComputeRow]:
-    vm = engine.vm(query.compute_uuid)
+    vm = engine.vm(query.compute_uuid, scope_of(query))
     return Reply(_row(engine, vm, _tracking(engine).get(vm.uuid, [])))
 
 
@@ -48,7 +48,7 @@ def _create(engine: Engine, body: ComputeCreate) -> Reply[ComputeCreated]:
 
 
 def _delete(engine: Engine, body: ComputeDelete) -> Reply[Empty]:
-    engine.delete_vm(body.compute_uuid, body.delete_volumes)
+    engine.delete_vm(body.compute_uuid, body.delete_volumes, scope_of(body))
     return Reply(Empty())
 
 

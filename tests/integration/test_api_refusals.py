@@ -7,13 +7,19 @@ import os
 import shutil
 import subprocess
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from api.calls import Call, Reply
 from api.decode import MAX_BODY_BYTES
+from api.dispatch import answer
 from api.errors import BY_NAME
+from api.schemas import Empty, NoArguments
 from engine.config import Config, Limits, PoolConfig
+from engine.errors import PoolUnreachable
+from engine.service import Engine
 from tests.api_refusals import UNKNOWN, attach
 from tests.api_site import MIB, Site, serving, serving_gated
 from tests.provoking import CASES, GATED, GatedCase, Refusal, Sent
@@ -170,3 +176,22 @@ async def test_refused_posts_are_logged_too(site: Site) -> None:
         (*what, UNKNOWN, "test-api", "GDT", 40407),
     ]
     assert logged["list"][2]["desc"].startswith("backup_name: ")
+
+
+async def test_an_error_with_a_path_that_is_not_unicode_is_logged(site: Site) -> None:
+    def refused(_engine: Engine, _query: NoArguments) -> Reply[Empty]:
+        raise PoolUnreachable(os.fsdecode(b"/srv/\xff: no answer"))
+
+    call = Call(
+        method="POST",
+        path="/v1/odd",
+        summary="",
+        tag="",
+        request=NoArguments,
+        answer=Empty,
+        run=refused,
+    )
+    answered = await asyncio.to_thread(partial(answer, site.engine, call, b"{}", "me"))
+    assert answered.scode == 50302
+    [row] = (await site.get("operation/list")).data["list"]
+    assert (row["what"], row["desc"]) == ("odd", "/srv/?: no answer")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import socket
 import time
@@ -24,7 +25,7 @@ from api.openapi import document
 from api.routes import CALLS
 from api.schemas import Empty, NoArguments
 from api.service import SERVICE
-from engine.config import Config
+from engine.config import Config, NamespaceConfig, TenantConfig
 from engine.service import Engine
 from tests.api_site import MIB, Site, serving, serving_gated
 
@@ -213,6 +214,21 @@ async def test_operations_are_logged_and_paged(site: Site) -> None:
     }
     second = (await site.get("operation/list", page_number="2", page_size="1")).data
     assert [one["what"] for one in second["list"]] == ["compute/create"]
+
+
+async def test_another_tenants_vm_is_neither_shown_nor_deleted(tmp_path: Path) -> None:
+    tenants = (TenantConfig("default"), TenantConfig("other"))
+    spaces = (NamespaceConfig("default"), NamespaceConfig("theirs", "other"))
+    async with serving(tmp_path, Config(tenants=tenants, namespaces=spaces)) as site:
+        vm = await site.make_vm()
+        scope = {"compute_uuid": vm, "tenant": site.engine.tenants()[1].uuid}
+        shown = await site.get("compute/inspect", **scope)
+        deleted = await site.post("compute/delete", {**scope, "delete_volumes": True})
+        assert [one.output["scode"] for one in (shown, deleted)] == [40407, 40407]
+        assert os.listdir(site.pool_path) == ["vm1-sda"]
+        own = {"compute_uuid": vm, "tenant": site.ids["tenant"]}
+        assert (await site.get("compute/inspect", **own)).data["compute_uuid"] == vm
+        assert (await site.post("compute/delete", own)).data == {}
 
 
 # Batches -----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 from functools import partial
@@ -143,6 +144,17 @@ def test_an_import_that_fails_gives_back_what_it_has_brought_itself(
             two.engine.import_backups(two.cluster_uuid, [(good, first), (bad, second)])
         backup = two.engine.backup(ANYWHERE, good)
         assert two.restore(backup, "copy") == [disk_bytes(MIB, 1)]
+
+
+def test_no_point_is_made_in_a_pool_or_where_no_name_of_it_can_be_kept(tmp_path: Path) -> None:
+    odd = tmp_path / os.fsdecode(b"\xff")
+    odd.mkdir()
+    (tmp_path / "link").symlink_to(odd)
+    with EngineRig(tmp_path / "data") as rig:
+        for path in (rig.pool_path, tmp_path / "link"):
+            with pytest.raises(Invalid, match="path"):
+                attach(rig, path, "new")
+            assert os.listdir(path) == []
 
 
 def test_junk_labels_are_shown_and_crash_nothing(tmp_path: Path) -> None:

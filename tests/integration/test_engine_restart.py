@@ -164,21 +164,25 @@ def test_a_commit_that_we_did_not_live_to_note_counts(tmp_path: Path) -> None:
         assert rig.engine.vm(vm.uuid).action == ""
 
 
-def test_a_restored_vm_that_we_did_not_live_to_note_is_undone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("began", [True, False])
+def test_a_restored_vm_that_we_did_not_live_to_note_is_undone(tmp_path: Path, began: bool) -> None:
+    """What has the name of a volume whose restore has not begun is somebody else's."""
     with EngineRig(tmp_path / "data", ONE_JOB) as rig:
         vm = rig.make_vm("web", disk_bytes(MIB, 1))
         backup = rig.back_up(vm)
         rig.occupy()
-        copy, _ = rig.ask_restore(backup, "copy", volumes=["copy.raw"])
+        copy, job = rig.ask_restore(backup, "copy", volumes=["copy.raw"])
         volume = rig.volume(rig.engine.vm(copy).disks[0])
         volume.write_bytes(disk_bytes(MIB, 1))
         # As after a kill: nobody settled anything.
         state = rig.core.state
-        rows = state.vms.values(), state.jobs.values()
+        vms, jobs = state.vms.values(), state.jobs.values()
+        if began:
+            jobs = [replace(row, started_at=1.0 if row.uuid == job else 0.0) for row in jobs]
         rig.engine.stop()
-        rig.engine = _started_with(rig, *rows)
+        rig.engine = _started_with(rig, vms, jobs)
         assert rig.engine.vm(copy).state == "restore_failed"
-        assert not volume.exists()
+        assert volume.exists() != began
         assert rig.volume(rig.engine.vm(vm.uuid).disks[0]).exists()
 
 

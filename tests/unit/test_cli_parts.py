@@ -14,7 +14,8 @@ from api.cli import cli, follow, jobs, names, params, units
 from api.cli.exits import REFUSED, Failure, of_status
 from api.cli.names import Named
 from api.cli.params import DiskSpec
-from api.client import Client
+from api.cli.screen import Screen, card, table
+from api.client import Client, Reply
 from api.routes import CALLS
 from api.routes.jobs import job_row
 from engine.model import Job
@@ -165,6 +166,31 @@ def test_what_is_not_named_is_the_only_one_or_default() -> None:
 
 def test_exit_codes_follow_the_class_of_the_status() -> None:
     assert [of_status(status) for status in (400, 404, 409, 500, 503, 507)] == [4, 4, 4, 5, 5, 5]
+
+
+@given(st.integers(min_value=-(1 << 63), max_value=(1 << 64) - 1))
+def test_any_time_can_be_shown(unix_s: int) -> None:
+    assert units.time(unix_s)
+
+
+def test_a_time_that_no_calendar_has_is_shown_as_a_number() -> None:
+    assert units.time(1 << 60) == str(1 << 60)
+
+
+NASTY = "[/]\x1b]0;x\x07 :car:\n\x9b31m\u202e[bold]x"
+TAME = "[/]\\x1b]0;x\\x07 :car:\\n\\x9b31m\\u202e[bold]x"
+
+
+def test_names_are_printed_as_they_are_and_do_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    screen = Screen(json=False)
+    screen.line(NASTY)
+    screen.answer(Reply(NASTY, b"", {}), lambda data: data)
+    screen.answer(Reply(NASTY, b"", {}), lambda data: table(("name",), [(data,)]))
+    screen.answer(Reply(NASTY, b"", {}), lambda data: card([(data, data)]))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if "─" not in line]
+    words = TAME.split()
+    assert lines == [words, words, ["name"], words, words * 2]
+    assert str(Failure(REFUSED, NASTY)) == TAME.replace("\\n", " ")
 
 
 def test_a_stalled_job_says_so_and_on_what() -> None:

@@ -64,8 +64,16 @@ def test_all_of_it_is_read(tmp_path: Path) -> None:
         ("[[pools]]\nname = 'p'\npath = 'relative'", "path"),
         ("[[pools]]\nname = 'p'\npath = '/p'\nusd_types = []", "usd_types"),
         ("[[points]]\nname = 'p'\npath = '/p'\nkind = 's3'", "kind"),
+        ("[[pools]]\nname = 'p'\npath = '/p'\nusd_types = ['%s']" % ("x" * 65), "usd_types"),
+        ('[[pools]]\nname = "p"\npath = "/p\\u0000"', "path"),
+        ('[[points]]\nname = "p\\u0000"\npath = "/p"', "name"),
+        ("[freeze]\ncommand = ['']", "command"),
         ("[[clusters]]\nname = ''", "name"),
         ("[[vms]]\nname = 'v'", "disks"),
+        (
+            "[[vms]]\nname = 'v'\ndisks = [{target_device = '%s', volume_name = 'v'}]" % ("x" * 65),
+            "target_device",
+        ),
         ("[limits", "limits"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import uuid
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.errors import AlreadyRunning
+from engine.errors import AlreadyRunning, ConfigInvalid
 from engine.host import Host
 from storage.errors import Damaged, StorageError
 
@@ -48,9 +49,10 @@ def test_a_second_one_is_refused_until_the_first_is_closed(tmp_path: Path) -> No
 def test_a_spoilt_id_is_damage_and_lets_go_of_the_lock(tmp_path: Path) -> None:
     Host(str(tmp_path)).close()
     kept = (tmp_path / "host").read_text()
-    (tmp_path / "host").write_text("nobody\n")
-    with pytest.raises(Damaged):
-        Host(str(tmp_path))
+    for spoilt in (b"nobody\n", b"\xff\xfe", b""):
+        (tmp_path / "host").write_bytes(spoilt)
+        with pytest.raises(Damaged):
+            Host(str(tmp_path))
     (tmp_path / "host").write_text(kept)
     Host(str(tmp_path)).close()
 
@@ -59,3 +61,10 @@ def test_a_directory_that_can_not_be_is_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StorageError):
         Host(str(tmp_path / "file" / "data"))
+
+
+def test_a_path_that_the_state_could_not_hold_is_refused(tmp_path: Path) -> None:
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    with pytest.raises(ConfigInvalid, match="Unicode"):
+        Host(odd)
+    assert os.listdir(tmp_path) == []

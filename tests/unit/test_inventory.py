@@ -94,6 +94,10 @@ def test_uuids_are_made_once(state: State, tmp_path: Path) -> None:
         b'[[namespaces]]\nname = "a"\ntenant = "nobody"',
         b'[[zones]]\nname = "a"\nuuid = "cccccccc-0000-4000-8000-000000000000"\n'
         b'[[zones]]\nname = "b"\nuuid = "CCCCCCCC-0000-4000-8000-000000000000"',
+        b'[[pools]]\nname = "a"\npath = "/p"\n[[pools]]\nname = "b"\npath = "/x/../p/"',
+        b'[[pools]]\nname = "a"\npath = "/p"\n[[points]]\nname = "b"\npath = "/p/"',
+        b'[[points]]\nname = "a"\npath = "/p"\n[[points]]\nname = "b"\npath = "/p"',
+        b'[[points]]\nname = "a"\npath = "/p"\n[[points]]\nname = "a"\npath = "/q"',
     ],
 )
 def test_a_configuration_that_contradicts_itself(state: State, tmp_path: Path, text: bytes) -> None:
@@ -122,6 +126,9 @@ def test_configured_vms_keep_their_uuid_and_are_checked(state: State, tmp_path: 
     other = parse_config((text % "n.raw").replace('"m"', '"o"').encode(), "test")
     with pytest.raises(ConfigInvalid, match="belongs to"):
         settle_vms(state, other, places, volume_size)
+    twice = parse_config(((text % "n.raw") + (text % "o.raw")).encode(), "test")
+    with pytest.raises(ConfigInvalid, match="'m' is listed twice"):
+        settle_vms(state, twice, places, volume_size)
 
 
 def test_names_and_volumes_are_given_away_once(state: State, tmp_path: Path) -> None:
@@ -213,6 +220,7 @@ def test_scopes(state: State, tmp_path: Path) -> None:
         seen(tenant=acme.uuid, namespace_uuid=main.uuid)
     assert covers(places, Scope(tenant=acme.uuid), east, prod.uuid)
     assert not covers(places, Scope(tenant=acme.uuid), east, first.uuid)
+    assert covers(places, Scope(), east, "of a namespace that was configured once")
     assert landing(places, Scope())[1] == main
     assert landing(places, Scope(tenant=acme.uuid))[1] == prod
 
