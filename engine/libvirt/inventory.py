@@ -26,12 +26,13 @@ from engine.errors import ConfigInvalid, Conflict, EngineError, HypervisorAway, 
 from engine.hold import Hold, HoldWish, Resting
 from engine.inventory import EmbeddedInventory, Places, find, pool_of
 from engine.libvirt.binding import NO_SUCH_DOMAIN, Domain, LibvirtFault, code_of, require_libvirt
+from engine.libvirt.directories import Directories
 from engine.libvirt.domains import read_domain
 from engine.libvirt.ending import end_left_job
 from engine.libvirt.live import begin_live
 from engine.libvirt.resting import resting_domain
 from engine.libvirt.restored import define_restored
-from engine.libvirt.rows import pools_of, vm_of
+from engine.libvirt.rows import directories_of, pools_of, vm_of
 from engine.libvirt.setup import LiveSetup
 from engine.libvirt.watch import DomainSeen, Sight, Watch, look_at
 from engine.model import BackupLabel, Disk, Pool, Vm, VmAction
@@ -69,6 +70,7 @@ class LibvirtInventory(EmbeddedInventory):
         self._rules = config.libvirt.rules
         self._clusters = _clusters_of(hosts, places)
         self._watches = {host.uri: Watch(host.uri, self._on_sight) for host in hosts}
+        self._directories = Directories(state.directories)
         self._lock = threading.Lock()
         self._pools: dict[str, dict[str, Pool]] = {}  # by host, then by directory
 
@@ -203,8 +205,9 @@ class LibvirtInventory(EmbeddedInventory):
     # The mirror ---------------------------------------------------------------------------------
 
     def _on_sight(self, watch: Watch, sight: Sight) -> None:
+        directories = self._directories.seen(watch.name, directories_of(sight))
         with self._lock:
-            self._pools[watch.name] = pools_of(watch.name, sight)
+            self._pools[watch.name] = pools_of(watch.name, sight, directories)
         rows = {seen.facts.uuid: self._row(watch.name, seen) for seen in sight.domains}
         self._put(list(rows.values()))
         self._remove_but(watch, rows)
@@ -252,6 +255,7 @@ class LibvirtInventory(EmbeddedInventory):
     def _forget_other_hosts(self) -> None:
         gone = [vm.uuid for vm in super().vms() if vm.host and vm.host not in self._watches]
         self._state.vms.delete(*gone)
+        self._directories.keep_only(self._watches)
 
 
 @contextlib.contextmanager
