@@ -14,7 +14,6 @@ is remembered in memory, and only so much of it.
 from __future__ import annotations
 
 import contextlib
-import mmap
 import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TypeVar
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, TypeVar
 from storage import tables
 from storage.chunks import FRAME_HEADER_BYTES
 from storage.errors import ChunkDamaged, Damaged, PointNewerFormat, translated
+from storage.memory import large_buffer
 from storage.packs import read_maker
 from storage.reader import MAX_RUN_BYTES, plan_chunks
 from storage.tables import Tables
@@ -94,7 +94,7 @@ class AdoptedPacks:
         """Those of the chunks that are what their ids say. The others are not trusted any more."""
         domain, proved = self._domain, set[bytes]()
         size_bytes = MAX_RUN_BYTES + FRAME_HEADER_BYTES + domain.chunk_size
-        buffer = memoryview(mmap.mmap(-1, size_bytes))
+        buffer = large_buffer(size_bytes)
         with contextlib.closing(domain.reader()) as reader, contextlib.suppress(Damaged):
             # Damaged: some have gone since they were looked up, and count as unknown.
             for run in plan_chunks(domain, sorted(chunks)):
