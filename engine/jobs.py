@@ -28,6 +28,7 @@ from msgspec.structs import replace
 
 from engine.errors import Cancelled, Conflict, EngineError, NotFound
 from engine.hangs import HangOf, log_hang, never
+from engine.history import shortened
 from engine.model import Job, JobKind, Progress
 from engine.progress import Counters, Speedometer, to_progress
 from engine.state import State
@@ -442,9 +443,12 @@ class Jobs:
             excess = list(self._finished)[: max(len(self._finished) - KEPT_JOBS, 0)]
             for uuid in excess:
                 del self._finished[uuid]
-        if excess:
+            cut = shortened(reversed(self._finished.values()))
+            self._finished |= {row.uuid: row for row in cut}  # each keeps its place
+        if excess or cut:
             try:
                 self._state.jobs.delete(*excess)
+                self._state.jobs.put_all(cut)
             except StorageError:
                 log.exception("jobs_not_pruned")
 

@@ -1,18 +1,20 @@
 """Making and deleting VMs of the embedded inventory, and their volumes.
 
 create: volumes first, then the record; what was made is removed if the record is refused. One at a
-time, so that nobody takes over a volume that another call is about to remove again.
+time, so that nobody takes over a volume that another call is about to remove again. A pool that
+does not answer is noticed before: whoever waits for it in there would hold up all others.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from engine.core import Core
-from engine.errors import Conflict, EngineError, Invalid
+from engine.errors import Conflict, EngineError, Invalid, PoolUnreachable
 from engine.ids import new_id, normal
 from engine.inventory import find, find_or_default, require_addable
 from engine.model import Disk, Pool, Vm
@@ -22,6 +24,7 @@ from engine.views import NewDisk, Scope
 from engine.volumes import (
     MOST_CAPACITY_BYTES,
     make_volume,
+    pool_room,
     remove_volume,
     require_plain_name,
     volume_size,
@@ -31,6 +34,7 @@ log = logging.getLogger(__name__)
 
 MOST_DISKS = 256
 MOST_NAME_CHARS = 200
+POOL_TIMEOUT_S = 10.0
 
 _making = threading.Lock()
 
@@ -57,6 +61,7 @@ def create_vm(
         raise Invalid("compute_name", f"has to have 1 to {MOST_NAME_CHARS} characters")
     places = core.inventory.places
     cluster, namespace = landing(places, scope)
+    _require_answering(core, (disk.pool_uuid for disk in disks))
     with _making:
         planned = _plan_disks(disks, places.pools)
         vm = Vm(
@@ -81,15 +86,29 @@ def create_vm(
 def delete_vm(core: Core, scope: Scope, uuid: str, delete_volumes: bool) -> None:
     """Deletes the record, and, if asked, those of its volumes that no other VM has. Backups stay.
 
-    NotFound, Conflict(vm_busy). PoolUnreachable when a volume could not be removed; it is no VM's
-    any more then.
+    NotFound, Conflict(vm_busy). PoolUnreachable: a pool did not answer, and nothing was deleted; or
+    a volume could not be removed, which is no VM's any more then.
     """
+    vm = core.vm_in(scope, uuid)
+    if delete_volumes:
+        _require_answering(core, (disk.pool_uuid for disk in vm.disks))
     with _making:
-        vm = core.inventory.remove_vm(core.vm_in(scope, uuid).uuid)
+        vm = core.inventory.remove_vm(vm.uuid)
         log.info("vm_deleted", extra={"vm": vm.uuid})
         if delete_volumes:
             _remove_volumes(core, vm)
     tend(core)
+
+
+def _require_answering(core: Core, pool_uuids: Iterable[str]) -> None:
+    """NotFound, PoolUnreachable."""
+    pools = core.inventory.places.pools
+    for uuid in dict.fromkeys(map(normal, pool_uuids)):
+        pool = find("pool", pools, uuid)
+        try:
+            core.probes.ask(f"pool {uuid}", partial(pool_room, pool), POOL_TIMEOUT_S)
+        except TimeoutError as error:
+            raise PoolUnreachable(f"pool {pool.name}: {error}") from None
 
 
 def _plan_disks(disks: Sequence[NewDisk], pools: Sequence[Pool]) -> list[_Planned]:

@@ -76,7 +76,7 @@ CALLS: tuple[AnyCall, ...] = (
     Call(
         method="GET",
         path="/v1/job/list",
-        summary="Jobs, newest first; the last thousand finished ones are kept.",
+        summary="Jobs, newest first; the last thousand finished ones are kept, the newest in full.",
         tag="job",
         request=NoArguments,
         answer=RowList[JobRow],

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from engine.config import (
     TenantConfig,
 )
 from engine.distrust import remember
+from engine.errors import NotFound, PoolUnreachable
 from engine.jobs import JobContext
 from engine.model import BACKUP_DONE, BACKUP_FAILED, Backup, Vm
 from engine.views import NewDisk, RestoreTarget, Scope
@@ -27,7 +29,7 @@ from storage.check import check_point
 from storage.errors import PointUnreachable
 from storage.session import NewBackup, Session
 from tests.conftest import LoopFs
-from tests.engine_rig import ANYWHERE, EngineRig, disk_bytes, files_below
+from tests.engine_rig import ANYWHERE, PATIENCE_S, EngineRig, disk_bytes, files_below
 from tests.rig import random_bytes, write_at
 from tests.vectors import colliding_chunks
 
@@ -147,6 +149,71 @@ def test_a_pool_that_fills_during_a_restore(
         rig.succeed(job)
         (disk,) = rig.engine.vm(vm_uuid).disks
         assert rig.volume(disk).read_bytes() == random_bytes(48 * MIB, 1)
+
+
+def test_a_pool_that_hangs_holds_up_no_vm_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "slow").mkdir()
+    pools = (PoolConfig("big", str(tmp_path)), PoolConfig("slow", str(tmp_path / "slow")))
+    answers = threading.Event()
+    with EngineRig(tmp_path / "data", Config(pools=pools)) as rig, contextlib.ExitStack() as undo:
+        uuids = {state.pool.name: state.pool.uuid for state in rig.engine.pools()}
+        vms: list[str] = []
+
+        def create(pool: str, name: str) -> None:
+            disk = NewDisk("sda", uuids[pool], f"{name}.raw", capacity=MIB)
+            vms.append(rig.engine.create_vm(ANYWHERE, name, "", "", [disk]))
+
+        create("slow", "there")
+        monkeypatch.setattr("engine.vms.POOL_TIMEOUT_S", 0.1)
+        for name in ("statvfs", "lstat"):
+            patch = _hanging(getattr(os, name), str(tmp_path / "slow"), answers)
+            monkeypatch.setattr(f"engine.volumes.os.{name}", patch)
+        undo.callback(answers.set)
+        for act in (
+            lambda: create("slow", "new"),
+            lambda: rig.engine.delete_vm(vms[0], delete_volumes=True),
+        ):
+            found = ThreadPoolExecutor(1).submit(act)
+            with pytest.raises(PoolUnreachable, match="pool slow"):
+                found.result(PATIENCE_S / 6)
+            create("big", f"other{len(vms)}")
+        assert [vm.name for vm in rig.engine.vms(ANYWHERE)] == ["other1", "other2", "there"]
+
+
+def _hanging(
+    look: Callable[[str], object], place: str, answers: threading.Event
+) -> Callable[[str], object]:
+    """The call, which does not return for what is in `place` until it `answers`."""
+
+    def asked(path: str) -> object:
+        if str(path).startswith(place):
+            answers.wait(PATIENCE_S)
+        return look(path)
+
+    return asked
+
+
+def test_a_vm_whose_pool_is_not_configured_any_more_keeps_its_volumes(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    kept = PoolConfig("kept", str(tmp_path))
+    pools = (kept, PoolConfig("gone", str(tmp_path / "gone")))
+    with EngineRig(tmp_path / "data", Config(pools=pools)) as rig:
+        uuids = {state.pool.name: state.pool.uuid for state in rig.engine.pools()}
+        disks = [
+            NewDisk("sda", uuids["kept"], "one.raw", capacity=MIB),
+            NewDisk("sdb", uuids["gone"], "two.raw", capacity=MIB),
+        ]
+        vm = rig.engine.create_vm(ANYWHERE, "vm", "", "", disks)
+        rig.config = Config(pools=(kept,))
+        rig.restart()
+        with pytest.raises(NotFound) as caught:
+            rig.engine.delete_vm(vm, delete_volumes=True)
+        assert caught.value.code == "pool_not_found"
+        assert rig.engine.vm(vm).name == "vm"
+        assert (tmp_path / "one.raw").exists()
+        rig.engine.delete_vm(vm, delete_volumes=False)
 
 
 def _vm_in_big(rig: EngineRig, pool_path: Path, content: bytes) -> Vm:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from engine.errors import Cancelled, Conflict, NotFound
+from engine.history import KEPT_RESULT_CHARS
 from engine.jobs import KEPT_JOBS, RESTARTED, STOPPED, Handler, JobContext, Jobs, new_job
 from engine.model import Job, JobState
 from engine.state import State
@@ -225,6 +226,25 @@ def test_old_jobs_are_forgotten(state: State) -> None:
     assert len(jobs.jobs()) == len(state.jobs.values()) == KEPT_JOBS
     with pytest.raises(NotFound):
         jobs.job("00009")
+
+
+def test_only_the_newest_jobs_keep_long_results(state: State) -> None:
+    lines = ("7 findings", *["x" * 1023] * (KEPT_RESULT_CHARS // 1024 // 2))
+    cut = ("7 findings", f"{len(lines) - 1} more lines are not kept any more")
+    state.jobs.put_all(
+        Job(uuid=f"{n}", kind="verify", state="failed", created_at=float(n), result=lines)
+        for n in range(4)
+    )
+    jobs = Jobs(state, max_running=1)
+    jobs.recover()
+    assert [job.result for job in jobs.jobs()] == [lines, lines, cut, cut]
+    jobs.start()
+    new = jobs.submit(new_job("verify"), lambda _: lines * 3).uuid
+    assert jobs.wait(new, PATIENCE_S).result == lines * 3
+    jobs.stop(PATIENCE_S)
+    assert [job.result for job in jobs.jobs()] == [lines * 3, cut, cut, cut, cut]
+    assert [job.uuid for job in jobs.jobs()] == [new, "3", "2", "1", "0"]
+    assert sorted(state.jobs.values(), key=lambda job: job.created_at) == jobs.jobs()[::-1]
 
 
 def test_listeners_see_every_state_in_order_and_may_fail(jobs: Jobs) -> None:
