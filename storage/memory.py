@@ -3,6 +3,9 @@
 In huge pages where the kernel has them: a device then gets a few long pieces, not a thousand pages
 in requests of a quarter of that each. It has to be private for this. What `mmap` gives otherwise is
 a file in memory, for which Linux has huge pages turned off.
+
+Beside a fork the kernel's direct reads into private memory may go astray (open(2), "O_DIRECT").
+There are none here: O_DIRECT is for writes only.
 """
 
 from __future__ import annotations
