@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,22 +19,7 @@ from storage.reader import ChunkReader
 from storage.session import Session
 from tests import forging
 from tests.hostile.forger import Forger
-from tests.store import Saved, cluster, files, image_of, load, new_point, open_domain, save
-
-
-@pytest.fixture
-def point(tmp_path: Path) -> Point:
-    return new_point(tmp_path)
-
-
-@pytest.fixture
-def evil(point: Point) -> Forger:
-    return Forger(Path(point.path))
-
-
-@pytest.fixture
-def mine(point: Point) -> Domain:
-    return open_domain(point, cluster("mine"), "host-9")
+from tests.store import Saved, cluster, files, image_of, load, open_domain, save
 
 
 def lie(evil: Forger, mine: Domain, *claimed: bytes, told: bytes, maker: str = "") -> str:
