@@ -56,7 +56,7 @@ def run_restore(
     """Makes all volumes, durably, or none. `backup`: the one that `disks` are of; it is held.
 
     With `allow_damaged` what can't be read becomes zeros, and the report says where; else the first
-    damage ends the restore. Either way the domain stores it anew with the next full backup.
+    damage ends the restore. Either way the domain stores it anew with the next backup that has it.
     Raises Conflict("name_taken") when a volume is there already, PoolFull, PoolUnreachable,
     Cancelled, NotOnPoint, Damaged and other StorageErrors; for qcow2 the DiskServer… errors.
     """

@@ -23,6 +23,7 @@ from storage.bad_places import open_to_read, read_at
 from storage.chunks import CHUNK_ID_BYTES, FRAME_HEADER_BYTES, ZERO_MARK, Decoder, Encoder
 from storage.errors import (
     AlreadyOnPoint,
+    ChunkDamaged,
     ChunkMissing,
     Damaged,
     NotOnPoint,
@@ -249,14 +250,18 @@ def _ours(
 
 
 def _store_whole(domain: Domain, session: Session, ids: Sequence[bytes]) -> None:
-    """Stores chunks that we have in the session, where they come after what it adopted."""
+    """Stores chunks that we have in the session, where they come after what it adopted. Those that
+    turn out to be damaged are left to the patches that it adopted."""
     encoder = Encoder()
     buffer = memoryview(bytearray(MAX_RUN_BYTES + FRAME_HEADER_BYTES + domain.chunk_size))
     with contextlib.closing(domain.reader()) as reader:
         for run in plan_chunks(domain, ids):
-            for place, content in reader.read(run, buffer):
-                frame = encoder.encode(place.chunk_id, memoryview(content))
-                session.store([frame], again=True)
+            for place, content in reader.read_each(run, buffer):
+                if not isinstance(content, ChunkDamaged):
+                    frame = encoder.encode(place.chunk_id, memoryview(content))
+                    session.store([frame], again=True)
+                elif content.pack:
+                    domain.trust.withdraw(content.pack, frozenset({content.chunk}))
 
 
 def _require_directory(fs: Fs, path: str) -> None:

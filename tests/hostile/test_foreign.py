@@ -35,32 +35,15 @@ from tests.engine_rig import EngineRig, disk_bytes
 from tests.hostile.forger import HUGE, Forger, S, opened
 from tests.hostile.mutating import ROUNDS, mutants, peak_bytes
 from tests.store import (
-    cluster,
     files,
     image_of,
     load,
-    new_point,
     new_uuid,
     open_domain,
     save,
 )
 
 MIB = 1 << 20
-
-
-@pytest.fixture
-def point(tmp_path: Path) -> Point:
-    return new_point(tmp_path)
-
-
-@pytest.fixture
-def evil(point: Point) -> Forger:
-    return Forger(Path(point.path))
-
-
-@pytest.fixture
-def mine(point: Point) -> Domain:
-    return open_domain(point, cluster("mine"), "host-9")
 
 
 def assert_not_imported(mine: Domain, evil: Forger, backup: str) -> None:
