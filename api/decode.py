@@ -1,8 +1,7 @@
 """From bytes and query pairs to request Structs, or an ApiError that names the member.
 
 JSON is decoded strictly (UTF-8, no lone surrogates, no duplicate members, no NaN); a query's texts
-are read as what the Struct's member is ("12", "true", "1"). Pure; used on the event loop, so
-bounded: a body is at most MAX_BODY_BYTES.
+are read as what the Struct's member is ("12", "true", "1"). Pure. A body is at most MAX_BODY_BYTES.
 """
 
 from __future__ import annotations

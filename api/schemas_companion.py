@@ -86,7 +86,7 @@ class ComputeDelete(ScopeMembers, frozen=True, kw_only=True):
     delete_volumes: bool = False
 
 
-class ComputeTrack(Request, frozen=True, kw_only=True):
+class ComputeTrack(ScopeMembers, frozen=True, kw_only=True):
     compute_uuid: Id
 
 

@@ -48,7 +48,6 @@ def run(
 ) -> int:
     """Serves the data directory until a signal; 0. From the main thread, once in a process.
 
-    json_logs: None = as the configuration says, text if there is none.
     json_logs: None = as configured.
 
     Raises EngineError, StorageError, CannotListen when it can't begin.

@@ -84,6 +84,8 @@ def import_backups(
             taken += rows
             fresh += made
         core.catalogue.put_all(fresh)
+        for row in fresh:
+            core.points.state(row.point_uuid)  # which may have been detached meanwhile
     except BaseException:
         _give_back(core, fresh)
         raise
@@ -140,6 +142,7 @@ def _give_back(core: Core, fresh: Sequence[Backup]) -> None:
     """Forgets what an import that failed took before."""
     for row in fresh:
         try:
+            core.catalogue.remove(row)
             core.points.domain(row.point_uuid, row.cluster_uuid).forget([row.uuid])
             core.points.reclaim(row.point_uuid, 0)
         except (StorageError, NotFound):

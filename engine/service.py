@@ -282,9 +282,9 @@ class Engine:
             for row in self._core.baselines.rows()
         ]
 
-    def turn_tracking_on(self, vm_uuid: str) -> None:
+    def turn_tracking_on(self, vm_uuid: str, scope: Scope = EVERYWHERE) -> None:
         """Of all disks of a VM: the operator knows why it was ended. NotFound."""
-        vm = self.vm(vm_uuid)
+        vm = self.vm(vm_uuid, scope)
         for disk in vm.disks:
             self._core.baselines.turn_on(vm.uuid, disk.target_device)
 
@@ -315,12 +315,16 @@ class Engine:
         """
         uuid = normal(uuid)
         self._core.points.state(uuid)
-        if self._core.jobs.active_on(uuid):
-            raise Conflict("point_in_use", f"a job works on backup point {uuid}")
+        self._require_unused(uuid)
         if erase:
             self._core.points.erase(uuid)
+            self._require_unused(uuid)  # erasing takes its time
         self._core.points.detach(uuid)
         tend(self._core)
+
+    def _require_unused(self, point_uuid: str) -> None:
+        if self._core.jobs.active_on(point_uuid):
+            raise Conflict("point_in_use", f"a job works on backup point {point_uuid}")
 
     def start_maintenance(self, kind: Maintenance, point_uuid: str, deep: bool) -> str:
         """The job's uuid. See engine.upkeep."""

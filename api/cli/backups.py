@@ -77,7 +77,8 @@ def list_backups(
     here.screen.answer(reply, _list_view)
     if len(reply.data.rows) < reply.data.total_count:
         shown = f"page {page}: {len(reply.data.rows)} of {reply.data.total_count}"
-        here.screen.line(f"{shown}; more with --page {page + 1}")
+        more = f"; more with --page {page + 1}" if page * page_size < reply.data.total_count else ""
+        here.screen.line(shown + more)
     for place in reply.data.each_range_list_state:
         if place.result.scode:
             here.screen.line(f"{place.cluster_name}: {place.result.message}: {place.result.desc}")

@@ -8,7 +8,7 @@ import click
 import msgspec
 from rich.table import Table
 
-from api.cli import units
+from api.cli import names, units
 from api.cli.follow import ENDED, follow, require_success, stall, summary
 from api.cli.remote import Here, remote
 from api.cli.screen import card, table
@@ -33,7 +33,7 @@ def list_jobs(here: Here) -> None:
 @remote
 def inspect(here: Here, *, job_uuid: str) -> None:
     """One job."""
-    query = JobQuery(job_uuid=job_uuid)
+    query = JobQuery(job_uuid=names.pick(here.client, "job", job_uuid, names.jobs))
     here.screen.answer(here.client.get("job/inspect", JobRow, query), _card)
 
 
@@ -42,8 +42,9 @@ def inspect(here: Here, *, job_uuid: str) -> None:
 @remote
 def cancel(here: Here, *, job_uuid: str) -> None:
     """Ask a job to end. What it made so far is thrown away."""
-    reply = here.client.post("job/cancel", Empty, JobQuery(job_uuid=job_uuid))
-    here.screen.answer(reply, lambda _: f"asked {job_uuid} to end")
+    uuid = names.pick(here.client, "job", job_uuid, names.jobs)
+    reply = here.client.post("job/cancel", Empty, JobQuery(job_uuid=uuid))
+    here.screen.answer(reply, lambda _: f"asked {uuid} to end")
 
 
 @job.command("watch")
@@ -54,6 +55,7 @@ def watch(here: Here, *, job_uuids: Sequence[str]) -> None:
 
     Exit code 1 when one of them did not succeed.
     """
+    job_uuids = [names.pick(here.client, "job", job_uuid, names.jobs) for job_uuid in job_uuids]
     if not job_uuids:
         rows = here.client.get("job/list", RowList[JobRow]).data.rows
         job_uuids = [row.job_uuid for row in rows if row.state not in ENDED]

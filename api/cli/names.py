@@ -17,7 +17,7 @@ from api.client import Client
 from api.printable import one_line
 from api.schemas import MAX_PAGE_SIZE, RowList
 from api.schemas_backup import BackupList, BackupListQuery, ComputeBackupBaseInfo
-from api.schemas_companion import ClusterRow, ComputeRow, NamedRow, PointRow, PoolRow
+from api.schemas_companion import ClusterRow, ComputeRow, JobRow, NamedRow, PointRow, PoolRow
 
 PREFIX_MIN = 4  # digits of a uuid that may stand for the whole
 
@@ -86,6 +86,12 @@ def zones(client: Client) -> list[Named]:
 def groups(client: Client) -> list[Named]:
     rows = client.get("object_group/list", RowList[NamedRow]).data.rows
     return [Named(row.uuid, row.name) for row in rows]
+
+
+def jobs(client: Client) -> list[Named]:
+    """Which have no names."""
+    rows = client.get("job/list", RowList[JobRow]).data.rows
+    return [Named(row.job_uuid, "") for row in rows]
 
 
 def backups(client: Client) -> list[Named]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import click
+import msgspec
 from rich.table import Table
 
 from api.cli import names, units
 from api.cli.backups import STATUS
 from api.cli.remote import Here, remote
 from api.cli.screen import table
-from api.schemas import MAX_PAGE_SIZE
+from api.schemas import MAX_ITEMS, MAX_PAGE_SIZE
 from api.schemas_backup import (
     ComputeRemoteBackup,
     ImportedBackups,
@@ -51,6 +52,8 @@ def import_backups(
 ) -> None:
     """Take backups found on a point into this cluster: all of those named, or none.
 
+    With --all a thousand at a time. What is here already is no error: run it again after one.
+
     \b
       vmkeep backup import --point offsite --all
     """
@@ -58,13 +61,23 @@ def import_backups(
         raise click.UsageError("name backups, or say --all")
     cluster_uuid = names.pick_or_only(here.client, "cluster", cluster, names.clusters)
     point_uuid = names.pick_or_only(here.client, "backup point", point, names.points)
-    wanted = backups or _all_on_point(here, cluster_uuid, point_uuid)
-    body = RemoteImport(
-        cluster_uuid=cluster_uuid,
-        backup=[RemoteBackupRef(uuid=uuid, point_uuid=point_uuid) for uuid in wanted],
-    )
-    reply = here.client.post("compute/backup/remote/import", ImportedBackups, body)
-    here.screen.answer(reply, lambda done: _table(done.backups, done))
+    portions = [backups]
+    if everything:
+        found = _all_on_point(here, cluster_uuid, point_uuid)
+        portions = [found[at : at + MAX_ITEMS] for at in range(0, len(found), MAX_ITEMS)]
+    done = ImportedBackups(backups=[], vm_infos={})
+    for wanted in portions:
+        body = RemoteImport(
+            cluster_uuid=cluster_uuid,
+            backup=[RemoteBackupRef(uuid=uuid, point_uuid=point_uuid) for uuid in wanted],
+        )
+        some = here.client.post("compute/backup/remote/import", ImportedBackups, body).data
+        done.backups.extend(some.backups)
+        done.vm_infos.update(some.vm_infos)
+    if here.screen.json:
+        here.screen.document(msgspec.json.encode(done))
+    else:
+        here.screen.table(_table(done.backups, done))
 
 
 def _all_on_point(here: Here, cluster_uuid: str, point_uuid: str) -> list[str]:

@@ -43,7 +43,11 @@ class Screen:
         if isinstance(shown, str):
             self.line(shown)
         else:
-            self.console.print(shown, soft_wrap=not self.console.is_terminal)
+            self.table(shown)
+
+    def table(self, shown: Table) -> None:
+        """A table for people."""
+        self.console.print(shown, soft_wrap=not self.console.is_terminal)
 
     def line(self, text: str) -> None:
         """A line for people."""

@@ -45,6 +45,10 @@ def serve(data: Path, listen: str, config: Path | None, log_format: str | None) 
 
     json_logs = log_format == "json" if log_format or config is None else None
     try:
+        server.parse_listen(listen)
+    except server.CannotListen as error:
+        raise Failure(USAGE, str(error)) from error
+    try:
         server.run(str(data), listen, str(config or ""), json_logs=json_logs, tell=_tell)
     except ConfigInvalid as error:
         raise Failure(USAGE, str(error)) from error

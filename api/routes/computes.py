@@ -65,7 +65,7 @@ def _new_disk(disk: NewDiskMembers) -> NewDisk:
 
 
 def _track(engine: Engine, body: ComputeTrack) -> Reply[Empty]:
-    engine.turn_tracking_on(body.compute_uuid)
+    engine.turn_tracking_on(body.compute_uuid, scope_of(body))
     return Reply(Empty())
 
 

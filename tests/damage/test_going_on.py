@@ -75,7 +75,7 @@ def test_what_was_not_read_for_longest_comes_first(
     order = sorted((row for row in state.pack_reads.values()), key=lambda row: row.at)
     mine = [row.pack for row in order if row.pack.startswith(site.label.cluster_uuid)]
     newest_first = PackReads(state, "p", clock)
-    state.pack_reads.put(newest_first._row(mine[0], 1e9))
+    state.pack_reads.put(newest_first._row(mine[0], clock()))
     state.pack_reads.delete("p/")
     second = PackReads(state, "p", clock)
     noted: list[str] = []

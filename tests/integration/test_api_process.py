@@ -15,7 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from api.cli import cli
+from api.cli.exits import USAGE, Failure
 from api.server import CannotListen, notify, parse_listen, run
 from engine.config import Config
 from engine.errors import AlreadyRunning, ConfigInvalid
@@ -118,6 +121,13 @@ def test_an_address_that_is_taken(tmp_path: Path) -> None:
 )
 def test_listen(text: str, parsed: tuple[str, int]) -> None:
     assert parse_listen(text) == parsed
+
+
+def test_a_wrong_address_to_listen_on_is_wrong_usage(tmp_path: Path) -> None:
+    ran = CliRunner().invoke(cli, ["serve", "--data", str(tmp_path / "d"), "--listen", "nowhere"])
+    assert isinstance(ran.exception, Failure)
+    assert ran.exception.exit_code == USAGE
+    assert not (tmp_path / "d").exists()
 
 
 @pytest.mark.parametrize("text", ["", "8080", ":8080", "h:", "h:x", "h:65536", "h:-1", "h:٣"])

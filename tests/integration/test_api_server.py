@@ -223,8 +223,9 @@ async def test_another_tenants_vm_is_neither_shown_nor_deleted(tmp_path: Path) -
         vm = await site.make_vm()
         scope = {"compute_uuid": vm, "tenant": site.engine.tenants()[1].uuid}
         shown = await site.get("compute/inspect", **scope)
+        tracked = await site.post("compute/track", scope)
         deleted = await site.post("compute/delete", {**scope, "delete_volumes": True})
-        assert [one.output["scode"] for one in (shown, deleted)] == [40407, 40407]
+        assert [one.output["scode"] for one in (shown, tracked, deleted)] == [40407] * 3
         assert os.listdir(site.pool_path) == ["vm1-sda"]
         own = {"compute_uuid": vm, "tenant": site.ids["tenant"]}
         assert (await site.get("compute/inspect", **own)).data["compute_uuid"] == vm

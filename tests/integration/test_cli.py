@@ -153,6 +153,8 @@ def test_lists_show_names_and_filter(vmkeep: Command, machine: str) -> None:
     assert only["total_count"] == 1
     first = vmkeep.ok("backup", "list", "--vm", machine, "--page-size", "1")
     assert "page 1: 1 of 2; more with --page 2" in first
+    last = vmkeep.ok("backup", "list", "--vm", machine, "--page-size", "1", "--page", "2")
+    assert last.endswith("page 2: 1 of 2\n")
     none = vmkeep.json("backup", "list", "--vm", machine, "--until", "2001-01-01")
     assert none["total_count"] == 0
     assert "incremental" in vmkeep.ok("backup", "record", f"{machine}-2")
@@ -301,6 +303,7 @@ def test_jobs_and_operations(vmkeep: Command, machine: str) -> None:
     newest = rows[0]
     assert newest["kind"] == "backup"
     assert "succeeded" in vmkeep.ok("job", "inspect", newest["job_uuid"])
+    assert newest["job_uuid"] in vmkeep.ok("job", "inspect", newest["job_uuid"][:13])
     assert "succeeded" in vmkeep.ok("job", "watch", newest["job_uuid"])
     assert vmkeep("job", "cancel", newest["job_uuid"]).code == 4
     assert "compute/backup/create" in vmkeep.ok("operation", "list")

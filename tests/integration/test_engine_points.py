@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from engine import keeper
 from engine.config import Config, parse_config
 from engine.errors import Conflict, EngineError, Invalid, NotFound
 from engine.labels import UNREADABLE_NAME
+from engine.model import Backup
 from engine.service import Engine
 from engine.views import BackupQuery, Scope
 from storage import bundles
@@ -144,6 +146,52 @@ def test_an_import_that_fails_gives_back_what_it_has_brought_itself(
             two.engine.import_backups(two.cluster_uuid, [(good, first), (bad, second)])
         backup = two.engine.backup(ANYWHERE, good)
         assert two.restore(backup, "copy") == [disk_bytes(MIB, 1)]
+
+
+def test_a_point_that_is_detached_during_an_import_leaves_no_backups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with EngineRig(tmp_path / "a") as one, EngineRig(tmp_path / "b") as two:
+        shared = attach(one, tmp_path / "shared")
+        attach(two, tmp_path / "shared")
+        backup = back_up_to(one, shared, disk_bytes(MIB, 1), "web")
+        put_all = two.core.catalogue.put_all
+
+        def put_late(rows: Sequence[Backup]) -> None:
+            two.engine.delete_point(shared, erase=False)
+            put_all(rows)
+
+        monkeypatch.setattr(two.core.catalogue, "put_all", put_late)
+        with pytest.raises(NotFound) as caught:
+            two.engine.import_backups(two.cluster_uuid, [(backup, shared)])
+        assert caught.value.code == "backup_point_not_found"
+        assert two.listed() == []
+        monkeypatch.undo()
+        assert attach(two, tmp_path / "shared") == shared
+        assert two.listed() == [backup]
+
+
+def test_a_point_that_a_job_came_to_meanwhile_is_erased_and_not_detached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with EngineRig(tmp_path / "data", ONE_JOB) as rig:
+        vm = rig.make_vm("web", disk_bytes(MIB, 1))
+        free = rig.occupy()
+        asked: list[tuple[str, str]] = []
+        erase = rig.core.points.erase
+
+        def erase_long(uuid: str) -> None:
+            asked.append(rig.ask_backup(vm))
+            erase(uuid)
+
+        monkeypatch.setattr(rig.core.points, "erase", erase_long)
+        with pytest.raises(Conflict) as caught:
+            rig.engine.delete_point(rig.point_uuid, erase=True)
+        assert caught.value.code == "point_in_use"
+        free()
+        [(backup, job)] = asked
+        rig.succeed(job)
+        assert rig.listed() == [backup]
 
 
 def test_no_point_is_made_in_a_pool_or_where_no_name_of_it_can_be_kept(tmp_path: Path) -> None:

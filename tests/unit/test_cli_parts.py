@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from importlib import import_module
+from itertools import chain
 from pathlib import Path
 
 import click
+import msgspec
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from api.cli import cli, follow, jobs, names, params, units
 from api.cli.exits import REFUSED, Failure, of_status
 from api.cli.names import Named
 from api.cli.params import DiskSpec
 from api.cli.screen import Screen, card, table
-from api.client import Client, Reply
+from api.client import AnswerT, Client, Reply
 from api.routes import CALLS
 from api.routes.jobs import job_row
+from api.schemas import MAX_ITEMS, Request
+from api.schemas_backup import (
+    ComputeRemoteBackup,
+    ImportedBackups,
+    RemoteBackupList,
+    RemoteImport,
+    RemoteListQuery,
+)
 from engine.model import Job
 
 SOURCES = Path(cli.callback.__code__.co_filename).parent if cli.callback else Path()
@@ -162,6 +176,60 @@ def test_what_is_not_named_is_the_only_one_or_default() -> None:
         names.pick_or_only(NOWHERE, "pool", "", lambda _: ROWS[:2])
     with pytest.raises(Failure):
         names.pick_or_only(NOWHERE, "pool", "", lambda _: [])
+
+
+class Point(Client):
+    """A server whose one point has `count` backups; it keeps the imports that it is asked for."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__("http://127.0.0.1:1")
+        self.imports: list[list[str]] = []
+        self._row = ComputeRemoteBackup(
+            uuid="",
+            namespace="",
+            vm_uuid="",
+            point_uuid=ROWS[0].uuid,
+            name="",
+            description="",
+            create_time=0,
+            disks={},
+            status=0,
+            filename="",
+            expired_time=0,
+            cluster_uuid="",
+            cluster_name="",
+            cluster_mode="",
+        )
+        self._uuids = [str(number) for number in range(count)]
+
+    def get(self, call: str, answer: type[AnswerT], query: Request | None = None) -> Reply[AnswerT]:
+        assert call == "compute/backup/remote/list"
+        assert isinstance(query, RemoteListQuery)
+        begin = (query.page_number - 1) * query.page_size
+        rows = [replace(self._row, uuid=uuid) for uuid in self._uuids[begin:][: query.page_size]]
+        found = RemoteBackupList(total_count=len(self._uuids), backups=rows, vm_infos={})
+        return Reply(msgspec.convert(found, answer), b"", {})
+
+    def post(self, call: str, answer: type[AnswerT], body: Request) -> Reply[AnswerT]:
+        assert call == "compute/backup/remote/import"
+        assert isinstance(body, RemoteImport)
+        self.imports.append([ref.uuid for ref in body.backup])
+        rows = [replace(self._row, uuid=ref.uuid) for ref in body.backup]
+        return Reply(msgspec.convert(ImportedBackups(backups=rows, vm_infos={}), answer), b"", {})
+
+
+@pytest.mark.parametrize("count", [0, 1, MAX_ITEMS, 2 * MAX_ITEMS + 1])
+def test_all_of_a_point_is_imported_however_much_it_is(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    point = Point(count)
+    monkeypatch.setattr(import_module("api.cli.remote"), "Client", lambda _server: point)
+    where = ["--point", ROWS[0].uuid, "--cluster", ROWS[1].uuid]
+    ran = CliRunner().invoke(cli, ["backup", "import", "--all", "--json", *where])
+    assert ran.exit_code == 0, ran
+    assert len(json.loads(ran.output)["backups"]) == count
+    assert all(len(uuids) <= MAX_ITEMS for uuids in point.imports)
+    assert [*chain(*point.imports)] == [str(number) for number in range(count)]
 
 
 def test_exit_codes_follow_the_class_of_the_status() -> None:

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
-from engine.config import Config, load_config, parse_config
+from engine.config import (
+    ClusterConfig,
+    Config,
+    DiskConfig,
+    NamespaceConfig,
+    PointConfig,
+    PoolConfig,
+    VmConfig,
+    load_config,
+    parse_config,
+)
 from engine.errors import ConfigInvalid
+
+EXAMPLE = Path(__file__).parents[2] / "deploy" / "vmkeep.toml"
 
 
 def test_nothing_is_the_default() -> None:
@@ -90,3 +103,18 @@ def test_files_that_can_not_be_read_are_named(tmp_path: Path) -> None:
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigInvalid, match=r"binary\.toml"):
         load_config(str(tmp_path / "binary.toml"))
+
+
+def test_the_example_names_every_member_and_says_the_defaults() -> None:
+    """But for those of [libvirt], which are in docs/operations.md."""
+    text, config = EXAMPLE.read_text(), load_config(str(EXAMPLE))
+    for name in ("limits", "gc", "freeze", "clone", "tracking", "log"):
+        section = getattr(config, name)
+        assert section == getattr(Config(), name)
+        for member in section.__struct_fields__:
+            assert re.search(rf"^(# )?{member} = ", text, re.MULTILINE), member
+    for kind in (ClusterConfig, NamespaceConfig, PoolConfig, PointConfig, DiskConfig, VmConfig):
+        for member in kind.__struct_fields__:
+            assert member in text, (kind, member)
+    assert config.pools == (PoolConfig("default", "/srv/vmkeep/pool"),)
+    assert config.points == (PointConfig("default", "/srv/vmkeep/point"),)
