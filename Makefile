@@ -18,7 +18,7 @@ TEST_TOOLS := qemu-img:qemu-utils nbdkit:nbdkit mkfs.xfs:xfsprogs mkfs.btrfs:btr
 help:
 	@echo "make demo       a real VM disk: backed up, changed, backed up, restored, imported, compared"
 	@echo "make demo-libvirt   a VM backed up while it writes, destroyed, restored, booted again"
-	@echo "make test       the tests; ARGS='-k name' passes on to pytest"
+	@echo "make test       the tests; ARGS='-k name' are for pytest"
 	@echo "make check      lint, types, layers and tests, as CI does"
 	@echo "make test-deps  Debian packages that the tests use (as root)"
 	@echo "make bench      how fast, beside others and the machine's limits;  make bench-quick: in minutes"
@@ -45,15 +45,17 @@ demo: .venv/.runtime
 demo-libvirt: .venv/.test .venv/.libvirt
 	$(BIN)/python -m bench.demo_libvirt
 
+TESTS := $(BIN)/python -m $(if $(ARGS),pytest $(ARGS),tests)
+
 test: .venv/.test .venv/.libvirt
-	$(BIN)/python -m pytest $(ARGS)
+	$(TESTS)
 
 check: .venv/.check .venv/.libvirt
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest $(ARGS)
+	$(TESTS)
 
 bench: .venv/.runtime
 	$(BIN)/python -m bench $(ARGS)

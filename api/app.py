@@ -2,16 +2,18 @@
 
 The event loop only moves bytes. Requests are parsed, checked, done and encoded in worker threads
 (dispatch.answer), "slow" calls in threads of their own, so that a point that hangs holds up no
-other call. A client that goes away changes nothing: its call runs to its end (aiohttp doesn't
-cancel handlers, and a worker can't be cancelled).
+other call, and those that change something in others than those that look (api/service.py). A
+client that goes away changes nothing: its call runs to its end (aiohttp doesn't cancel handlers,
+and a worker can't be cancelled).
 
 Read next: dispatch, workers, routes/system.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from functools import partial
 from urllib.parse import urlsplit
 
@@ -28,6 +30,7 @@ from engine.service import Engine
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+LOOK_EVERY_S = 0.5  # whether a call that takes long waits for a silent disk
 SHUTDOWN_TIMEOUT_S = 1.0  # for requests under way; their calls go on in the workers
 WORKERS_TIMEOUT_S = 0.5
 # A query may be long: 4096 characters are up to 48 KiB when they are percent-encoded.
@@ -91,9 +94,24 @@ async def _stop_service(app: web.Application) -> None:
 async def _handle(call: AnyCall | Batch, request: web.Request) -> web.StreamResponse:
     service = request.app[SERVICE]
     received = await _receive(call, request)
-    workers = service.quick if isinstance(received, ApiError) else service.workers(call.pace)
     work = partial(answer, service.engine, call, received, request.remote or "")
-    return Enveloped(await workers.run(work))
+    run = partial(service.workers(call).run, work)
+    return Enveloped(await (run() if call.method == "GET" else _unless_silent(service, run)))
+
+
+async def _unless_silent(
+    service: Service, run: Callable[[], Coroutine[None, None, Answered]]
+) -> Answered:
+    """What a call that changes something answers; ApiError `state_unreachable` when that takes long
+    because the data directory's disk is silent. One that has begun by then goes on when it does."""
+    service.require_state("nothing was changed")
+    task = asyncio.ensure_future(run())
+    try:
+        while not (await asyncio.wait({task}, timeout=LOOK_EVERY_S))[0]:
+            service.require_state("what was asked for may be done when it answers")
+        return task.result()
+    finally:
+        task.cancel()
 
 
 async def _receive(call: AnyCall | Batch, request: web.Request) -> Received:

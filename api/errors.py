@@ -126,6 +126,9 @@ ERRORS: tuple[ErrorRow, ...] = (
     ErrorRow("overloaded", 50304, "too many requests are waiting", "请求过多"),
     ErrorRow("disk_server_lost", 50305, "the disk's server is unreachable", "磁盘服务不可达"),
     ErrorRow("hypervisor_unreachable", 50306, "libvirt is unreachable", "libvirt不可达"),
+    ErrorRow(
+        "state_unreachable", 50307, "the data directory does not answer", "数据目录所在磁盘无响应"
+    ),
     # 507: no room
     ErrorRow("point_full", 50700, "the backup point is full", "备份点空间不足"),
     ErrorRow("pool_full", 50701, "the pool is full", "存储池空间不足"),

@@ -64,6 +64,11 @@ class _EngineCollector(Collector):
         yield from self._points()
         yield from self._tracking()
         yield self._hypervisors()
+        yield GaugeMetricFamily(
+            "vmkeep_state_silent_seconds",
+            "How long the data directory's disk has not answered a write that waits for it.",
+            self._engine.state_silent_s(),
+        )
 
     def _jobs(self) -> Iterator[Metric]:
         family = GaugeMetricFamily("vmkeep_jobs", "Jobs by state.", labels=["state"])

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 import msgspec
 from aiohttp import web
 
-from api.calls import Pace
+from api.calls import AnyCall, Batch, Method, Pace
+from api.errors import ApiError
 from api.events import JobFeed
 from api.metrics import Metrics
 from api.openapi import Object
 from api.workers import Workers
 from engine.service import Engine
 
-QUICK_THREADS = 4  # they use the engine's memory and state
-SLOW_THREADS = 8  # they mostly wait, for a point's files
+# Calls that only look have threads of their own: those that change something write to the state,
+# and wait for it when the data directory's disk does not answer.
+THREADS: Mapping[tuple[Method, Pace], int] = {
+    ("GET", "quick"): 4,  # they use the engine's memory and state
+    ("GET", "slow"): 4,
+    ("POST", "quick"): 4,
+    ("POST", "slow"): 8,  # they mostly wait, for a point's files
+}
 MAX_WAITING = 256
+SILENT_AFTER_S = 10.0  # that disk; who waits for it is told then
 
 Unsubscribe: TypeAlias = Callable[[], None]
 
@@ -30,8 +39,10 @@ class Service:
         self.metrics = Metrics(engine)
         self.document = msgspec.json.encode(document)
         self.page = page.encode()
-        self.quick = Workers("quick", QUICK_THREADS, MAX_WAITING)
-        self.slow = Workers("slow", SLOW_THREADS, MAX_WAITING)
+        self._workers = {
+            (method, pace): Workers(f"{pace} {method}", threads, MAX_WAITING)
+            for (method, pace), threads in THREADS.items()
+        }
         self.stopping = False
         self._feed: JobFeed | None = None
         self._unsubscribe: Unsubscribe | None = None
@@ -42,12 +53,24 @@ class Service:
             raise RuntimeError("the service has not been started")
         return self._feed
 
-    def workers(self, pace: Pace) -> Workers:
-        return self.slow if pace == "slow" else self.quick
+    @property
+    def looking(self) -> Workers:
+        """The threads of calls that only look into memory."""
+        return self._workers["GET", "quick"]
+
+    def workers(self, call: AnyCall | Batch) -> Workers:
+        return self._workers[call.method, call.pace]
+
+    def require_state(self, so_what: str) -> None:
+        """ApiError `state_unreachable` when the data directory's disk is silent."""
+        silent_s = self.engine.state_silent_s()
+        if silent_s >= SILENT_AFTER_S:
+            silence = f"the data directory's disk has not answered for {silent_s:.0f} s"
+            raise ApiError("state_unreachable", f"{silence}; {so_what}")
 
     def start(self) -> None:
-        self.quick.start()
-        self.slow.start()
+        for workers in self._workers.values():
+            workers.start()
         self._feed = JobFeed()
         self._unsubscribe = self.engine.subscribe_jobs(self._feed.changed)
 
@@ -60,8 +83,9 @@ class Service:
 
     def close(self, timeout_s: float) -> None:
         """Ends the threads; those that hang are left behind."""
-        self.quick.close(timeout_s)
-        self.slow.close(timeout_s)
+        deadline_s = time.monotonic() + timeout_s
+        for workers in self._workers.values():
+            workers.close(max(deadline_s - time.monotonic(), 0.001))
 
 
 SERVICE = web.AppKey("service", Service)

@@ -169,20 +169,26 @@ def _facts(work: BackupWork, parent: str, held: SnapshotFacts) -> BackupFacts:
             continue
         if held.capacities[target] != disk.parent_capacity:
             notes.append(f"{target} full: its size changed")
-        elif not _can_be_read(work.domain, disk.parent_disk):
-            notes.append(f"{target} full: the parent's manifest is damaged")
+        elif damage := _damage(work.domain, disk.parent_disk):
+            notes.append(f"{target} full: {damage}")
         else:
             incremental.add(target)
     return BackupFacts(held, frozenset(incremental), tuple(notes))
 
 
-def _can_be_read(domain: Domain, disk: str) -> bool:
-    """Whether the disk's map is there to build on."""
+def _damage(domain: Domain, disk: str) -> str:
+    """What is known to be damaged of a disk's backup, so that none may build on it; "" for nothing.
+
+    What is unchanged would be acknowledged though it can't be had any more, and the disk has it.
+    """
     try:
-        domain.disk_map(disk)
+        disk_map = domain.disk_map(disk)
+        pages = () if domain.trust.is_whole() else disk_map.pages()
+        if all(domain.trust.vouches_for(list(page.values())) for _, page in pages):
+            return ""
     except Damaged:
-        return False
-    return True
+        return "the parent's manifest is damaged"
+    return "of the parent's chunks some are damaged"
 
 
 def _scanned(

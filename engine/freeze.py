@@ -61,7 +61,8 @@ class FreezeHook:
 
     `timeout_s` limits each run of the command, `hold_s` the time between freeze and thaw. `inside`
     does what the command does, without a process: given the verb, it says why it failed, or "".
-    The command is then the watchdog's only.
+    The command is then the watchdog's only. `go_on` is called when no thaw succeeded, the
+    watchdog's included: it goes on trying, and returns at once.
     """
 
     command: Sequence[str] = ()
@@ -69,6 +70,7 @@ class FreezeHook:
     timeout_s: float = 10.0
     hold_s: float = 10.0
     inside: Callable[[str], str] | None = None
+    go_on: Callable[[], None] | None = None
 
 
 NO_HOOK = FreezeHook()
@@ -111,6 +113,8 @@ def frozen(hook: FreezeHook) -> Iterator[Freeze]:
         if not thawed:
             freeze.notes.append("thaw failed: the VM may still be frozen")
             log.error("thaw_failed", extra={"vm": hook.vm_uuid})
+            if hook.go_on is not None:
+                hook.go_on()
 
 
 def _run(hook: FreezeHook, verb: str) -> bool:

@@ -2,10 +2,10 @@
 no signal ends that.
 
 A job hangs when it has not got on for a while *and* for as long a call to files that it needs (its
-backup point's, its VM's pools') has been under way, be it the job's own or another's that it waits
-for. A wait for a disk server (qemu-nbd, QEMU) is a call to the file that it serves. So one that
-computes, or waits for its turn, does not hang. Looking never touches a medium of these; when the
-data directory does not answer nobody can be told anything.
+backup point's, its VM's pools', the state's), or to its VM's libvirt, has been under way, be it the
+job's own or another's that it waits for. A wait for a disk server (qemu-nbd, QEMU) is a call to the
+file that it serves. So one that computes, or waits for its turn, does not hang. Looking never waits
+for a medium of these: the state is read from memory (storage/lock_file.py).
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class Hangs:
 
     points: Rows[BackupPoint]
     inventory: Inventory
+    state_path: str
     after_s: float
 
     def of(self, job: Job, still_s: float) -> Hang:
@@ -61,16 +62,20 @@ class Hangs:
         return worst if worst.seconds >= self.after_s else NO_HANG
 
     def _places(self, job: Job) -> Iterator[tuple[str, str]]:
-        """(name, path) of all directories that the job needs an answer of."""
+        """(name, path) of all directories, and the libvirt, that the job needs an answer of."""
+        yield "the data directory", self.state_path
         point = self.points.get(job.backup_point_uuid)
         if point is not None:
             yield f"backup point {point.name}", point.path
         try:
-            disks = self.inventory.vm(job.compute_uuid).disks
-            pools = {pool_of(self.inventory.places, disk) for disk in disks if disk.pool_uuid}
+            vm = self.inventory.vm(job.compute_uuid)
+            pools = {pool_of(self.inventory.places, disk) for disk in vm.disks if disk.pool_uuid}
         except NotFound:
             return
         yield from ((f"pool {pool.name}", pool.path) for pool in pools)
+        host = self.inventory.host_of(vm)
+        if host:
+            yield f"libvirt {host}", host
 
 
 def log_hang(before: Job, now: Job) -> None:

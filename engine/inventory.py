@@ -66,6 +66,10 @@ class Inventory(Protocol):
         """The hosts that VMs are known from; none where the VMs are our own."""
         ...
 
+    def host_of(self, vm: Vm) -> str:
+        """The hypervisor that has the VM, or will have it; "" for none."""
+        ...
+
     def look_at(self, uuid: str) -> Vm:
         """The VM as it is now where it runs. NotFound, HypervisorAway."""
         ...
@@ -140,6 +144,9 @@ class EmbeddedInventory:
         if found is None:
             raise NotFound("vm", uuid)
         return found
+
+    def host_of(self, vm: Vm) -> str:  # noqa: ARG002
+        return ""
 
     def look_at(self, uuid: str) -> Vm:
         return self.vm(uuid)

@@ -51,6 +51,8 @@ log = logging.getLogger(__name__)
 HUNG_AFTER_S = 15.0
 BEAT_EVERY_S = 60.0  # a tenth of the patience of those who watch (storage.heartbeats)
 FIRST_LOOK_TIMEOUT_S = 5.0
+REOPEN_AFTER_S = 60.0
+REOPEN_REST = 20.0  # times as long as it took
 ROWS_PER_SYNC = 1000
 
 _STATES: tuple[tuple[type[StorageError], PointStateName], ...] = (
@@ -116,6 +118,7 @@ class Keeper:
         self._reclaims_wanted = 0
         self._reclaims_done = 0
         self._reclaiming: threading.Thread | None = None
+        self._reopens_at_s = 0.0
         self._thread = threading.Thread(target=self._run, name=f"point-{row.name}", daemon=True)
 
     def start(self) -> None:
@@ -218,7 +221,7 @@ class Keeper:
             reclaims = self._reclaims_wanted
         error: StorageError | None = None
         try:
-            opened = self._opened or self._open()
+            opened = self._reopened(self._opened) if self._opened else self._open()
             self._reclaim(opened, asked=reclaims > self._reclaims_done)
             self._refresh(opened)
         except StorageError as raised:
@@ -236,31 +239,55 @@ class Keeper:
             self._changed.notify_all()
 
     def _open(self) -> Opened:
-        row, around = self.row, self._around
-        with translated(row.path):
-            point = Point.open(row.path, expect_uuid=row.uuid)
+        with translated(self.row.path):
+            point = Point.open(self.row.path, expect_uuid=self.row.uuid)
             opened = Opened(point, {}, {})
             try:
-                for cluster in around.places.clusters:
-                    views = os.path.join(around.host.views_path, row.uuid, cluster.uuid)
-                    seen = os.path.join(self._seen_directory(), cluster.uuid)
-                    try:
-                        domain = point.domain(
-                            _label(cluster), around.host.id, views, seen_path=seen
-                        )
-                    except Damaged as error:
-                        opened.damaged[cluster.uuid] = error
-                        continue
-                    opened.domains[cluster.uuid] = domain
-                    recall(around.distrusts, row.uuid, cluster.uuid, domain)
+                for cluster in self._around.places.clusters:
+                    self._open_domain(opened, cluster)
                 if opened.damaged and not opened.domains:
                     raise next(iter(opened.damaged.values()))
             except BaseException:
                 opened.close()
                 raise
         self._synced = {}
+        self._reopens_at_s = time.monotonic() + REOPEN_AFTER_S
         with self._lock:
             self._opened = opened
+        return opened
+
+    def _open_domain(self, opened: Opened, cluster: Cluster) -> None:
+        """One of `opened`, or of its damaged ones."""
+        row, around = self.row, self._around
+        views = os.path.join(around.host.views_path, row.uuid, cluster.uuid)
+        seen = os.path.join(self._seen_directory(), cluster.uuid)
+        try:
+            domain = opened.point.domain(_label(cluster), around.host.id, views, seen_path=seen)
+        except Damaged as error:
+            opened.damaged[cluster.uuid] = error
+            return
+        opened.domains[cluster.uuid] = domain
+        opened.damaged.pop(cluster.uuid, None)
+        recall(around.distrusts, row.uuid, cluster.uuid, domain)
+
+    def _reopened(self, opened: Opened) -> Opened:
+        """With the domains that could not be opened before, and can be now: what was damaged may
+        have been mended, or was so for a moment only. It may take long, so it is tried seldom."""
+        began_s = time.monotonic()
+        left = [one for one in self._around.places.clusters if one.uuid not in opened.domains]
+        if not left or began_s < self._reopens_at_s:
+            return opened
+        try:
+            for cluster in left:
+                # Others may be going through what there is.
+                opened = replace(opened, domains={**opened.domains}, damaged={**opened.damaged})
+                self._open_domain(opened, cluster)
+                with self._lock:
+                    self._opened = opened
+        finally:
+            now_s = time.monotonic()
+            rest_s = max(REOPEN_AFTER_S, REOPEN_REST * (now_s - began_s))
+            self._reopens_at_s = now_s + rest_s
         return opened
 
     def forget_seen(self) -> None:

@@ -63,6 +63,14 @@ class Pool(Row, frozen=True):
     format: str = ""  # of the volumes that restores make here; "" = as those backed up had
 
 
+class Directory(Row, frozen=True):
+    """Where a domain of a libvirt host had a volume: a pool that libvirt does not know of."""
+
+    uuid: str  # the pool's
+    host: str
+    path: str
+
+
 class Disk(Row, frozen=True):
     """A VM's disk: the volume file `volume_name` in a pool.
 

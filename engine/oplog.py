@@ -21,20 +21,20 @@ class OperationLog:
         self._state = state
         self._clock = clock
         self._kept = kept
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of those who add; who looks does not wait for a medium
         with state.store.read() as txn:
             newest = state.operations.newest_in(txn)
             oldest = state.operations.oldest_in(txn)
-        self._next = newest.seq + 1 if newest else 1
-        self._first = oldest.seq if oldest else 1
+        self._span = (oldest.seq if oldest else 1, newest.seq + 1 if newest else 1)
 
     def add(
         self, who: str, what: str, target: str, name: str, vm_type: str, scode: int, desc: str
     ) -> None:
         """Adds a line, cutting texts that are too long for a log."""
         with self._lock:
+            oldest, following = self._span
             row = Operation(
-                seq=self._next,
+                seq=following,
                 at=self._clock(),
                 who=_cut(who),
                 what=_cut(what),
@@ -44,18 +44,16 @@ class OperationLog:
                 scode=scode,
                 desc=_cut(desc),
             )
-            first = max(self._first, self._next + 1 - self._kept)
+            first = max(oldest, following + 1 - self._kept)
             with self._state.store.write() as txn:
                 self._state.operations.put_in(txn, row)
-                for seq in range(self._first, first):
+                for seq in range(oldest, first):
                     self._state.operations.delete_in(txn, operation_key(seq))
-            self._next += 1
-            self._first = first
+            self._span = (first, following + 1)
 
     def page(self, page: int, page_size: int) -> tuple[list[Operation], int]:
         """(the page, newest first; how many there are). `page` counts from 1."""
-        with self._lock:
-            first, following = self._first, self._next
+        first, following = self._span
         newest = following - 1 - (max(page, 1) - 1) * page_size
         oldest = max(newest - page_size + 1, first)
         with self._state.store.read() as txn:

@@ -2,10 +2,14 @@
 
 One row a pack, and one without a pack that says when the verify under way began: while it is there,
 what was read since then is not read again. Written in batches: what a crash forgets is read again.
+Who has come to the end has read all packs, so what was not read since its beginning has gone.
+
+A clock that goes back makes nothing count as read: no verify begins before what was read by then.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from engine.model import PackRead
@@ -22,25 +26,24 @@ class PackReads:
         self._point = point_uuid
         self._clock = clock
         self._at = {row.pack: row.at for row in self._rows.values() if row.point_uuid == point_uuid}
+        self._read = set[str]()
         self._fresh: list[PackRead] = []
         began = self._at.pop("", None)
         self._goes_on = began is not None
-        self._began = clock() if began is None else began
+        self._began = max([clock(), *self._at.values()]) if began is None else began
         if began is None:
-            # What was read by a clock that was ahead would count as read by this verify.
-            ahead = [pack for pack, at in self._at.items() if at >= self._began]
-            self._at |= dict.fromkeys(ahead, 0.0)
-            rows = [self._row(pack, 0.0) for pack in ahead]
-            self._rows.put_all([*rows, self._row("", self._began)])
+            self._rows.put(self._row("", self._began))
 
     def last(self, pack: str) -> float | None:
         return self._at.get(pack)
 
     def skip(self, pack: str) -> bool:
-        return self._goes_on and self._at.get(pack, float("-inf")) >= self._began
+        return self._goes_on and self._at.get(pack, float("-inf")) > self._began
 
     def done(self, pack: str) -> None:
-        self._fresh.append(self._row(pack, self._clock()))
+        at = max(self._clock(), math.nextafter(self._began, math.inf))
+        self._read.add(pack)
+        self._fresh.append(self._row(pack, at))
         if len(self._fresh) >= BATCH_PACKS:
             self.flush()
 
@@ -53,14 +56,8 @@ class PackReads:
     def _row(self, pack: str, at: float) -> PackRead:
         return PackRead(point_uuid=self._point, pack=pack, at=at)
 
-    @staticmethod
-    def end(state: State, point_uuid: str) -> None:
-        """The verify came to its end: the next one reads everything.
-
-        Packs that it did not come to are gone, or not to be read: their rows go, or they would
-        gather for as long as there are backups.
-        """
-        rows = [row for row in state.pack_reads.values() if row.point_uuid == point_uuid]
-        began = next((row.at for row in rows if not row.pack), 0.0)
-        past = [row.pack for row in rows if row.at < began]
-        state.pack_reads.delete(*(f"{point_uuid}/{pack}" for pack in ("", *past)))
+    def end(self) -> None:
+        """The verify came to its end: the next one reads everything."""
+        self.flush()
+        gone = {pack for pack, at in self._at.items() if at <= self._began} - self._read
+        self._rows.delete(*(f"{self._point}/{pack}" for pack in ("", *gone)))

@@ -21,6 +21,7 @@ from storage.chunks import Encoder, Frame
 from storage.domain import Domain
 from storage.errors import ChunkDamaged
 from storage.fs import Buffer
+from storage.memory import large_buffer
 from storage.patches import PatchEncoder
 from storage.reader import MAX_RUN_BYTES, plan_chunks
 from storage.session import Session
@@ -123,5 +124,5 @@ class Storing:
         if self._buffer is None:
             assert self._bases is not None
             size_bytes = MAX_RUN_BYTES + self._bases.chunk_size + mmap.PAGESIZE
-            self._buffer = memoryview(mmap.mmap(-1, size_bytes))
+            self._buffer = large_buffer(size_bytes)
         return self._buffer

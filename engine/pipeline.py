@@ -15,7 +15,6 @@ since the parent, only that is read; engine/sampling.py tries it first. Read eng
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -36,6 +35,7 @@ from engine.patching import Bases, Storing
 from engine.sources import DiskSource
 from storage.chunks import ZERO_MARK, ChunkHasher, Encoder, is_zero
 from storage.maps import DiskMap
+from storage.memory import large_buffer
 from storage.session import ManifestBuilder, Session
 
 ITEM_BYTES = 4 << 20
@@ -190,8 +190,7 @@ class Bench:
     def __init__(self, source: DiskSource, chunk_size: int) -> None:
         self._source = source
         self._chunk_size = chunk_size
-        # Page-aligned. Never closed, since views of it may be left: it goes with the last of them.
-        self._view = memoryview(mmap.mmap(-1, max(ITEM_BYTES, chunk_size)))
+        self._view = large_buffer(max(ITEM_BYTES, chunk_size))
 
     def read(self, item: Item) -> Iterator[tuple[int, memoryview]]:
         """(index in the page, content) of the item's chunks; valid until the next read.

@@ -48,7 +48,8 @@ class Points:
         self._state = state
         self._around = around
         self._probes = probes
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of what is in memory
+        self._recording = threading.Lock()  # of who attaches; it may hang with the state's medium
         self._attaching: set[str] = set()
         self._stopping = threading.Event()
         self._keepers = {row.uuid: Keeper(row, around) for row in state.points.values()}
@@ -160,11 +161,13 @@ class Points:
             uuid = self._bounded(f"attach {place}", lambda: _open_or_create(place, name, checked))
             row = BackupPoint(uuid=uuid, name=name, kind=checked, path=place)
             keeper = Keeper(row, self._around)
-            with self._lock:
-                if uuid in self._keepers:
-                    raise Conflict("point_in_use", f"the point at {path} is attached already")
+            with self._recording:
+                with self._lock:
+                    if uuid in self._keepers:
+                        raise Conflict("point_in_use", f"the point at {path} is attached already")
                 self._state.points.put(row)
-                self._keepers[uuid] = keeper
+                with self._lock:
+                    self._keepers[uuid] = keeper
             keeper.start()
         keeper.await_look(JOIN_TIMEOUT_S)
         log.info("point_attached", extra={"point": uuid, "path": place})

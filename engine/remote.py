@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from engine.core import Core
 from engine.errors import Invalid, NotFound
 from engine.ids import normal
-from engine.inventory import Places, find
+from engine.inventory import find
 from engine.keeper import Opened
 from engine.labels import at_home, decode_label, encode_label, settled_backup
 from engine.model import Backup, Cluster
@@ -119,20 +119,23 @@ def _locate(core: Core, cluster: Cluster, asked: Sequence[tuple[str, str]]) -> l
 def _take(
     core: Core, cluster: Cluster, point_uuid: str, source: str, uuids: Sequence[str]
 ) -> tuple[list[Backup], list[Backup]]:
-    """(all of them as they are here now, those that came just now), of one domain of one point."""
-    places = core.inventory.places
+    """(all of them as they are here now, those that this call brought), of one domain."""
+    places, brought = core.inventory.places, set[str]()
     domain = core.points.domain(point_uuid, cluster.uuid)
-    here = {row.backup for row in domain.backups()}
+
+    def relabel(row: BackupRow) -> bytes:
+        return encode_label(at_home(decode_label(row), places))
+
     try:
         rows = (
             [domain.backup(uuid) for uuid in uuids]
             if source == cluster.uuid
-            else domain.import_backups(source, uuids, lambda row: _relabelled(row, places))
+            else domain.import_backups(source, uuids, relabel, brought.update)
         )
     except NotOnPoint as error:
         raise NotFound("backup", _named_in(str(error), uuids)) from error
     settled = [settled_backup(row, cluster.uuid, point_uuid, places) for row in rows]
-    return settled, [row for row in settled if row.uuid not in here]
+    return settled, [row for row in settled if row.uuid in brought]
 
 
 def _give_back(core: Core, fresh: Sequence[Backup]) -> None:
@@ -166,10 +169,6 @@ def _as_found(row: BackupRow, label: ClusterLabel, point_uuid: str) -> Backup:
         label=decode_label(row),
         parent=row.parent,
     )
-
-
-def _relabelled(row: BackupRow, places: Places) -> bytes:
-    return encode_label(at_home(decode_label(row), places))
 
 
 def _cluster(label: ClusterLabel) -> Cluster:

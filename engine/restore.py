@@ -28,6 +28,7 @@ from storage.domain import Domain
 from storage.errors import ChunkDamaged, Damaged
 from storage.fs import Buffer
 from storage.maps import DiskMap
+from storage.memory import large_buffer
 from storage.ranges import joined
 from storage.reader import MAX_RUN_BYTES, ChunkReader, FramePlace, ReadRun, plan_reads
 
@@ -55,7 +56,7 @@ def run_restore(
     """Makes all volumes, durably, or none. `backup`: the one that `disks` are of; it is held.
 
     With `allow_damaged` what can't be read becomes zeros, and the report says where; else the first
-    damage ends the restore. Either way the domain stores it anew with the next full backup.
+    damage ends the restore. Either way the domain stores it anew with the next backup that has it.
     Raises Conflict("name_taken") when a volume is there already, PoolFull, PoolUnreachable,
     Cancelled, NotOnPoint, Damaged and other StorageErrors; for qcow2 the DiskServer… errors.
     """
@@ -123,7 +124,7 @@ def _fill(
 
     def work() -> None:
         # One run, or one frame that is larger than a run may be.
-        buffer = memoryview(mmap.mmap(-1, MAX_RUN_BYTES + disk_map.chunk_size + mmap.PAGESIZE))
+        buffer = large_buffer(MAX_RUN_BYTES + disk_map.chunk_size + mmap.PAGESIZE)
         stage = Stage(volume, disk_map.chunk_size)
         while (run := runs.pull()) is not None:
             ctx.check()

@@ -4,6 +4,10 @@ A tracker (clones compared, a hypervisor's bitmap) says which ranges may differ 
 backup. Of the chunks that it leaves out a random share is read and compared with the parent. One
 that differs proves the tracker wrong; then nothing it says counts. A parent's chunk that lies in a
 hole now, outside the ranges, proves it as well, and costs no reading.
+
+The last chunk with data among those is always read. An image that was cut off and made as large
+again has lost what was behind the cut, and QEMU's bitmaps don't say so. Behind it there are holes,
+and what was written since, which the bitmap knows: so the chunk that was cut through is that one.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 from engine.crew import run_crew
 from engine.jobs import JobContext
@@ -94,16 +99,24 @@ def _unchanged(
 
 
 def _drawn(plans: Iterable[PagePlan], share: float, sample: Sample) -> Iterator[PagePlan]:
-    """Some chunks of the plans at random; ends at one whose parent's chunk is gone."""
-    owed = float(FEWEST_CHUNKS)
-    for plan in plans:
-        if plan.gone:
+    """Some chunks of the plans at random, and the last one of all; ends at a plan one of whose
+    parent's chunks is gone."""
+    owed = FEWEST_CHUNKS - 1.0
+    before: PagePlan | None = None
+    for plan in chain(plans, [None]):
+        if plan is not None and plan.gone:
             sample.wrong_chunk = plan.page_no * PAGE_CHUNKS + plan.gone[0]
             return
-        owed += share * len(plan.chunks)
-        count = min(int(owed), len(plan.chunks))
-        if count:
+        if plan is not None and not plan.chunks:
+            continue
+        if before is not None:
+            owed += share * len(before.chunks)
+            last = before.chunks[-1:] if plan is None else ()
+            others = before.chunks[:-1] if last else before.chunks
+            count = min(int(owed), len(others))
             owed -= count
-            sample.chunks += count
-            drawn = tuple(sorted(random.sample(plan.chunks, count)))
-            yield PagePlan(plan.page_no, drawn, plan.parent)
+            drawn = (*sorted(random.sample(others, count)), *last)
+            sample.chunks += len(drawn)
+            if drawn:
+                yield PagePlan(before.page_no, drawn, before.parent)
+        before = plan

@@ -64,6 +64,7 @@ from engine.views import (
     TrackingState,
 )
 from engine.volumes import bounded_volume_size, pool_room, volume_path
+from storage.in_flight import longest_in_flight_s
 
 log = logging.getLogger(__name__)
 
@@ -135,6 +136,11 @@ class Engine:
         self._core.inventory.stop()
         self._core.state.close()
         self._host.close()
+
+    def state_silent_s(self) -> float:
+        """For how long the data directory's disk has not answered who writes to the state; 0 when
+        nobody waits for it. What there is can be asked for all the same."""
+        return longest_in_flight_s(self._host.state_path)
 
     # What there is --------------------------------------------------------------------------
 
@@ -381,7 +387,7 @@ def _assemble(host: Host, state: State, config: Config) -> Core:
     around = Surroundings(host, places, catalogue, config.limits, state.distrusts)
     probes = Probes()
     inventory = _inventory(state, places, config, host)
-    hangs = Hangs(state.points, inventory, config.limits.stalled_after_s)
+    hangs = Hangs(state.points, inventory, host.state_path, config.limits.stalled_after_s)
     return Core(
         config=config,
         state=state,

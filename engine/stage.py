@@ -1,17 +1,14 @@
 """A thread's memory between decoding chunks and writing them to a new volume.
 
 Chunks are decoded straight into it, one behind the other, and those that are neighbours on the disk
-as well are written with one call. The memory is made of huge pages where the kernel has them: the
-device then gets a few long pieces instead of a thousand pages.
+as well are written with one call.
 """
 
 from __future__ import annotations
 
-import contextlib
-import mmap
-
 from engine.new_volume import RestoreTarget
 from storage.fs import Buffer
+from storage.memory import large_buffer
 
 STAGE_BYTES = 4 << 20  # longer writes gain nothing
 
@@ -22,7 +19,7 @@ class Stage:
     def __init__(self, volume: RestoreTarget, chunk_size: int) -> None:
         self._volume = volume
         self._chunk_size = chunk_size
-        self._memory = memoryview(_huge_pages(max(STAGE_BYTES, chunk_size)))
+        self._memory = large_buffer(max(STAGE_BYTES, chunk_size))
         self._start = self._end = 0  # what waits to be written
         self._offset = 0  # where it goes on the disk
         self._room = self._memory[:0]
@@ -56,10 +53,3 @@ class Stage:
         if self._end > self._start:
             self._volume.write(self._memory[self._start : self._end], self._offset)
         self._start = self._end
-
-
-def _huge_pages(size_bytes: int) -> mmap.mmap:
-    memory = mmap.mmap(-1, size_bytes)
-    with contextlib.suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory

@@ -14,6 +14,7 @@ from engine.model import (
     BackupPoint,
     Baseline,
     Cluster,
+    Directory,
     Distrust,
     Job,
     Namespace,
@@ -102,6 +103,7 @@ _operations = Table("operations", Operation)
 _distrusts = Table("distrusts", Distrust)
 _pack_reads = Table("pack_reads", PackRead)
 _baselines = Table("baselines", Baseline)
+_directories = Table("directories", Directory)
 
 _TABLES: tuple[Table[Any], ...] = (
     _clusters,
@@ -118,6 +120,7 @@ _TABLES: tuple[Table[Any], ...] = (
     _distrusts,
     _pack_reads,
     _baselines,
+    _directories,
 )
 
 
@@ -144,6 +147,7 @@ class State:
         self.pack_reads = Rows(store, _pack_reads, lambda row: f"{row.point_uuid}/{row.pack}")
 
         self.baselines = Rows(store, _baselines, lambda row: f"{row.vm_uuid}/{row.target_device}")
+        self.directories = Rows(store, _directories, lambda row: row.uuid)
 
     def close(self) -> None:
         """Ends it; every later call is a StorageError."""

@@ -67,9 +67,8 @@ def _verify(core: Core, point_uuid: str, deep: bool, ctx: JobContext) -> tuple[s
         if reads is not None:
             reads.flush()
         remember(core.state, core.points, point_uuid, opened.domains)
-    if deep:
-        reads = None
-        PackReads.end(core.state, point_uuid)
+    if reads is not None:
+        reads.end()
         for _, domain in opened.sound():
             for finding in check_view(domain):
                 report.add(finding)

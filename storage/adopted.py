@@ -15,7 +15,6 @@ another stranger's pack.
 from __future__ import annotations
 
 import contextlib
-import mmap
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 from storage import tables
 from storage.chunks import FRAME_HEADER_BYTES
 from storage.errors import ChunkDamaged, Damaged, PointNewerFormat, translated
+from storage.memory import large_buffer
 from storage.packs import read_maker
 from storage.reader import MAX_RUN_BYTES, plan_chunks
 from storage.tables import Tables
@@ -115,7 +115,7 @@ class AdoptedPacks:
         """Reads the chunks, wherever they lie: those that are what their ids say."""
         domain, sound = self._domain, list[bytes]()
         size_bytes = MAX_RUN_BYTES + FRAME_HEADER_BYTES + domain.chunk_size
-        buffer = memoryview(mmap.mmap(-1, size_bytes))
+        buffer = large_buffer(size_bytes)
         with contextlib.closing(domain.reader()) as reader:
             for run in plan_chunks(domain, sorted(chunks)):
                 for place, found in reader.read_each(run, buffer):

@@ -39,7 +39,7 @@ from storage.maps import DiskMap
 from storage.paths import DomainPaths, FileContents
 from storage.proof import Proof
 from storage.reader import ChunkReader
-from storage.rebuild import make_view
+from storage.rebuild import Host, make_view
 from storage.record import (
     Abort,
     Forget,
@@ -415,7 +415,8 @@ class Domain:
         """
         with self._lock:
             path, identity = self.view.path, self.view.identity
-            self.view.replace(make_view(self.fs, self.paths, path, identity))
+            us = Host(self.host, self._seen.number)
+            self.view.replace(make_view(self.fs, self.paths, path, identity, us))
             self._tally.forget()
             self.proof.forget()
             self.trust.follow()
@@ -469,10 +470,11 @@ class Domain:
         source_cluster_uuid: str,
         backups: Sequence[str],
         relabel: Callable[[BackupRow], bytes],
+        taken: Callable[[Sequence[str]], None] = lambda _: None,
     ) -> list[BackupRow]:
         """Takes backups over from another cluster's domain of the point. See storage.imports."""
         source = self.paths.sibling(source_cluster_uuid)
-        return imports.import_backups(self, source, backups, relabel)
+        return imports.import_backups(self, source, backups, relabel, taken)
 
     def stats(self) -> DomainStats:
         """Counts of the view, without a look at the point."""
@@ -491,6 +493,7 @@ class Domain:
         return self.view.size_bytes() if on_point else 0
 
     def close(self) -> None:
-        """Lets go of the view. Open sessions stay open in the log until the host's next start."""
-        self._seen.settle()
-        self.view.close(seal=True)
+        """Lets go of the view once nobody is in it; sessions stay open until the next start."""
+        with self._lock:
+            self._seen.settle()
+            self.view.close(seal=True)

@@ -12,10 +12,10 @@ One thread at a time. Plain OSErrors come through; after one the only call allow
 from __future__ import annotations
 
 import errno
-import mmap
 from collections.abc import Sequence
 
 from storage.fs import NO_FD, Buffer, Fs
+from storage.memory import large_buffer
 from storage.publish import close_discarded, discard
 
 STAGE_BYTES = 4 << 20
@@ -45,7 +45,7 @@ class GrowingFile:
             self.abandon()
             raise
         if self._direct_fd != NO_FD:
-            self._stage = memoryview(mmap.mmap(-1, STAGE_BYTES))
+            self._stage = large_buffer(STAGE_BYTES)
 
     @property
     def size_bytes(self) -> int:

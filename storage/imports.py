@@ -23,6 +23,7 @@ from storage.bad_places import open_to_read, read_at
 from storage.chunks import CHUNK_ID_BYTES, FRAME_HEADER_BYTES, ZERO_MARK, Decoder, Encoder
 from storage.errors import (
     AlreadyOnPoint,
+    ChunkDamaged,
     ChunkMissing,
     Damaged,
     NotOnPoint,
@@ -39,7 +40,7 @@ from storage.paths import DomainPaths, FileContents
 from storage.reader import MAX_RUN_BYTES, plan_chunks
 from storage.rebuild import fold_records, manifest_chain, merged_pages
 from storage.session import NewBackup, Session
-from storage.tables import BoundedTables, MemoryTables, Tables
+from storage.tables import BoundedTables, Tables
 
 if TYPE_CHECKING:
     from storage.domain import Domain
@@ -60,13 +61,13 @@ class ForeignDomain:
     """Another domain as its log tells it: who is live, without an index."""
 
     paths: DomainPaths
-    state: MemoryTables
+    state: BoundedTables
 
     def backups(self) -> list[BackupRow]:
         return list(backup_rows(self.state))
 
 
-def read_domain(fs: Fs, paths: DomainPaths, known: MemoryTables | None = None) -> ForeignDomain:
+def read_domain(fs: Fs, paths: DomainPaths, known: BoundedTables | None = None) -> ForeignDomain:
     """Reads a domain's log to its end, from `known` on (changed in place) or from the start.
 
     Raises Damaged, PointNewerFormat, PointUnreachable.
@@ -85,11 +86,13 @@ def import_backups(
     source: DomainPaths,
     wanted: Sequence[str],
     relabel: Callable[[BackupRow], bytes],
+    taken: Callable[[Sequence[str]], None] = lambda _: None,
 ) -> list[BackupRow]:
     """Makes the wanted backups of `source` live in `domain`, all or none; returns their rows here.
 
-    Those that are here already are only returned. `relabel` gives each one's label here. Durable on
-    return. NotOnPoint when one is in neither; Damaged; PointFull.
+    Those that are here already are only returned; `taken` is told the others, which this call has
+    made live. `relabel` gives each one's label here. Durable on return. NotOnPoint when one is in
+    neither; Damaged; PointFull.
     """
     domain.refresh()
     for attempt in range(ATTEMPTS):
@@ -99,6 +102,7 @@ def import_backups(
             break
         try:
             _take(domain, read_domain(domain.fs, source), missing, relabel)
+            taken(missing)
             break
         except (PointUnreachable, ChunkMissing, AlreadyOnPoint, _Overtaken) as error:
             # The owner deleted or repacked meanwhile: its log tells where things are now. Or
@@ -246,14 +250,18 @@ def _ours(
 
 
 def _store_whole(domain: Domain, session: Session, ids: Sequence[bytes]) -> None:
-    """Stores chunks that we have in the session, where they come after what it adopted."""
+    """Stores chunks that we have in the session, where they come after what it adopted. Those that
+    turn out to be damaged are left to the patches that it adopted."""
     encoder = Encoder()
     buffer = memoryview(bytearray(MAX_RUN_BYTES + FRAME_HEADER_BYTES + domain.chunk_size))
     with contextlib.closing(domain.reader()) as reader:
         for run in plan_chunks(domain, ids):
-            for place, content in reader.read(run, buffer):
-                frame = encoder.encode(place.chunk_id, memoryview(content))
-                session.store([frame], again=True)
+            for place, content in reader.read_each(run, buffer):
+                if not isinstance(content, ChunkDamaged):
+                    frame = encoder.encode(place.chunk_id, memoryview(content))
+                    session.store([frame], again=True)
+                elif content.pack:
+                    domain.trust.withdraw(content.pack, frozenset({content.chunk}))
 
 
 def _require_directory(fs: Fs, path: str) -> None:

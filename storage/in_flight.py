@@ -25,7 +25,10 @@ _under_way: dict[int, InFlight] = {}
 
 
 class InFlight:
-    """A context manager around one call. `place`: an absolute path, or a descriptor."""
+    """A context manager around one call, or around several in a row to one server.
+
+    `place`: an absolute path, a descriptor, or the name of a server that is no file system.
+    """
 
     __slots__ = ("began_s", "place")
 
@@ -50,7 +53,8 @@ class InFlight:
 
 
 def longest_in_flight_s(directory: str) -> float:
-    """How long the oldest call under way on `directory`, or on what is below it, has taken."""
+    """How long the oldest call under way on `directory`, or on what is below it, has taken; or to
+    the server of that name."""
     calls = sorted(_under_way.copy().values(), key=lambda call: call.began_s)
     below = directory.rstrip("/") + "/"
     for call in calls:

@@ -32,8 +32,9 @@ from xxhash import xxh3_64_digest
 
 from storage import seal
 from storage.errors import Damaged, PointUnreachable, ViewDamaged, translated
+from storage.in_flight import InFlight
 from storage.lmdb_pages import require_sound_pages
-from storage.lock_file import READERS, allocate_lock_file
+from storage.lock_file import READERS, lock_in_memory
 
 FIRST_MAP_BYTES = 64 << 20
 _MOST_KEY_BYTES = 511  # LMDB's own limit
@@ -179,11 +180,11 @@ class Store:
         self._closed = False
         with translated(f"state {path}"):
             os.makedirs(path, mode=0o700, exist_ok=True)
-            allocate_lock_file(path)
             _require_sound(os.path.join(path, _DATA_FILE))
-            self._env = lmdb.open(
-                path, map_size=map_bytes, max_dbs=len(tables), max_readers=READERS
-            )
+            with lock_in_memory(path) as place:
+                self._env = lmdb.open(
+                    place, map_size=map_bytes, max_dbs=len(tables), max_readers=READERS
+                )
             self._handles: dict[str, lmdb._Database] = {
                 table.name: self._env.open_db(table.name.encode()) for table in tables
             }
@@ -207,7 +208,8 @@ class Store:
             change = WriteTxn(self, self._env.begin(write=True), self._handles)
             try:
                 yield change
-                change.commit()
+                with InFlight(self._path):  # LMDB's writing; what comes before it computes
+                    change.commit()
             except BaseException:
                 change.abort()
                 raise

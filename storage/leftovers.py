@@ -13,16 +13,15 @@ view is left alone while any process has it open.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import re
-import struct
 from typing import TYPE_CHECKING
 
 from storage import orphans, tables
 from storage.errors import PointFull, PointReadOnly, StorageError, translated
 from storage.heartbeats import Heartbeat, read_beat
+from storage.lock_file import is_occupied
 from storage.view import destroy
 
 if TYPE_CHECKING:
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
 GONE_AFTER_S = 24 * 3600.0
 
 _HOST = re.compile("[0-9A-Za-z_-]{1,64}")
-_FLOCK = struct.Struct("hhqqi4x")  # struct flock
-_F_OFD_GETLK = 36
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +98,7 @@ def _cleared(domain: Domain, host: str) -> bool:
     with translated(views):
         names = [n for n in orphans.names_in(domain.fs, views) if n.partition(".")[0] == host]
         paths = [os.path.join(views, name) for name in names]
-        if any(_in_use(path) for path in paths if not os.path.islink(path)):
+        if any(is_occupied(path) for path in paths if not os.path.islink(path)):
             return False
         for path in paths:
             if os.path.islink(path):
@@ -115,17 +112,3 @@ def _cleared(domain: Domain, host: str) -> bool:
         except FileNotFoundError:
             return True
     return True
-
-
-def _in_use(view: str) -> bool:
-    """Whether a process has the view open: LMDB locks the start of its lock file meanwhile."""
-    try:
-        fd = os.open(os.path.join(view, "lock.mdb"), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        return False
-    try:
-        asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 1, 0)
-        kind = _FLOCK.unpack(fcntl.fcntl(fd, _F_OFD_GETLK, asked))[0]
-    finally:
-        os.close(fd)
-    return bool(kind != fcntl.F_UNLCK)

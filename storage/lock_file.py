@@ -1,8 +1,14 @@
-"""LMDB's lock file with all of its room on the medium.
+"""LMDB's lock file, in memory instead of beside the data.
 
-Theory: LMDB makes the file sparse and writes to it through shared memory, a page when it is first
-needed. On a full file system there is no page to be had, and the process gets SIGBUS, which ends
-it. So its room is set aside before LMDB opens it; then a lack of room is an ordinary error.
+Theory: LMDB keeps the table of its readers in `lock.mdb` and writes to it, through shared memory,
+when a read begins and when it ends. Where the medium does not answer, such a write waits in a page
+fault, and py-lmdb has the interpreter's lock meanwhile: every thread of the process would stand
+still, for a read whose pages are all in memory. On a full file system, or over a bad sector, the
+fault is a SIGBUS, which ends the process. We share no environment with another process, so the
+table need not be a file that others find: LMDB is given a directory in memory, with its lock file
+and a link to the data.
+
+Whether a process has an environment open is told by a lock on the directory of its data.
 """
 
 from __future__ import annotations
@@ -10,40 +16,48 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import struct
+import tempfile
+from collections.abc import Iterator
 
 READERS = 1024  # threads that may be inside a read at once
 # LMDB 0.9: a header of two cache lines, then a cache line a reader. A little more does no harm.
 _SIZE_BYTES = (READERS + 64) * 64
-_BLOCK_BYTES = 512  # the unit of st_blocks, whatever the file system's is
-_SET_FLAGS = 0x40086602  # FS_IOC_SETFLAGS
-_NO_COW = 0x00800000  # FS_NOCOW_FL: btrfs would need new room whenever the file changes
+_MEMORY = "/dev/shm"
 
 
-def allocate_lock_file(directory: str) -> None:
-    """Before lmdb.open of the environment in `directory`, which this process does not have open:
-    closing a file drops the process's locks on it. Raises OSError when there is no room."""
-    fd = _opened(os.path.join(directory, "lock.mdb"))
+@contextlib.contextmanager
+def lock_in_memory(directory: str) -> Iterator[str]:
+    """What to give to lmdb.open for the data in `directory`; by the end LMDB has all of it open.
+
+    Raises OSError, also when there is no memory for the lock file: later that would be a SIGBUS.
+    """
+    with tempfile.TemporaryDirectory(prefix="vmkeep-", dir=_MEMORY) as place:
+        os.symlink(os.path.join(os.path.abspath(directory), "data.mdb"), f"{place}/data.mdb")
+        with open(f"{place}/lock.mdb", "xb") as file:
+            os.posix_fallocate(file.fileno(), 0, _SIZE_BYTES)
+        yield place
+
+
+def occupy(directory: str) -> int:
+    """Tells `is_occupied` that the environment there is open, until the descriptor is closed.
+
+    Raises OSError; BlockingIOError when it is open already.
+    """
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
-        found = os.fstat(fd)
-        if not found.st_size:
-            with contextlib.suppress(OSError):
-                fcntl.ioctl(fd, _SET_FLAGS, struct.pack("l", _NO_COW))
-        # XFS wants free blocks even for setting aside what is set aside already.
-        if found.st_blocks * _BLOCK_BYTES < _SIZE_BYTES:
-            os.posix_fallocate(fd, 0, _SIZE_BYTES)
-    finally:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
         os.close(fd)
-
-
-def _opened(path: str) -> int:
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    fd = os.open(path, flags, 0o600)
-    try:
-        while os.read(fd, _SIZE_BYTES):
-            pass
-    except OSError:
-        os.close(fd)
-        os.unlink(path)
-        return os.open(path, flags, 0o600)
+        raise
     return fd
+
+
+def is_occupied(directory: str) -> bool:
+    """Whether a process, this one included, has the environment there open. Raises OSError."""
+    try:
+        os.close(occupy(directory))
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    return False

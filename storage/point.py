@@ -13,7 +13,7 @@ from typing import Annotated
 
 import msgspec
 
-from storage import imports
+from storage import imports, tables
 from storage.chunks import MAX_CHUNK_BYTES, MIN_CHUNK_BYTES, ChunkHasher, is_chunk_size
 from storage.domain import Domain
 from storage.errors import (
@@ -30,10 +30,10 @@ from storage.listing import BackupRow
 from storage.mounts import MountKind
 from storage.paths import DomainPaths
 from storage.publish import discard, make_dirs, put_if_absent
-from storage.rebuild import open_view
+from storage.rebuild import Host, open_view
 from storage.record import Digest32, Uuid
 from storage.seen import Seen
-from storage.tables import MemoryTables
+from storage.tables import BoundedTables
 
 POINT_MAGIC = b"VKPO"
 DOMAIN_MAGIC = b"VKDO"
@@ -76,7 +76,7 @@ class Point:
 
     def __init__(self, fs: Fs, path: str, label: PointLabel, kind: MountKind) -> None:
         self._fs = fs
-        self._foreign: dict[str, MemoryTables] = {}
+        self._foreign: dict[str, BoundedTables] = {}  # the one that was asked for last at the end
         self._lock = threading.Lock()
         self.path = path
         self.kind = kind
@@ -197,8 +197,9 @@ class Point:
             os.makedirs(views, mode=0o700, exist_ok=True)
         identity = f"{self.uuid} {label.cluster_uuid}".encode()
         seen = Seen(seen_path)
+        us = Host(host, seen.number)
         with translated(views):
-            view = open_view(self._fs, paths, os.path.join(views, host), identity)
+            view = open_view(self._fs, paths, os.path.join(views, host), identity, us)
         domain = Domain(
             self._fs,
             paths,
@@ -237,19 +238,23 @@ class Point:
     def foreign_backups(self, cluster_uuid: str) -> list[BackupRow]:
         """The live backups of any domain, read from its log; nothing there is changed.
 
-        What was read is remembered, so the next call reads only what came since. PointUnreachable
-        when there is no such domain.
+        What was read is remembered, so the next call reads only what came since; of many domains
+        only those that were asked for last. PointUnreachable when there is no such domain.
         """
         paths = DomainPaths(self.path, cluster_uuid)
         with self._lock:
-            known = self._foreign.get(cluster_uuid)
-            try:
-                found = imports.read_domain(self._fs, paths, known)
-            except BaseException:
-                self._foreign.pop(cluster_uuid, None)
-                raise
+            # One that fails half way is not to be gone on from.
+            known = self._foreign.pop(cluster_uuid, None)
+            found = imports.read_domain(self._fs, paths, known)
             self._foreign[cluster_uuid] = found.state
+            self._forget_foreign()
             return found.backups()
+
+    def _forget_foreign(self) -> None:
+        """All together may take up what one alone may: anybody may make any number of domains."""
+        size_bytes = sum(state.size_bytes for state in self._foreign.values())
+        while size_bytes > tables.FOREIGN_BYTES_LIMIT:
+            size_bytes -= self._foreign.pop(next(iter(self._foreign))).size_bytes
 
     def close(self) -> None:
         """Forgets what was read of other domains."""

@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import groupby, islice
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from blake3 import blake3
 from msgspec.structs import replace
@@ -48,13 +48,20 @@ ResultT = TypeVar("ResultT")
 log = logging.getLogger(__name__)
 
 
+class Host(NamedTuple):
+    """Whose view it is. `seen`: the last record that it knows to be durable."""
+
+    id: str
+    seen: int
+
+
 class Update(Protocol):
     """Runs a change of the state in a transaction of its own, and returns what it returned."""
 
     def __call__(self, change: Callable[[Tables], ResultT], /) -> ResultT: ...
 
 
-def open_view(fs: Fs, paths: DomainPaths, path: str, identity: bytes) -> View:
+def open_view(fs: Fs, paths: DomainPaths, path: str, identity: bytes, us: Host) -> View:
     """The domain's view, made anew when it is absent or can't be used. Not yet at the log's end."""
     destroy(_unfinished(path))
     destroy(path + ".old")  # of a View.replace that was killed
@@ -66,35 +73,50 @@ def open_view(fs: Fs, paths: DomainPaths, path: str, identity: bytes) -> View:
             destroy(path)
     view = _from_checkpoint(fs, paths, path, identity)
     if view is None:
-        made = make_view(fs, paths, path, identity)
+        made = make_view(fs, paths, path, identity, us)
         with translated(f"view {path}"):
             os.rename(made, path)
         view = View(path, identity)
     return view
 
 
-def make_view(fs: Fs, paths: DomainPaths, path: str, identity: bytes) -> str:
+def make_view(fs: Fs, paths: DomainPaths, path: str, identity: bytes, us: Host) -> str:
     """Makes a view from log, footers and manifests alone; returns the directory beside `path`
     that it lies in, closed. Raises Damaged when the log is; see `fill` for damaged files."""
     unfinished = _unfinished(path)
     records = Log(fs, paths.log, paths.tmp)
+    before = frozenset[str]()
     while True:
         destroy(unfinished)
         view = View(unfinished, identity, scratch=True)
         try:
-            whole = fill(view.update, records, FileContents(fs, paths), unfinished)
+            lost = fill(view.update, records, FileContents(fs, paths), unfinished)
             with view.read() as state:
                 last, _ = tables.applied(state)
             view.close(seal=True)
         except BaseException:
             view.close()
             raise
-        # What is gone was lost only if no later record has let it go.
-        if whole or records.read_surely(last + 1) is None:
-            if not whole:
+        # What is gone was lost only if no later record has let it go: there is none, or the log
+        # named it still when it had been missed before. (Others may append all the time.)
+        if lost <= before or records.read_surely(last + 1) is None:
+            if lost:
                 log.warning("view_incomplete path=%s: what the point lost is missing in it", path)
-            records.make_names_durable(max(1, last - 1), last)
+            _settle_names(records, last, us)
             return unfinished
+        before = lost
+
+
+def _settle_names(records: Log, last: int, us: Host) -> None:
+    """The names of the last records are durable on return. Our own newest one may be there though
+    its fsync failed, unless we have seen it so; and then another fsync proves nothing."""
+    first = max(1, last - RECORDS_PER_STEP + 1)
+    records.make_names_durable(first, last)
+    for seq in range(last, max(first - 1, us.seen), -1):
+        found = records.read(seq)
+        if found is not None and found[0].host == us.id:
+            records.name_anew(seq)
+            return
 
 
 def _unfinished(path: str) -> str:
@@ -188,9 +210,9 @@ def _copied(fs: Fs, source: str, target: str) -> bytes:
 # From log, footers and manifests.
 
 
-def fill(update: Update, records: Log, contents: Contents, scratch: str) -> bool:
-    """Fills an empty state; whether from whole files. `update` runs a step in a transaction.
-    `scratch`: a directory for files without names.
+def fill(update: Update, records: Log, contents: Contents, scratch: str) -> frozenset[str]:
+    """Fills an empty state; returns what was wrong with files, in words, nothing if all were whole.
+    `update` runs a step in a transaction. `scratch`: a directory for files without names.
 
     Damaged when a record of the log is. A pack or manifest that is damaged or gone keeps nothing
     else from being read: docs/design.md §5.3 says what stands in its place.
@@ -198,16 +220,18 @@ def fill(update: Update, records: Log, contents: Contents, scratch: str) -> bool
     while update(partial(fold_records, records=records)):
         pass
     with translated(f"view {scratch}"), Filling(scratch) as filling:
-        lost = tuple(_unplaced_packs(update, contents, filling))
-        whole = not lost
+        lost = dict(_unplaced_packs(update, contents, filling))
+        wrong = {*lost.values()}
         for disk in update(_disk_names):
-            whole &= _fill_disk(update, contents, filling, disk)
+            wrong |= _fill_disk(update, contents, filling, disk)
         for rows in filling.rows():
             update(partial(_add_chunks, rows=rows))
-        update(partial(_set_losses, packs=lost, chunks=filling.live.chunks.pop(LOST_PACK, 0)))
+        update(
+            partial(_set_losses, packs=tuple(lost), chunks=filling.live.chunks.pop(LOST_PACK, 0))
+        )
         for numbers in _batches(sorted(filling.live.chunks), PACKS_PER_STEP):
             update(partial(_set_live, numbers=numbers, live=filling.live))
-    return whole
+    return frozenset(wrong)
 
 
 def fold_records(state: Tables, records: Log) -> bool:
@@ -226,9 +250,11 @@ def fold_records(state: Tables, records: Log) -> bool:
     return True
 
 
-def _unplaced_packs(update: Update, contents: Contents, filling: Filling) -> Iterator[str]:
+def _unplaced_packs(
+    update: Update, contents: Contents, filling: Filling
+) -> Iterator[tuple[str, str]]:
     """Places the packs' chunks, in the order of the packs' numbers; the packs whose tables can't
-    be read."""
+    be read, and why."""
     first = 0
     while packs := update(partial(_packs_from, first=first)):
         for number, pack, digest in packs:
@@ -236,7 +262,7 @@ def _unplaced_packs(update: Update, contents: Contents, filling: Filling) -> Ite
                 filling.place(number, contents.footer(pack, digest))
             except (FileDamaged, FileGone) as error:
                 log.info("pack_unreadable pack=%s error=%s", pack, error)
-                yield pack
+                yield pack, str(error)
         first = packs[-1][0] + 1
 
 
@@ -256,9 +282,9 @@ def _batches(items: Iterable[ItemT], size: int) -> Iterator[list[ItemT]]:
         yield batch
 
 
-def _fill_disk(update: Update, contents: Contents, filling: Filling, disk: str) -> bool:
-    """Makes a disk's layer: its own part of the manifest chain, newest entries on top. False when
-    the chain is not whole."""
+def _fill_disk(update: Update, contents: Contents, filling: Filling, disk: str) -> set[str]:
+    """Makes a disk's layer: its own part of the manifest chain, newest entries on top. Returns what
+    is wrong with the chain."""
     layer, root, chain = update(partial(own_part, disk=disk))
     try:
         for batch in _batches(merged_pages(contents, chain, root=root), PAGES_PER_STEP):
@@ -271,8 +297,8 @@ def _fill_disk(update: Update, contents: Contents, filling: Filling, disk: str) 
             for page in pages:
                 filling.refer(page_chunks(page), -1)
         update(partial(_note_lost_layer, disk=disk))
-        return False
-    return True
+        return {str(error)}
+    return set()
 
 
 def _put_pages(state: Tables, layer: int, pages: list[tuple[int, bytes]]) -> None:

@@ -59,6 +59,11 @@ class Seen:
     def last(self) -> SeenRecord | None:
         return self._last
 
+    @property
+    def number(self) -> int:
+        """Of the last one; 0 for none."""
+        return self._last.seq if self._last else 0
+
     def note(self, seq: int, digest: bytes) -> None:
         """Remembers a record that is durable on the point, if it is later than the last one."""
         with self._lock:

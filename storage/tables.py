@@ -116,12 +116,18 @@ class BoundedTables(MemoryTables):
 
     def __init__(self) -> None:
         super().__init__()
-        budget = _Budget(FOREIGN_BYTES_LIMIT)
-        self.tables = {name: _BoundedTable(name, budget) for name in TABLE_NAMES}
+        self._budget = _Budget(FOREIGN_BYTES_LIMIT, FOREIGN_BYTES_LIMIT)
+        self.tables = {name: _BoundedTable(name, self._budget) for name in TABLE_NAMES}
+
+    @property
+    def size_bytes(self) -> int:
+        """About what it takes up."""
+        return self._budget.size_bytes - self._budget.left_bytes
 
 
 @dataclass(slots=True)
 class _Budget:
+    size_bytes: int
     left_bytes: int
 
 

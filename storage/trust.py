@@ -36,17 +36,25 @@ class Trust:
 
     def withdrawn(self) -> dict[str, frozenset[bytes] | None]:
         """What is still placed in a live pack and not trusted there, by pack; None: all of it."""
-        with self._lock, self._view.read() as state:
-            for pack in list(self._by_pack):
-                row = tables.packs.get(state, pack)
-                if row is None or not row.live_chunks:
-                    del self._by_pack[pack]
+        with self._lock:
+            with self._view.read() as state:
+                still = {pack: _placed(state, pack, some) for pack, some in self._by_pack.items()}
+            self._by_pack = {pack: some for pack, some in still.items() if some != frozenset()}
+            self._by_number = self._resolved(self._by_pack)
             return dict(self._by_pack)
 
     def follow(self) -> None:
         """After the view was made anew: its packs may have other numbers."""
         with self._lock:
             self._by_number = self._resolved(self._by_pack)
+
+    def is_whole(self) -> bool:
+        """Whether nothing at all is known to be damaged."""
+        return not self._by_pack and not self._view.ask(tables.losses).chunks
+
+    def vouches_for(self, ids: Sequence[bytes]) -> bool:
+        """Whether all of the chunks are `sound`."""
+        return self._view.ask(lambda state: len(self.sound(state, ids)) == len(set(ids)))
 
     def sound(self, state: Tables, ids: Sequence[bytes]) -> dict[bytes, ChunkRow]:
         """The rows of those of the chunks that can be expected to be whole where they lie: a patch
@@ -85,3 +93,14 @@ class Trust:
         with self._view.read() as state:
             rows = [(tables.packs.get(state, pack), chunks) for pack, chunks in by_pack.items()]
         return {row.number: chunks for row, chunks in rows if row is not None}
+
+
+def _placed(state: Tables, pack: str, chunks: frozenset[bytes] | None) -> frozenset[bytes] | None:
+    """Those of the chunks that lie in the pack still; None, for all that it has, if it has any."""
+    row = tables.packs.get(state, pack)
+    if row is None or not row.live_chunks:
+        return frozenset()
+    if chunks is None:
+        return None
+    rows = state.table("chunks").get_many(list(chunks))
+    return frozenset(c for c, value in rows.items() if unpack_chunk_row(value).pack == row.number)

@@ -27,9 +27,10 @@ from typing import TypeVar
 import lmdb
 
 from storage.errors import Damaged, ViewDamaged, translated
+from storage.fs import NO_FD
 from storage.in_flight import InFlight
 from storage.lmdb_pages import require_sound_pages
-from storage.lock_file import READERS, allocate_lock_file
+from storage.lock_file import READERS, lock_in_memory, occupy
 from storage.seal import break_seal, put_seal
 from storage.tables import TABLE_NAMES
 from storage.view_tables import SUMS, Db, ViewTables
@@ -47,10 +48,27 @@ class _Opened:
     env: lmdb.Environment
     databases: dict[str, Db]
     proved: bool  # the file is what it was when it was closed, or is new
+    directory_fd: int
     readers: int = 0
+
+    def close(self) -> None:
+        """Once more is no error."""
+        self.env.close()
+        fd, self.directory_fd = self.directory_fd, NO_FD
+        if fd != NO_FD:
+            os.close(fd)
 
 
 def _open(path: str, *, scratch: bool = False) -> _Opened:
+    directory_fd = occupy(path)
+    try:
+        return _opened(path, directory_fd, scratch)
+    except BaseException:
+        os.close(directory_fd)
+        raise
+
+
+def _opened(path: str, directory_fd: int, scratch: bool) -> _Opened:
     size = FIRST_MAP_BYTES
     data_file = os.path.join(path, _DATA_FILE)
     proved = break_seal(data_file)
@@ -60,10 +78,9 @@ def _open(path: str, *, scratch: bool = False) -> _Opened:
             require_sound_pages(data_file)
     else:
         proved = True
-    allocate_lock_file(path)
-    with InFlight(path):
+    with InFlight(path), lock_in_memory(path) as place:
         env = lmdb.open(
-            path,
+            place,
             map_size=size,
             max_dbs=len(_DATABASES),
             max_readers=READERS,
@@ -71,7 +88,7 @@ def _open(path: str, *, scratch: bool = False) -> _Opened:
             sync=not scratch,
         )
         databases = {name: env.open_db(name.encode()) for name in _DATABASES}
-    return _Opened(env, databases, proved)
+    return _Opened(env, databases, proved, directory_fd)
 
 
 class View:
@@ -195,7 +212,7 @@ class View:
         """`_gate` is held."""
         for opened in [one for one in self._replaced if not one.readers]:
             self._replaced.remove(opened)
-            opened.env.close()
+            opened.close()
 
     def update(self, change: Callable[[ViewTables], ResultT]) -> ResultT:
         """Runs `change` in a write transaction, durable on return; none of it when it raises.
@@ -245,7 +262,7 @@ class View:
         """After a head page that could not be written LMDB refuses all else, though the file is
         as it was: until it is opened anew."""
         with self._unread():
-            self._current.env.close()
+            self._current.close()
             self._current = _open(self.path, scratch=self._scratch)
             self._panicked = False
 
@@ -276,17 +293,18 @@ class View:
         return os.path.join(path, _DATA_FILE)
 
     def close(self, *, seal: bool = False) -> None:
-        """With a seal the next opening need not read all of it to prove it.
-
-        A scratch view is flushed before it gets one; StorageError when that fails.
+        """Once nobody is reading: LMDB would end the process. No update may be under way, and every
+        later call is a StorageError. With a seal the next opening need not read all of it to prove
+        it. A scratch view is flushed before it gets one; StorageError when that fails.
         """
-        try:
-            if seal and self._scratch:
-                with translated(f"view {self.path}"):
-                    self._current.env.sync(True)
-        finally:
-            for opened in (*self._replaced, self._current):
-                opened.env.close()
+        with self._unread():
+            try:
+                if seal and self._scratch:
+                    with translated(f"view {self.path}"):
+                        self._current.env.sync(True)
+            finally:
+                for opened in (*self._replaced, self._current):
+                    opened.close()
         if seal and not self.suspect:
             put_seal(os.path.join(self.path, _DATA_FILE))
 

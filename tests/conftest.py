@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.fire.loops import enter_own_mounts
+
 LoopFs = Callable[[str, int], Path]
 
 _MAKE_FS = {
@@ -23,6 +25,10 @@ _MAKE_FS = {
     "ext4": ["mke2fs", "-q", "-t", "ext4", "-F"],
 }
 _SKIPPED: list[str] = []
+
+
+def pytest_configure() -> None:
+    enter_own_mounts()  # libvirtd's tests, beside those that pull the plug, make mount namespaces
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

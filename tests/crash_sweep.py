@@ -18,15 +18,17 @@ import random
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
+from hashlib import sha256
 from itertools import islice
+from typing import TypeAlias
 
 from storage.errors import StorageError
 from tests.crash_scripts import SCRIPTS, Step, random_script
-from tests.crash_world import Chance, World, repeatable
-from tests.simdisk import Choice
+from tests.crash_world import Chance, HostKey, World, repeatable
+from tests.simdisk import Choice, Disk
 from tests.simfs import FAULTS, Fault
 
 WORDS = ("none", "random", "kill", "all", "random", "random")
@@ -34,23 +36,28 @@ FAILURES_KEPT = 5
 THOROUGH_EVERY = 8
 FEW_POINTS = 10_000
 
+# What proofs of a script have started from; True: proved thoroughly.
+Proved: TypeAlias = "dict[Hashable, bool]"
+
 
 @dataclass
 class Tally:
     """What was tried; `failures` say how to repeat them."""
 
     points: int = 0
+    images: int = 0
     faults: int = 0
     failures: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         return (
-            f"{self.points} crash points, {self.faults} failing calls, "
-            f"{len(self.failures)} failures"
+            f"{self.points} crash points, {self.images} distinct images proved, "
+            f"{self.faults} failing calls, {len(self.failures)} failures"
         )
 
     def add(self, other: Tally) -> None:
         self.points += other.points
+        self.images += other.images
         self.faults += other.faults
         self.failures += other.failures
 
@@ -64,30 +71,24 @@ def steps_of(script: str) -> list[Step]:
     return SCRIPTS[script] if script in SCRIPTS else random_script(int(script.split("-")[1]))
 
 
-@dataclass(frozen=True)
-class Share:
-    """One's own part of the work: those of `count` that leave `mine`; `only`: one point."""
-
-    mine: int = 0
-    count: int = 1
-    only: tuple[int, int] | None = None
-
-    def has(self, at: int, way: int) -> bool:
-        if self.only is not None:
-            return (at, way) == self.only
-        return (at + way) % self.count == self.mine
-
-
 class Sweep:
-    """Crashes one run of a script at every call."""
+    """Crashes one run of a script at every call; with `only` at that one, in that way."""
 
-    def __init__(self, scratch: str, seed: int, script: str, ways: range, share: Share) -> None:
+    def __init__(
+        self,
+        scratch: str,
+        seed: int,
+        script: str,
+        ways: range,
+        only: tuple[int, int] | None = None,
+    ) -> None:
         self.tally = Tally()
         self._scratch = scratch
         self._seed = seed
         self._script = script
         self._ways = ways
-        self._share = share
+        self._only = only
+        self._proved: Proved = {}
         self._at = 0
 
     def run(self, fault: Fault | None = None) -> Tally:
@@ -105,46 +106,66 @@ class Sweep:
         self._at += 1
         # Every call, in some of the ways, or all when there are as many as that.
         ways = [(self._at + way) % len(WORDS) for way in self._ways]
-        for way in ways if self._share.only is None else range(len(WORDS)):
-            if self._share.has(self._at, way) and len(self.tally.failures) < FAILURES_KEPT:
+        if self._only is not None:
+            ways = [self._only[1]] if self._at == self._only[0] else []
+        for way in ways:
+            if len(self.tally.failures) < FAILURES_KEPT:
                 self._crash(world, self._at, way)
 
     def _crash(self, world: World, at: int, way: int) -> None:
         name = f"{self._seed} {self._script} {at} {way}"
         with Chance.seeded(name):
             try:
-                self.tally.points += crash(world, WORDS[way % len(WORDS)], name)
+                self.tally.add(crash(world, WORDS[way % len(WORDS)], name, self._proved))
             except Exception:  # noqa: BLE001
                 self.tally.failed(f"--seed {self._seed} --script {self._script} --at {at}/{way}")
 
 
-def crash(world: World, word: str, name: str) -> int:
-    """The power fails, or the process dies, now; returns how many images were proved."""
+def crash(world: World, word: str, name: str, proved: Proved | None = None) -> Tally:
+    """The power fails, or the process dies, now, and what is left is proved; but for an image that
+    is in `proved`, unless the power is to fail once more while that is recovered."""
     source = random.Random(name)
     disk = world.fs.disk
     image = disk.copied() if word == "kill" else disk.crashed(Choice(word, source.getrandbits(32)))
     keeps = word == "kill" or source.random() < 0.6
-    after = world.after(image, lambda: keeps)
+    views = world.views() if keeps else {}
     deeper = word == "kill" or source.random() < 0.15
     left = source.randrange(1, 80)
-    proved = 0
+    thorough = source.random() * THOROUGH_EVERY < 1
+    tally = Tally(points=1)
+    proved = {} if proved is None else proved
+    start = _start_of(world, image, views)
+    if not deeper and proved.get(start, -1) >= thorough:
+        return tally
+
+    after = world.after(image, views)
 
     def watch(_call: str, _path: str) -> None:
-        nonlocal left, proved
+        nonlocal left
         left -= 1
         if not left:
             choice = Choice(source.choice(("none", "random", "random")), source.getrandbits(32))
-            second = after.after(after.fs.disk.crashed(choice), lambda: keeps)
+            crashed = after.fs.disk.crashed(choice)
+            second = after.after(crashed, after.views() if keeps else {})
             with Chance.seeded(name + " again"):
                 second.prove(thorough=False)
             second.discard()
-            proved += 1
+            tally.add(Tally(points=1, images=1))
 
     if deeper:
         after.fs.watch = watch
-    after.prove(thorough=source.random() * THOROUGH_EVERY < 1)
+    after.prove(thorough=thorough)
     after.discard()
-    return proved + 1
+    tally.images += start not in proved
+    proved[start] = max(thorough, proved.get(start, False))
+    return tally
+
+
+def _start_of(world: World, image: Disk, views: Mapping[HostKey, bytes]) -> Hashable:
+    """Equal for two images only if a proof finds the same in both: the same bytes, the same views,
+    and the same is expected. (Random names made in the proof may be others.)"""
+    digests = tuple((key, sha256(content).digest()) for key, content in views.items())
+    return image.root.seen(), digests, world.known()
 
 
 # Failing calls.
@@ -179,7 +200,7 @@ def fail(scratch: str, seed: int, script: str, fault: Fault, tally: Tally) -> No
             tally.faults += 1
             with Chance.seeded(name):
                 word = random.Random(name).choice(("none", "random", "all"))
-                tally.points += crash(world, word, name)
+                tally.add(crash(world, word, name))
                 world.fs.watch = lambda _call, _path: None
                 world.prove(thorough=True)
         except Exception:  # noqa: BLE001
@@ -207,35 +228,32 @@ def _run_with_fault(world: World, steps: Sequence[Step]) -> None:
 
 @dataclass(frozen=True)
 class Work:
-    """A part of a sweep. `every`: of the faults, each so-manieth one."""
+    """A script's part of a sweep. `every`: of the faults, each so-manieth one."""
 
     seed: int
     script: str
     ways: range
-    share: Share
     faults_every: int = 0
 
 
 def work(part: Work) -> Tally:
     with repeatable() as scratch:
-        tally = Sweep(scratch, part.seed, part.script, part.ways, part.share).run()
+        tally = Sweep(scratch, part.seed, part.script, part.ways).run()
         if part.faults_every:
             calls = calls_of(scratch, part.seed, part.script)
             chosen = random.Random(part.script).randrange(part.faults_every)
-            for number, fault in enumerate(faults_of(calls)):
-                if number % part.faults_every == chosen and part.share.has(number, 0):
-                    fail(scratch, part.seed, part.script, fault, tally)
+            for fault in islice(faults_of(calls), chosen, None, part.faults_every):
+                fail(scratch, part.seed, part.script, fault, tally)
     return tally
 
 
-def plan(seed: int, points: int, faults_every: int, processes: int) -> Iterator[Work]:
-    """The named scripts first, then random ones without end. The caller stops."""
+def plan(seed: int, points: int, faults_every: int) -> Iterator[Work]:
+    """The named scripts first, the longest of them before others, then random ones."""
     ways = range(2 if points <= FEW_POINTS else len(WORDS))
-    for script in SCRIPTS:
-        for mine in range(processes):
-            yield Work(seed, script, ways, Share(mine, processes), faults_every)
+    for script in sorted(SCRIPTS, key=lambda name: len(SCRIPTS[name]), reverse=True):
+        yield Work(seed, script, ways, faults_every)
     for number in range(points):
-        yield Work(seed, f"random-{seed}{number:06d}", range(3), Share())
+        yield Work(seed, f"random-{seed}{number:06d}", range(3))
 
 
 def sweep(
@@ -250,18 +268,26 @@ def sweep(
     time is over before. `tell` sees the tally grow."""
     total = Tally()
     end_s = time.monotonic() + time_s
+    named = len(SCRIPTS)
+    parts = plan(seed, points, faults_every)
+    running: set[Future[Tally]] = set()
+
+    def goes_on() -> bool:
+        wanted = named > 0 or total.points < points
+        return wanted and time.monotonic() < end_s and len(total.failures) < FAILURES_KEPT
+
     with ProcessPoolExecutor(processes) as pool:
-        parts = plan(seed, points, faults_every, processes)
-        named = len(SCRIPTS) * processes
-        while (named > 0 or total.points < points) and time.monotonic() < end_s:
-            for tally in pool.map(work, islice(parts, processes)):
+        while True:
+            while len(running) < processes and goes_on():
+                running.add(pool.submit(work, next(parts)))
+                named -= 1
+            if not running:
+                return total
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for tally in [one.result() for one in done]:
                 total.add(tally)
                 print(*tally.failures, sep="\n", end="", file=sys.stderr, flush=True)
-            if len(total.failures) >= FAILURES_KEPT:
-                break
-            named -= processes
             tell(total)
-    return total
 
 
 def _arguments() -> argparse.Namespace:
@@ -290,8 +316,7 @@ def repeat(arguments: argparse.Namespace) -> Tally:
         if arguments.at:
             at, way = arguments.at.split("/")
             only = (int(at), int(way))
-        share = Share(only=only)
-        return Sweep(scratch, arguments.seed, arguments.script, range(len(WORDS)), share).run()
+        return Sweep(scratch, arguments.seed, arguments.script, range(len(WORDS)), only).run()
 
 
 def main() -> int:

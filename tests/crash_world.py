@@ -14,7 +14,7 @@ import secrets
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -110,6 +110,12 @@ class Side:
         return Side(
             self.label, dict(self.live), list(self.coming), list(self.going), set(self.gone)
         )
+
+    def known(self) -> Hashable:
+        """All that `copied` copies."""
+        groups = [tuple(tuple(one.items()) for one in many) for many in (self.coming, self.going)]
+        label = self.label.cluster_uuid
+        return label, tuple(self.live.items()), tuple(groups), frozenset(self.gone)
 
 
 class Broken(AssertionError):
@@ -226,8 +232,12 @@ class World:
                 found[key] = file.read()
         return found
 
-    def after(self, disk: Disk, keep_views: Callable[[], bool]) -> World:
-        """A world that starts on a crash image, knowing what this one was told."""
+    def known(self) -> Hashable:
+        """What a world after a crash knows; with its disk and views all that its proof goes by."""
+        return self.point_made, tuple(self.hosts), tuple(side.known() for side in self.sides)
+
+    def after(self, disk: Disk, views: Mapping[HostKey, bytes]) -> World:
+        """A world that starts on a crash image with these views, knowing what this one knows."""
         other = World.__new__(World)
         other.scratch = tempfile.mkdtemp(dir=os.path.dirname(self.scratch))
         other.fs = SimFs(disk)
@@ -235,12 +245,11 @@ class World:
         other.sides = [side.copied() for side in self.sides]
         other.hosts = list(self.hosts) or [(0, "h1")]
         other.domains, other._point = {}, None
-        for key, content in self.views().items():
-            if keep_views():
-                path = other.view_file(key)
-                os.makedirs(os.path.dirname(path))
-                with open(path, "wb") as file:
-                    file.write(content)
+        for key, content in views.items():
+            path = other.view_file(key)
+            os.makedirs(os.path.dirname(path))
+            with open(path, "wb") as file:
+                file.write(content)
         return other
 
     def prove(self, *, thorough: bool) -> None:

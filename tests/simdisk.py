@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import TypeAlias
 
 TORN_UNITS = (512, 4096)
@@ -36,6 +36,9 @@ class File:
     @property
     def size_bytes(self) -> int:
         return max(len(self.content), self.allocated)
+
+    def seen(self) -> Hashable:
+        return self.ino, self.links, self.allocated, self.content
 
     def write(self, offset: int, body: bytes) -> None:
         self.pending.append((offset, body))
@@ -61,6 +64,10 @@ class Directory:
         self.durable: dict[str, Node] = {}
         self.pending: list[Naming] = []
         self.doubtful: list[Naming] = []
+
+    def seen(self) -> Hashable:
+        """All that can be read in it and below."""
+        return self.ino, tuple((name, node.seen()) for name, node in sorted(self.names.items()))
 
     def name(self, name: str, node: Node | None) -> None:
         """Makes, changes or (None) takes away a name."""

@@ -58,10 +58,11 @@ def changed_entries(
     """The page's entries that differ from the parent's; their chunks are stored."""
     encoder = Encoder()
     entries = {}
-    for at in range(PAGE_ENTRIES):
-        start = (page_no * PAGE_ENTRIES + at) * CHUNK
+    first = page_no * PAGE_ENTRIES * CHUNK
+    end = min(first + PAGE_ENTRIES * CHUNK, len(image))
+    for at, start in enumerate(range(first, end, CHUNK)):
         chunk = image[start : start + CHUNK]
-        if not any(chunk):
+        if chunk == bytes(len(chunk)):
             if at in parent:
                 entries[at] = ZERO_MARK
             continue

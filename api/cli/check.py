@@ -53,7 +53,7 @@ def _remembered(path: Path, directory: Path | None) -> Iterator[Reads]:
             yield reads
         finally:
             reads.flush()
-        PackReads.end(state, point)
+        reads.end()
 
 
 def _check(

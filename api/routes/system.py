@@ -28,13 +28,14 @@ _UNFINISHED = ("queued", "running")
 async def _health(request: web.Request) -> web.StreamResponse:
     if request.app[SERVICE].stopping:
         raise ApiError("shutting_down", "no more calls are taken")
+    request.app[SERVICE].require_state("nothing can be changed, all else is answered")
     health = succeeded(Health(state="ready", version=VERSION))
     return web.Response(body=msgspec.json.encode(health), content_type="application/json")
 
 
 async def _metrics(request: web.Request) -> web.StreamResponse:
     service = request.app[SERVICE]
-    text = await service.quick.run(service.metrics.render)
+    text = await service.looking.run(service.metrics.render)
     return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
@@ -54,7 +55,7 @@ async def _docs(request: web.Request) -> web.StreamResponse:
 async def _job_events(request: web.Request) -> web.StreamResponse:
     service = request.app[SERVICE]
     with service.feed.listen() as listener:
-        jobs = await service.quick.run(service.engine.jobs)
+        jobs = await service.looking.run(service.engine.jobs)
         listener.seed(job for job in reversed(jobs) if job.state in _UNFINISHED)
         response = web.StreamResponse(
             headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"}

@@ -23,26 +23,32 @@ from msgspec.structs import replace
 
 from engine.config import Config, LibvirtHost
 from engine.errors import ConfigInvalid, Conflict, EngineError, HypervisorAway, NotFound
-from engine.hold import Hold, HoldWish, Resting
+from engine.hold import Held, Hold, HoldWish, Resting
 from engine.inventory import EmbeddedInventory, Places, find, pool_of
 from engine.libvirt.binding import NO_SUCH_DOMAIN, Domain, LibvirtFault, code_of, require_libvirt
+from engine.libvirt.directories import Directories
 from engine.libvirt.domains import read_domain
 from engine.libvirt.ending import end_left_job
 from engine.libvirt.live import begin_live
 from engine.libvirt.resting import resting_domain
 from engine.libvirt.restored import define_restored
-from engine.libvirt.rows import pools_of, vm_of
+from engine.libvirt.rows import directories_of, pools_of, vm_of
 from engine.libvirt.setup import LiveSetup
 from engine.libvirt.watch import DomainSeen, Sight, Watch, look_at
 from engine.model import BackupLabel, Disk, Pool, Vm, VmAction
+from engine.probes import Probes
 from engine.seed import refer
 from engine.state import State
 from engine.views import HypervisorState
 from engine.volumes import volume_path
+from storage.in_flight import InFlight
 
 log = logging.getLogger(__name__)
 
 FIRST_LOOK_S = 5.0
+ANSWER_TIMEOUT_S = 5.0  # of libvirt, for a caller that has others behind it
+AWAY_TIMEOUT_S = 90.0  # what was restored is not thrown away sooner
+AWAY_PAUSE_S = 0.2
 
 
 class LibvirtInventory(EmbeddedInventory):
@@ -69,6 +75,8 @@ class LibvirtInventory(EmbeddedInventory):
         self._rules = config.libvirt.rules
         self._clusters = _clusters_of(hosts, places)
         self._watches = {host.uri: Watch(host.uri, self._on_sight) for host in hosts}
+        self._directories = Directories(state.directories)
+        self._probes = Probes()
         self._lock = threading.Lock()
         self._pools: dict[str, dict[str, Pool]] = {}  # by host, then by directory
 
@@ -117,7 +125,12 @@ class LibvirtInventory(EmbeddedInventory):
     def hold_for(self, vm: Vm, wish: HoldWish) -> Hold | None:
         if vm.state not in ("running", "paused"):
             return None
-        return partial(begin_live, partial(self.domain, vm), vm, self._live, wish)
+
+        def hold(parent: str) -> Held:
+            with InFlight(vm.host):
+                return begin_live(partial(self.domain, vm), vm, self._live, wish, parent)
+
+        return hold
 
     def resting(self, vm: Vm, wish: HoldWish) -> Resting:
         if not vm.host:
@@ -126,6 +139,9 @@ class LibvirtInventory(EmbeddedInventory):
         with libvirt_errors(vm):
             facts = read_domain(domain.XMLDesc())
         return resting_domain(domain, facts, self._live, wish)
+
+    def host_of(self, vm: Vm) -> str:
+        return vm.host or (self._host_of(vm).name if vm.disks else "")
 
     def realize(self, vm: Vm, label: BackupLabel) -> None:
         if label.machine is None:
@@ -136,12 +152,18 @@ class LibvirtInventory(EmbeddedInventory):
             disk.target_device: volume_path(pool_of(self.places, disk), disk.volume_name)
             for disk in vm.disks
         }
-        made = define_restored(
-            watch.connection(), vm, label.machine, paths, self._marks(vm), self._live.tpm_directory
+        define = partial(
+            define_restored,
+            vm=vm,
+            machine=label.machine,
+            paths=paths,
+            marks=self._marks(vm),
+            tpm_directory=self._live.tpm_directory,
         )
-        seen = look_at(made)
-        if seen is not None:
-            self._put([self._row(watch.name, seen)])
+        with InFlight(watch.name):
+            made = _patiently(lambda: define(watch.connection()))
+            with contextlib.suppress(LibvirtFault):  # it is defined: the next look sees it
+                self._put([self._row(watch.name, seen) for seen in [look_at(made)] if seen])
 
     def _host_of(self, vm: Vm) -> Watch:
         """Where its first volume's pool is; of several that have it, the first in sight."""
@@ -165,7 +187,11 @@ class LibvirtInventory(EmbeddedInventory):
         }
 
     def begin_action(self, uuid: str, action: VmAction) -> Vm:
-        self.look_at(uuid)
+        vm = super().vm(uuid)
+        try:
+            self._probes.ask(f"VM {uuid}", partial(self.look_at, uuid), ANSWER_TIMEOUT_S)
+        except TimeoutError as error:
+            raise HypervisorAway(f"{vm.host}: {error}") from None
         return super().begin_action(uuid, action)
 
     def end_all_actions(self, change: Callable[[Vm], Vm]) -> list[Vm]:
@@ -203,8 +229,9 @@ class LibvirtInventory(EmbeddedInventory):
     # The mirror ---------------------------------------------------------------------------------
 
     def _on_sight(self, watch: Watch, sight: Sight) -> None:
+        directories = self._directories.seen(watch.name, directories_of(sight))
         with self._lock:
-            self._pools[watch.name] = pools_of(watch.name, sight)
+            self._pools[watch.name] = pools_of(watch.name, sight, directories)
         rows = {seen.facts.uuid: self._row(watch.name, seen) for seen in sight.domains}
         self._put(list(rows.values()))
         self._remove_but(watch, rows)
@@ -252,13 +279,27 @@ class LibvirtInventory(EmbeddedInventory):
     def _forget_other_hosts(self) -> None:
         gone = [vm.uuid for vm in super().vms() if vm.host and vm.host not in self._watches]
         self._state.vms.delete(*gone)
+        self._directories.keep_only(self._watches)
+
+
+def _patiently(ask: Callable[[], Domain]) -> Domain:
+    """Asks again as long as libvirt is away, up to a limit. Raises what `ask` does."""
+    deadline_s = time.monotonic() + AWAY_TIMEOUT_S
+    while True:
+        try:
+            return ask()
+        except HypervisorAway:
+            if time.monotonic() > deadline_s:
+                raise
+        time.sleep(AWAY_PAUSE_S)
 
 
 @contextlib.contextmanager
 def libvirt_errors(vm: Vm) -> Iterator[None]:
     """Turns a LibvirtFault into NotFound for a domain that is gone, else into HypervisorAway."""
     try:
-        yield
+        with InFlight(vm.host):
+            yield
     except LibvirtFault as error:
         if code_of(error) == NO_SUCH_DOMAIN:
             raise NotFound("vm", vm.uuid) from None

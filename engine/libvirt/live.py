@@ -25,6 +25,7 @@ from engine.errors import (
     DiskServerLost,
     DiskServerRefused,
     EngineError,
+    HypervisorAway,
     HypervisorRefused,
     ScratchFull,
 )
@@ -34,6 +35,7 @@ from engine.libvirt import checkpoints
 from engine.libvirt.agent import agent_hook
 from engine.libvirt.binding import (
     INCREMENTAL_LOST,
+    NO_SUCH_DOMAIN,
     Domain,
     LibvirtFault,
     code_of,
@@ -50,6 +52,7 @@ from engine.nbd.connection import NbdAddress
 from engine.nbd.source import NbdSource
 from engine.snapshot import SnapshotFacts
 from engine.sources import DiskSource, VolumeSource
+from storage.in_flight import InFlight
 
 log = logging.getLogger(__name__)
 
@@ -156,6 +159,10 @@ class _Job:
 
     def end(self, *, committed: bool) -> bool:
         """Ends the job, and puts the checkpoints in order. Whether the domain is not running."""
+        with InFlight(self.vm.host):
+            return self._end(committed)
+
+    def _end(self, committed: bool) -> bool:
         self.watch.stop()
         end = end_job(self.find)
         if end == "unknown":
@@ -197,7 +204,7 @@ def _begun(domain: Domain, facts: DomainFacts, job: _Job, parent: str) -> _Begun
         since, why = checkpoints.disks_since(domain, name, known)
         notes = _read_in_full(facts, job, since, why)
     rungs = _rungs(facts, job, parent, since)
-    hook, agent_note = agent_hook(domain, facts, job.vm, job.setup)
+    hook, agent_note = agent_hook(job.find, facts, job.vm, job.setup)
     with frozen(hook) as freeze:
         disks = _begin_with_less(domain, job, rungs, notes)
     notes += [*freeze.notes, *([agent_note] if agent_note else [])]
@@ -288,11 +295,11 @@ def _told(
 
 def _facts_of(domain: Domain, vm: Vm) -> DomainFacts:
     """The live XML's. Conflict if the domain does not run, or has other disks than it had."""
+    _require_running(domain, vm)
     try:
         facts = read_domain(domain.XMLDesc())
     except LibvirtFault as error:
         raise HypervisorRefused(f"{vm.name}: {error}") from error
-    _require_running(domain, vm)
     _require_no_job(domain, vm)
     if [disk.target for disk in facts.disks] != [disk.target_device for disk in vm.disks]:
         raise Conflict("volume_changed", f"the disks of VM {vm.name} are being changed")
@@ -300,9 +307,13 @@ def _facts_of(domain: Domain, vm: Vm) -> DomainFacts:
 
 
 def _require_running(domain: Domain, vm: Vm) -> None:
-    with contextlib.suppress(LibvirtFault):
+    """Conflict(domain_stopped), HypervisorAway."""
+    try:
         if domain.isActive():
             return
+    except LibvirtFault as error:
+        if code_of(error) != NO_SUCH_DOMAIN:
+            raise HypervisorAway(f"{vm.host}: {error}") from error
     raise _stopped(vm)
 
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Mapping
 
-from engine.errors import HypervisorRefused
+from engine.errors import HypervisorAway, HypervisorRefused
 from engine.libvirt.binding import Connection, Domain, LibvirtFault
 from engine.libvirt.domains import read_domain
 from engine.libvirt.files import hand_over, write_new
@@ -25,7 +25,10 @@ def define_restored(
     marks: Mapping[str, str],
     tpm_directory: str,
 ) -> Domain:
-    """The new domain. `paths`: of its volumes by target. HypervisorRefused; then there is none."""
+    """The new domain. `paths`: of its volumes by target. HypervisorRefused; then there is none.
+
+    HypervisorAway if libvirt was lost meanwhile: then it may have one, which a repetition replaces.
+    """
     formats = {disk.target_device: disk.format for disk in vm.disks}
     volumes = {target: (path, formats[target]) for target, path in paths.items()}
     for path in paths.values():
@@ -38,6 +41,8 @@ def define_restored(
             new = NewDomain(vm.uuid, vm.name, volumes, marks, nvram)
             made = connection.defineXML(new_domain_xml(xml, new))
         except (LibvirtFault, ValueError, OSError) as error:
+            if not connection.isAlive():
+                raise HypervisorAway(f"domain {vm.name}: {error}") from error
             raise HypervisorRefused(f"domain {vm.name}: {error}") from error
         undo.pop_all()
     _refresh_pools(connection)

@@ -1,9 +1,10 @@
 """From what is seen on a libvirt host to the rows of the inventory.
 
 A file lives in the pool of its directory: a storage pool, or, where libvirt has none, one that is
-named by the directory. What is no plain file in a directory (a block device, a network disk) has no
-pool; its name is its source. Where a VM belongs: its marks, then the first rule that matches its
-name, then the default. A name that nobody configured counts as none, and is told in the log.
+named by the directory (directories.py). What is no plain file in a directory (a block device, a
+network disk) has no pool; its name is its source. Where a VM belongs: its marks, then the first
+rule that matches its name, then the default. A name that nobody configured counts as none, and is
+told in the log.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import fnmatch
 import logging
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from engine.config import LibvirtRule
 from engine.ids import normal
@@ -25,16 +26,25 @@ from engine.volumes import name_fault
 log = logging.getLogger(__name__)
 
 
-def pools_of(host: str, sight: Sight) -> dict[str, Pool]:
-    """By directory: the host's storage pools, then the directories of its domains' disks."""
+def directories_of(sight: Sight) -> list[str]:
+    """Where its domains' disks lie without being in a storage pool; each once."""
+    pools = {facts.path for facts in sight.pools}
+    disks = (disk for seen in sight.domains for disk in seen.facts.disks)
+    found = dict.fromkeys(_directory(disk) for disk in disks)
+    return [directory for directory in found if directory and directory not in pools]
+
+
+def pools_of(host: str, sight: Sight, directories: Iterable[str]) -> dict[str, Pool]:
+    """By directory: the host's storage pools, then those of `directories` that are none."""
     pools = {facts.path: _pool(facts) for facts in sight.pools}
-    for seen in sight.domains:
-        for disk in seen.facts.disks:
-            directory = _directory(disk)
-            if directory and directory not in pools:
-                made = uuid.uuid5(uuid.NAMESPACE_URL, f"vmkeep:{host}:{directory}")
-                pools[directory] = Pool(uuid=str(made), name=directory, path=directory)
+    for path in directories:
+        pools.setdefault(path, Pool(uuid=directory_uuid(host, path), name=path, path=path))
     return pools
+
+
+def directory_uuid(host: str, path: str) -> str:
+    """Of a directory's pool: always the same."""
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, f"vmkeep:{host}:{path}"))
 
 
 def vm_of(

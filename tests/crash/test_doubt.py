@@ -50,7 +50,7 @@ def epoch(world: World) -> str:
 
 
 def proved(world: World, disk: Disk) -> None:
-    after = world.after(disk, lambda: True)
+    after = world.after(disk, world.views())
     after.prove(thorough=True)
     after.discard()
 
@@ -63,12 +63,15 @@ def test_a_name_whose_fsync_failed_is_made_anew_before_it_is_acknowledged(world:
     proved(world, world.fs.disk.crashed(Choice("none", 1)))
 
 
-def test_nothing_follows_a_record_whose_name_is_in_doubt(world: World) -> None:
+@pytest.mark.parametrize("anew", [False, True], ids=["folded", "read by a view made anew"])
+def test_nothing_follows_a_record_whose_name_is_in_doubt(world: World, anew: bool) -> None:
     world.save(FULL)
     refusing = Refusing(world.fs, epoch(world), 2)
     with pytest.raises(PointUnreachable):
         world.domain().begin("read")
     assert not refusing.left
+    if anew:
+        world.domain().rebuild()
     world.save(CHANGED)
     proved(world, world.fs.disk.crashed(Choice("none", 1)))
 

@@ -77,7 +77,7 @@ def test_stale_memories_lose_nothing(part: int) -> None:
                     nonlocal points
                     if not source.randrange(CRASHES_EVERY):  # noqa: B023
                         with Chance.seeded(f"{name} {points}"):  # noqa: B023
-                            points += crash(world, "random", f"{name} {points}")  # noqa: B023
+                            points += crash(world, "random", f"{name} {points}").points  # noqa: B023
 
                 world.fs.watch = watch
                 for step in random_script(number, 12):

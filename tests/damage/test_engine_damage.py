@@ -81,3 +81,21 @@ def test_an_interrupted_deep_verify_goes_on_where_it_stopped(hit: Hit) -> None:
         first = rig.ended(rig.engine.start_maintenance("verify", rig.point_uuid, True))
         assert first.state == "failed"
         assert all(row.pack for row in reads.values()), "a whole one leaves no mark to go on from"
+
+
+def test_an_incremental_does_not_build_on_what_is_known_to_be_damaged(hit: Hit) -> None:
+    """What it could not give back would be acknowledged; the disk is there to be read instead."""
+    rig, vm, backup, _ = hit
+    with rig:
+        verify = rig.engine.start_maintenance("verify", rig.point_uuid, True)
+        assert rig.ended(verify).state == "failed"
+        second = rig.back_up(vm)
+        assert "sda full: of the parent's chunks some are damaged" in second.label.notes
+        assert "changes found by: sdb scan" in second.label.notes
+        contents = [rig.volume(disk).read_bytes() for disk in vm.disks]
+        trust = rig.core.points.domain(rig.point_uuid, rig.cluster_uuid).trust
+        assert trust.is_whole(), "what was healed is not looked for in all maps to come"
+        assert rig.restore(second, "copy") == contents
+        assert rig.restore(backup, "healed") == contents
+        third = rig.back_up(vm)
+        assert "changes found by: sda scan, sdb scan" in third.label.notes

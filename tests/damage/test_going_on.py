@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from engine.model import PackRead
 from engine.packreads import PackReads
 from engine.state import State
 from storage import check_report
@@ -61,7 +60,7 @@ def test_it_goes_on_where_it_stopped_and_then_begins_anew(site: Site, state: Sta
     again.flush()
     assert report.packs == 5
     assert report.packs_skipped == 2
-    PackReads.end(state, "p")
+    again.end()
     fresh = PackReads(state, "p", clock)
     assert check_point(str(site.path), deep=True, reads=fresh).packs_skipped == 0
 
@@ -72,8 +71,7 @@ def test_what_was_not_read_for_longest_comes_first(
     clock = Ticks()
     first = PackReads(state, "p", clock)
     check_point(str(site.path), deep=True, reads=first)
-    first.flush()
-    PackReads.end(state, "p")
+    first.end()
     order = sorted((row for row in state.pack_reads.values()), key=lambda row: row.at)
     mine = [row.pack for row in order if row.pack.startswith(site.label.cluster_uuid)]
     newest_first = PackReads(state, "p", clock)
@@ -87,31 +85,43 @@ def test_what_was_not_read_for_longest_comes_first(
     assert [pack for pack in noted if pack in mine] == [*mine[1:], mine[0]]
 
 
-def test_what_a_clock_that_was_ahead_has_read_is_read_again(site: Site, state: State) -> None:
-    late = Ticks()
+def packs_of(state: State) -> set[str]:
+    return {row.pack for row in state.pack_reads.values()}
+
+
+def test_what_is_remembered_of_packs_that_are_gone_goes(state: State) -> None:
+    """Else the state would grow with every pack that there ever was."""
+    clock = Ticks()
+    first = PackReads(state, "p", clock)
+    for pack in ("stays", "goes"):
+        first.done(pack)
+    first.end()
+    assert packs_of(state) == {"stays", "goes"}
+    other = PackReads(state, "q", clock)
+    other.done("theirs")
+    other.flush()
+    second = PackReads(state, "p", clock)
+    second.done("stays")
+    second.flush()
+    assert packs_of(state) == {"", "stays", "goes", "theirs"}
+    resumed = PackReads(state, "p", clock)
+    assert resumed.skip("stays")
+    resumed.end()
+    assert packs_of(state) == {"", "stays", "theirs"}  # "": the other point's verify
+
+
+def test_a_clock_that_was_set_back_skips_nothing(state: State) -> None:
+    late, early = Ticks(), Ticks()
     late.now = 1e9
-    ahead = PackReads(state, "p", late)
-    check_point(str(site.path), deep=True, reads=ahead)
-    ahead.flush()
-    PackReads.end(state, "p")
-    clock = Ticks()
-    interrupted(site, PackReads(state, "p", clock), 2)
-    again = PackReads(state, "p", clock)
-    assert check_point(str(site.path), deep=True, reads=again).packs_skipped == 2
-
-
-def test_packs_that_are_gone_are_forgotten(site: Site, state: State) -> None:
-    clock = Ticks()
-    gone = f"{site.label.cluster_uuid}/gone"
-    state.pack_reads.put_all(PackRead(point_uuid=p, pack=gone, at=clock()) for p in "pq")
-    reads = PackReads(state, "p", clock)
-    check_point(str(site.path), deep=True, reads=reads)
-    reads.flush()
-    PackReads.end(state, "p")
-    rows = [(row.point_uuid, row.pack) for row in state.pack_reads.values()]
-    assert ("q", gone) in rows
-    assert ("p", gone) not in rows
-    assert len(rows) == 1 + 5
+    first = PackReads(state, "p", late)
+    first.done("one")
+    first.done("two")
+    first.end()
+    second = PackReads(state, "p", early)
+    second.done("one")
+    second.flush()
+    resumed = PackReads(state, "p", early)
+    assert (resumed.skip("one"), resumed.skip("two")) == (True, False)
 
 
 class Sleeper:

@@ -101,17 +101,6 @@ def test_a_state_that_cant_be_read_is_told(
         State(str(path))
 
 
-def test_a_lock_file_that_cant_be_read_is_made_anew(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """LMDB looks at it through memory: the medium's error would end the process, each time."""
-    before = cant_read(monkeypatch, path / "lock.mdb")
-    state = State(str(path))
-    assert (path / "lock.mdb").stat().st_ino != before
-    assert state.tenants.values() == ROWS
-    state.close()
-
-
 @pytest.mark.parametrize("changed", ["value", "key", "other"])
 def test_a_wrong_row_is_not_believed(path: Path, changed: str) -> None:
     """Without a seal, as after a kill: each row is checked by itself."""

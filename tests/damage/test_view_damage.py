@@ -124,7 +124,7 @@ def test_a_sound_view_is_not_made_anew(
 
 
 @pytest.mark.parametrize("killed", [True, False], ids=["killed", "closed"])
-@pytest.mark.parametrize("name", ["data.mdb", "data.mdb.seal", "lock.mdb"])
+@pytest.mark.parametrize("name", ["data.mdb", "data.mdb.seal"])
 def test_a_view_that_cant_be_read_is_made_anew(
     own: Site, monkeypatch: pytest.MonkeyPatch, name: str, killed: bool
 ) -> None:

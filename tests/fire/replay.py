@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 from storage.errors import StorageError
 from storage.point import ClusterLabel
-from tests.fire.loops import mount, unmount
+from tests.fire.loops import enter_own_mounts, mount, unmount
 from tests.fire.plug import MAKE_FS, SIZE_BYTES, Broken, Told, image_of, judged
 from tests.fire.site import Site
 from tests.nfs.kit import ROOT, find_tool, make_kit
@@ -177,6 +177,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--dir", default=tempfile.gettempdir())
     given = parser.parse_args()
+    enter_own_mounts()
     print(f"replay: seed {given.seed}", flush=True)
     for kind in given.kind or sorted(MAKE_FS):
         with tempfile.TemporaryDirectory(prefix="vmkeep-replay-", dir=given.dir) as root:

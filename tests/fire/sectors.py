@@ -234,8 +234,6 @@ def view(bench: Bench) -> None:
     """One that was closed: the start finds out that it is not what it was, and makes it anew."""
     bench.stop()
     bench.disk.spoil(bench.view, *_a_byte_of_each_page(bench.view))
-    lock = bench.view.with_name("lock.mdb")
-    bench.disk.spoil(lock, *_a_byte_of_each_page(lock))
     bench.start()
     bench.whole()
     bench.require_said("view_discarded")

@@ -19,6 +19,7 @@ from engine.jobs import JobContext
 from engine.model import Job
 from engine.nbd.source import NbdSource
 from engine.views import NewDisk, RestoreTarget
+from storage.growing import GrowingFile
 from storage.in_flight import InFlight, in_flight, longest_in_flight_s
 from storage.log import Log
 from storage.record import Commit, Record
@@ -29,7 +30,9 @@ from tests.qemu.images import create, qemu_io
 from tests.rig import random_bytes
 
 MIB = 1 << 20
-AT_ONCE = Limits(stalled_after_s=0.001, point_reserve_bytes=0)
+# One thread: py-lmdb holds the GIL while it begins to read, and for that writes to the view's lock
+# file, so another one that asks the view while its file system is frozen stops the whole process.
+AT_ONCE = Limits(stalled_after_s=0.001, point_reserve_bytes=0, workers=1)
 _FREEZE, _THAW = 0xC0045877, 0xC0045878  # ioctls: who writes to the file system stands still
 
 
@@ -78,7 +81,7 @@ def test_a_backup_stalls_on_its_point(
         vm = rig.make_vm("web", content)
         told: list[Job] = []
         rig.engine.subscribe_jobs(told.append)
-        on_first_batch(monkeypatch, medium.freeze)
+        before_first_write(monkeypatch, medium.freeze)
         backup, job = rig.ask_backup(vm)
         seen = until(rig, job, lambda row: row.stalled_s >= 1)
         assert (seen.state, seen.stalled_on) == ("running", "backup point nas")
@@ -94,6 +97,19 @@ def test_a_backup_stalls_on_its_point(
         assert rig.restore(rig.engine.backup(ANYWHERE, backup), "copy") == [content]
     assert "backup point nas" in {row.stalled_on for row in told}
     assert told[-1].stalled_on == ""
+
+
+def before_first_write(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    """Calls `act` once, when a pack is written to for the first time."""
+    left = [act]
+    write = GrowingFile._write_stage
+
+    def act_then_write(self: GrowingFile, stage: memoryview) -> None:
+        while left:
+            left.pop()()
+        write(self, stage)
+
+    monkeypatch.setattr(GrowingFile, "_write_stage", act_then_write)
 
 
 def shown(rig: EngineRig) -> str:

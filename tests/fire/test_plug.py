@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,22 +46,67 @@ def test_what_a_child_tells() -> None:
     assert (told.saving, told.saved, told.forgotten) == ({b"1,2"}, {"u"}, {"v"})
 
 
-@pytest.mark.root
-def test_a_file_system_that_somebody_else_has_still_is_not_mounted_again(tmp_path: Path) -> None:
-    """What a new mount shows would be its memory, which a pulled plug has none of."""
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
     if os.geteuid() != 0:
         pytest.skip("needs root (loop mounts)")
-    image, place = tmp_path / "image", tmp_path / "place"
-    place.mkdir()
-    with image.open("wb") as file:
+    made = tmp_path / "image"
+    with made.open("wb") as file:
         file.truncate(SIZE_BYTES["ext4"])
-    subprocess.run([*MAKE_FS["ext4"], str(image)], check=True)
-    mount(image, place)
+    subprocess.run([*MAKE_FS["ext4"], str(made)], check=True)
+    return made
+
+
+@contextlib.contextmanager
+def other_mount_namespace() -> Iterator[None]:
+    """One with a copy of all mounts that this process has now."""
     with subprocess.Popen(["unshare", "--mount", "cat"], stdin=subprocess.PIPE) as other:
         while os.readlink(f"/proc/{other.pid}/ns/mnt") == os.readlink("/proc/self/ns/mnt"):
             time.sleep(0.01)
-        with pytest.raises(Held):
-            unmount(image, place, patience_s=0.1)
+        yield
         other.kill()
+
+
+@pytest.mark.root
+def test_a_file_system_that_somebody_else_has_still_is_not_mounted_again(image: Path) -> None:
+    """What a new mount shows would be its memory, which a pulled plug has none of."""
+    place = image.with_name("place")
+    place.mkdir()
+    mount(image, place)
+    with other_mount_namespace(), pytest.raises(Held):
+        unmount(image, place, patience_s=0.1)
     mount(image, place)
     unmount(image, place)
+
+
+_MOUNTS = """
+import sys
+from pathlib import Path
+from tests.fire.loops import enter_own_mounts, mount, unmount
+enter_own_mounts()
+image, place = map(Path, sys.argv[1:])
+mount(image, place)
+print("mounted", flush=True)
+sys.stdin.readline()
+unmount(image, place, patience_s=5)
+"""
+
+
+@pytest.mark.root
+def test_nobody_else_gets_what_is_mounted_in_a_namespace_of_its_own(image: Path) -> None:
+    place = image.with_name("place")
+    place.mkdir()
+    command = [sys.executable, "-c", _MOUNTS, str(image), str(place)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as us:
+        assert us.stdout is not None
+        assert us.stdout.readline() == "mounted\n"
+        with other_mount_namespace():
+            us.communicate("\n")
+    assert us.returncode == 0
+
+
+@pytest.mark.root
+def test_tests_mount_in_such_a_one() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root (mount namespaces)")
+    assert os.readlink("/proc/self/ns/mnt") != os.readlink(f"/proc/{os.getppid()}/ns/mnt")

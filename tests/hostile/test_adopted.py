@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,22 +19,18 @@ from storage.reader import ChunkReader
 from storage.session import Session
 from tests import forging
 from tests.hostile.forger import Forger
-from tests.store import Saved, cluster, files, image_of, load, new_point, open_domain, save
-
-
-@pytest.fixture
-def point(tmp_path: Path) -> Point:
-    return new_point(tmp_path)
-
-
-@pytest.fixture
-def evil(point: Point) -> Forger:
-    return Forger(Path(point.path))
-
-
-@pytest.fixture
-def mine(point: Point) -> Domain:
-    return open_domain(point, cluster("mine"), "host-9")
+from tests.store import (
+    Saved,
+    cluster,
+    edited,
+    files,
+    image_of,
+    load,
+    mixed,
+    open_domain,
+    patches,
+    save,
+)
 
 
 def lie(evil: Forger, mine: Domain, *claimed: bytes, told: bytes, maker: str = "") -> str:
@@ -90,6 +85,23 @@ def test_an_import_does_not_rely_on_another_stranger(
     theirs = open_domain(point, cluster("theirs"), "host-8")
     taken = imported(mine, theirs_uuid(theirs), save(theirs, chunk).backup)
     assert load(mine, taken) == chunk
+
+
+def test_a_lie_about_a_chunk_keeps_no_pack_that_has_it_as_a_patch_from_being_imported(
+    point: Point, mine: Domain, evil: Forger
+) -> None:
+    """What we have whole, and an adopted pack as a patch, is stored whole again: as far as it is
+    true that we have it."""
+    bases = mixed(2)
+    changed = [edited(base, 3) for base in bases]
+    theirs = open_domain(point, cluster("theirs"), "host-8")
+    first = save(theirs, b"".join(bases))
+    second = save(theirs, b"".join(changed), first)
+    third = save(theirs, changed[0] + bases[1], second)
+    assert len(patches(theirs)) == 2
+    imported(mine, evil.uuid, lie(evil, mine, changed[1], told=bases[1]))
+    taken = imported(mine, theirs_uuid(theirs), third.backup)
+    assert load(mine, taken) == changed[0] + bases[1]
 
 
 def test_a_header_that_names_the_source_s_own_pack_vouches_for_nothing(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import random
+import tracemalloc
 from pathlib import Path
 
 import msgspec
@@ -16,7 +17,7 @@ from storage.bundles import RECORDS_PER_BUNDLE
 from storage.domain import Domain
 from storage.errors import Damaged, NotOnPoint, StorageError
 from storage.listing import BackupRow
-from storage.log import record_path
+from storage.log import Log, record_path
 from storage.manifests import encode_page
 from storage.point import ClusterLabel, Point
 from storage.record import (
@@ -34,32 +35,15 @@ from tests.engine_rig import EngineRig, disk_bytes
 from tests.hostile.forger import HUGE, Forger, S, opened
 from tests.hostile.mutating import ROUNDS, mutants, peak_bytes
 from tests.store import (
-    cluster,
     files,
     image_of,
     load,
-    new_point,
     new_uuid,
     open_domain,
     save,
 )
 
 MIB = 1 << 20
-
-
-@pytest.fixture
-def point(tmp_path: Path) -> Point:
-    return new_point(tmp_path)
-
-
-@pytest.fixture
-def evil(point: Point) -> Forger:
-    return Forger(Path(point.path))
-
-
-@pytest.fixture
-def mine(point: Point) -> Domain:
-    return open_domain(point, cluster("mine"), "host-9")
 
 
 def assert_not_imported(mine: Domain, evil: Forger, backup: str) -> None:
@@ -199,6 +183,33 @@ def test_a_state_without_end(
     assert peak_bytes(listing) < 90 * MIB  # one record larger than 64 KiB, as a whole
     with pytest.raises(Damaged):
         mine.import_backups(evil.uuid, [new_uuid()], lambda row: row.label)
+
+
+def test_domains_without_end(point: Point, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is within its bounds; what is remembered of all of them is, too."""
+    monkeypatch.setattr(tables, "FOREIGN_BYTES_LIMIT", 4 * MIB)
+    many = [Forger(Path(point.path), f"evil{number}") for number in range(20)]
+    for one in many:
+        seal = BackupSeal(backup=new_uuid(), label=os.urandom(LABEL_LIMIT_BYTES), disks=())
+        one.append(opened(S))
+        one.append(Commit(session=S, backups=(seal,)))
+
+    tracemalloc.start()
+    try:
+        for one in many:
+            assert len(point.foreign_backups(one.uuid)) == 1
+        assert tracemalloc.get_traced_memory()[0] < 8 * MIB
+    finally:
+        tracemalloc.stop()
+    read, asked = Log.read, list[int]()
+
+    def noted(self: Log, seq: int) -> tuple[Record, bytes] | None:
+        asked.append(seq)
+        return read(self, seq)
+
+    monkeypatch.setattr(Log, "read", noted)
+    point.foreign_backups(many[-1].uuid)
+    assert asked == [3], "the last one is remembered"
 
 
 def test_a_bundle_without_end(point: Point, evil: Forger) -> None:

@@ -43,6 +43,7 @@ NOT_BY_A_REQUEST = {
     "domain_busy": "needs libvirt: tests/libvirt",
     "hypervisor_refused": "needs libvirt: tests/libvirt",
     "hypervisor_unreachable": "needs libvirt: tests/libvirt",
+    "state_unreachable": "needs a disk that is silent: tests/fire",
     "chunk_missing": "handled inside a backup: tests of the data path",
     "refused": "a root of the log's refusals: tests of storage",
     "session_ended": "inside jobs: tests of storage",

@@ -210,11 +210,12 @@ def test_a_running_vm_is_backed_up_as_of_its_freeze(
     pool = loop_fs(kind, 400 * MIB)
     frozen = tmp_path / "frozen"
     hook = tmp_path / "hook"
-    # The freeze waits until the writer has seen it, as a guest's file system does.
+    # Both wait until the writer has seen it, as a guest's file system does: what it says of one
+    # freeze must not come late and be taken for what it says of the next.
     hook.write_text(
         f'#!/bin/sh\nif [ "$1" = freeze ]; then touch {frozen}; '
         f"while [ ! -e {frozen}.seen ]; do sleep 0.01; done; "
-        f"else rm -f {frozen} {frozen}.seen; fi\n"
+        f"else rm -f {frozen}; while [ -e {frozen}.seen ]; do sleep 0.01; done; fi\n"
     )
     hook.chmod(0o755)
     one, other = pool / "v", pool / "w"
@@ -227,7 +228,9 @@ def test_a_running_vm_is_backed_up_as_of_its_freeze(
         while not stop.is_set():
             if frozen.exists():
                 frozen.with_suffix(".seen").touch()
-                continue
+                while frozen.exists():
+                    time.sleep(0.001)
+                frozen.with_suffix(".seen").unlink()
             number += 1
             for path in (one, other):
                 write_at(path, (number % 16) * CHUNK, number.to_bytes(8, "big") * 512)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -16,10 +18,13 @@ from engine.config import Config, parse_config
 from engine.errors import Conflict, EngineError, Invalid, NotFound
 from engine.labels import UNREADABLE_NAME
 from engine.model import Backup
+from engine.service import Engine
 from engine.views import BackupQuery, Scope
 from storage import bundles
-from storage.errors import PointNotEmpty, PointUnreachable, StorageError
+from storage.domain import Domain
+from storage.errors import Damaged, PointNotEmpty, PointUnreachable, StorageError
 from storage.leftovers import Leftovers
+from storage.listing import BackupRow
 from storage.point import ClusterLabel, Point
 from storage.session import NewBackup
 from tests.engine_rig import ANYWHERE, ONE_JOB, PATIENCE_S, EngineRig, disk_bytes, files_below
@@ -115,6 +120,32 @@ def test_an_import_is_all_or_nothing(tmp_path: Path) -> None:
         domain = two.core.points.domain(first, two.cluster_uuid)
         domain.refresh()
         assert domain.backups() == []
+
+
+def test_an_import_that_fails_gives_back_what_it_has_brought_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not what another call has taken over, and acknowledged, meanwhile."""
+    with EngineRig(tmp_path / "a") as one, EngineRig(tmp_path / "b") as two:
+        first, second = (attach(one, tmp_path / name, name) for name in ("first", "second"))
+        for name in ("first", "second"):
+            attach(two, tmp_path / name, name)
+        good = back_up_to(one, first, disk_bytes(MIB, 1), "web")
+        bad = back_up_to(one, second, disk_bytes(2 * MIB, 2), "db")
+        for path in files_below(tmp_path / "second" / "domains" / one.cluster_uuid / "packs"):
+            Path(path).unlink()
+        takes = Domain.import_backups
+
+        def second_of_two(self: Domain, *args: Any) -> list[BackupRow]:
+            monkeypatch.undo()
+            two.engine.import_backups(two.cluster_uuid, [(good, first)])
+            return takes(self, *args)
+
+        monkeypatch.setattr(Domain, "import_backups", second_of_two)
+        with pytest.raises(StorageError):
+            two.engine.import_backups(two.cluster_uuid, [(good, first), (bad, second)])
+        backup = two.engine.backup(ANYWHERE, good)
+        assert two.restore(backup, "copy") == [disk_bytes(MIB, 1)]
 
 
 def test_a_point_that_is_detached_during_an_import_leaves_no_backups(
@@ -337,6 +368,38 @@ def test_several_managed_clusters_each_have_their_own(tmp_path: Path) -> None:
         rig.engine.delete_backup(east, backup.uuid)
         copy = rig.engine.backup(west, backup.uuid)
         assert rig.restore(copy, "copy") == [disk_bytes(MIB, 1)]
+
+
+def test_a_damaged_domain_is_opened_when_it_is_whole_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a restart, though the others are open all the time."""
+    config = parse_config(b'[[clusters]]\nname = "east"\n[[clusters]]\nname = "west"\n', "test")
+    content = disk_bytes(MIB, 1)
+    with EngineRig(tmp_path / "a", config) as rig:
+        east = rig.back_up(rig.make_vm("db", content))
+        west = next(c.uuid for c in rig.engine.clusters() if c.uuid != east.cluster_uuid)
+        rig.engine.import_backups(west, [(east.uuid, rig.point_uuid)])
+        (record,) = (rig.data / "point" / "domains" / west / "log").rglob(f"{1:016x}")
+        whole = record.read_bytes()
+        rig.engine.stop(PATIENCE_S)
+        shutil.rmtree(rig.data / "point" / "domains" / west / "views")
+        record.write_bytes(whole[:-1])
+        rig.engine = Engine.start(str(rig.data), config)
+        look = partial(rig.core.points.look_again, rig.point_uuid, PATIENCE_S)
+        look()
+        with pytest.raises(Damaged):
+            rig.core.points.domain(rig.point_uuid, west)
+        assert rig.engine.point(rig.point_uuid).state == "damaged"
+        record.write_bytes(whole)
+        monkeypatch.setattr(keeper, "REOPEN_AFTER_S", 0.0)
+        monkeypatch.setattr(keeper, "REOPEN_REST", 0.0)
+        rig.core.points._keeper(rig.point_uuid)._reopens_at_s = 0.0
+        look()
+        assert rig.engine.point(rig.point_uuid).state == "online"
+        assert rig.restore(rig.engine.backup(Scope(cluster_uuid=west), east.uuid), "copy") == [
+            content
+        ]
 
 
 def test_a_configured_installation(tmp_path: Path) -> None:

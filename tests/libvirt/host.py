@@ -13,7 +13,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,6 +99,16 @@ class Host:
             self.connection.close()
         self._daemon.terminate()
         self._daemon.wait(PATIENCE_S)
+
+    @contextlib.contextmanager
+    def hung(self) -> Iterator[Callable[[], None]]:
+        """Its call makes libvirtd hang, which the end of the block ends."""
+        assert self._daemon is not None
+        daemon = self._daemon
+        try:
+            yield lambda: daemon.send_signal(signal.SIGSTOP)
+        finally:
+            daemon.send_signal(signal.SIGCONT)
 
     def close(self) -> None:
         try:

@@ -13,9 +13,9 @@ import pytest
 from engine.errors import ConfigInvalid, Conflict, HypervisorAway
 from engine.libvirt import inventory, watch
 from engine.model import Vm
-from engine.views import NewDisk
+from engine.views import NewDisk, RestoreTarget
 from tests.engine_rig import ANYWHERE, EngineRig
-from tests.libvirt.host import MIB, Host
+from tests.libvirt.host import MIB, Host, Image
 from tests.libvirt.site import config_for, contents, rig_on, vm_named, wait_for_vm, wait_until
 from tests.nfs.kit import Kit, find_tool
 
@@ -120,6 +120,39 @@ def test_a_stopped_domain_is_read_as_it_lies(host: Host, rig: EngineRig) -> None
     assert first == bytes(MIB) + b"\7" * 65536 + bytes(15 * MIB - 65536)
     assert second == bytes(MIB)
     assert not domain.isActive()
+
+
+def test_a_directory_stays_a_pool_when_its_last_domain_is_lost(host: Host, rig: EngineRig) -> None:
+    """So what was lost can be restored to where it lay, also after a restart."""
+    place = host.root / "alone"
+    place.mkdir()
+    path = host.image("vda", "lost.raw", MIB, "raw").path.rename(place / "lost.raw")
+    path.write_bytes(b"\5" * MIB)
+    host.own(place)
+    domain = host.define("lost", [Image("vda", path, "raw")])
+    vm = wait_for_vm(rig, "lost", lambda vm: vm is not None)
+    backup = rig.back_up(vm)
+    domain.undefineFlags(0)
+    path.unlink()
+    wait_until(lambda: vm_named(rig, "lost") is None)
+    rig.restart()
+    assert pool_at(rig, place) == vm.disks[0].pool_uuid
+    target = RestoreTarget("vda", vm.disks[0].pool_uuid, "lost.raw", "SSD")
+    group, zone = rig.engine.object_groups()[0].uuid, rig.engine.zones()[0].uuid
+    _, job = rig.engine.restore_backup(ANYWHERE, backup.uuid, "lost", [target], group, zone)
+    rig.succeed(job)
+    assert path.read_bytes() == b"\5" * MIB
+    again = wait_for_vm(rig, "lost", lambda vm: vm is not None)
+    path.unlink()
+    place.rmdir()
+    host.connection.lookupByUUIDString(again.uuid).undefineFlags(0)
+    wait_until(lambda: pool_at(rig, place) == "")
+
+
+def pool_at(rig: EngineRig, place: Path) -> str:
+    """The uuid of the pool that is this directory; "" if none is."""
+    found = [state.pool.uuid for state in rig.engine.pools() if state.pool.path == str(place)]
+    return "".join(found)
 
 
 def test_vms_are_not_made_or_deleted_here(host: Host, rig: EngineRig) -> None:

@@ -100,7 +100,7 @@ from engine.model import Vm
 vm = msgspec.json.decode(sys.argv[1], type=Vm)
 domain = connect(vm.host).lookupByUUIDString(vm.uuid)
 setup = LiveSetup("host", "", 0, 0, freeze_timeout_s=10, freeze_hold_s=600)
-hook, why = agent_hook(domain, read_domain(domain.XMLDesc()), vm, setup)
+hook, why = agent_hook(lambda: domain, read_domain(domain.XMLDesc()), vm, setup)
 with frozen(hook) as freeze:
     assert freeze.held, why
     os.kill(os.getpid(), signal.SIGKILL)

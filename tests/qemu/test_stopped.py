@@ -282,6 +282,14 @@ class TestBitmaps:
         qemu_img("resize", "-q", "-f", "qcow2", "--shrink", image, "8M")
         assert self.back_up(image, "vmkeep-2", "vmkeep-3") is None
 
+    def test_it_shrank_and_grew_again(self, image: Path) -> None:
+        """QEMU's bitmap says nothing of it: engine/sampling.py reads the chunk that was cut."""
+        qemu_io(image, "write -P 3 5M 64k")
+        self.back_up(image, "", "vmkeep-1")
+        qemu_img("resize", "-q", "-f", "qcow2", "--shrink", image, str(5 * MIB + 512))
+        qemu_img("resize", "-q", "-f", "qcow2", image, "16M")
+        assert self.back_up(image, "vmkeep-1", "vmkeep-2") == []
+
     def test_an_internal_snapshot_can_not_be_gone_back_to(self, image: Path) -> None:
         """It would change all of the disk and no bitmap. QEMU sees to that, which we rely on."""
         qemu_img("snapshot", "-c", "s1", image)

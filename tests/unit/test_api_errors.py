@@ -75,6 +75,7 @@ PUBLISHED = {
     50304: "overloaded",
     50305: "disk_server_lost",
     50306: "hypervisor_unreachable",
+    50307: "state_unreachable",
     50700: "point_full",
     50701: "pool_full",
     50702: "scratch_full",

@@ -6,9 +6,11 @@ import errno
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from storage import rebuild
 from storage.chunks import Encoder
 from storage.domain import Domain
 from storage.errors import Damaged, PointFull, StorageError
@@ -16,7 +18,9 @@ from storage.fs import Buffer, OsFs
 from storage.heartbeats import Observer, beat
 from storage.point import ClusterLabel, Point
 from storage.reader import MAX_RUN_BYTES, plan_reads
+from storage.record import Op
 from storage.session import UNSEALED_PACKS_LIMIT, NewBackup
+from storage.tables import Tables
 from tests.failing_fs import FailingFs, HookFs, open_below
 from tests.store import (
     CHUNK,
@@ -173,6 +177,29 @@ def test_a_rebuild_beside_a_gc_begins_again(
     assert load(other, kept) == image_of(3)
 
 
+def test_a_rebuild_beside_damage_and_others_who_append_comes_to_an_end(
+    point: Point, label: ClusterLabel, domain: Domain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(domain, image_of(1, 2))
+    (damaged,) = files(domain, "packs")
+    other = through(point, label, "host-2", OsFs())
+    os.unlink(os.path.join(domain.paths.root, damaged))
+    fill, kept = rebuild.fill, [save(domain, image_of(3))]
+
+    def filled(*args: Any) -> frozenset[str]:
+        found = fill(*args)
+        kept.append(save(domain, image_of(3)))
+        assert len(kept) < 10, "it begins again and again"
+        return found
+
+    monkeypatch.setattr(rebuild, "fill", filled)
+    other.rebuild()
+    monkeypatch.undo()
+    other.refresh()
+    assert other.losses().packs == (damaged.removeprefix("packs/"),)
+    assert all(load(other, saved) == image_of(3) for saved in kept)
+
+
 def test_importing_does_not_put_damage_in_the_place_of_ones_own_chunks(
     point: Point, domain: Domain
 ) -> None:
@@ -205,6 +232,29 @@ def test_two_hosts_that_import_the_same_both_succeed(point: Point, domain: Domai
 
     (row,) = one.import_backups(source, [there.backup], relabel)
     assert (row.backup, row.label) == (there.backup, b"other")
+
+
+def test_a_domain_that_is_written_to_is_closed_after_that(domain: Domain) -> None:
+    begun, free = threading.Event(), threading.Event()
+
+    def build(_: Tables) -> list[Op]:
+        begun.set()
+        assert free.wait(10.0)
+        return []
+
+    writer = threading.Thread(target=domain.append, args=(build,))
+    closer = threading.Thread(target=domain.close)
+    writer.start()
+    assert begun.wait(10.0)
+    closer.start()
+    closer.join(0.2)
+    assert closer.is_alive()
+    free.set()
+    for thread in (writer, closer):
+        thread.join(10.0)
+        assert not thread.is_alive()
+    with pytest.raises(StorageError):
+        domain.begin("read")
 
 
 def test_rebuilds_leave_nothing_open(domain: Domain, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -154,3 +155,18 @@ def test_with_all_chunks_tried_any_miss_is_found(rig: Rig, chunk: int) -> None:
     assert attempt(rig, path, first, 1.0)[0].sound
     write_at(path, chunk * CHUNK, b"missed")  # over data, and where there was a hole
     assert attempt(rig, path, first, 1.0)[0].wrong_chunk == chunk
+
+
+@pytest.mark.parametrize("written_since", [False, True])
+def test_a_chunk_that_was_cut_through_is_found(rig: Rig, written_since: bool) -> None:
+    """A disk that was made smaller and as large again, by a tracker that doesn't say so."""
+    path = volume(rig, 3 * PAGE_CHUNKS)
+    first = rig.back_up(path)
+    cut = 2 * PAGE_CHUNKS
+    os.truncate(path, cut * CHUNK - 1)
+    os.truncate(path, 3 * PAGE_CHUNKS * CHUNK)
+    changed = [(cut * CHUNK, PAGE_CHUNKS * CHUNK)]  # else it is found by the holes
+    if written_since:
+        write_at(path, 2500 * CHUNK, random_bytes(7 * CHUNK))
+    sample, _ = attempt(rig, path, first, 0.0, changed)
+    assert sample.wrong_chunk == cut - 1

@@ -47,6 +47,21 @@ def test_a_change_lasts(view: View, tmp_path: Path) -> None:
     assert value_of(View(str(tmp_path / "view"), b"mine"), b"k") == b"v"
 
 
+def test_a_view_that_is_being_read_is_closed_after_that(view: View) -> None:
+    """LMDB would end the process."""
+    view.update(lambda state: put(b"k", b"v", state))
+    closer = threading.Thread(target=view.close)
+    with view.read() as state:
+        closer.start()
+        closer.join(0.2)
+        assert closer.is_alive()
+        assert state.table("chunks").get(b"k") == b"v"
+    closer.join(10.0)
+    assert not closer.is_alive()
+    with pytest.raises(StorageError):
+        value_of(view, b"k")
+
+
 def test_anothers_view_is_refused(view: View, tmp_path: Path) -> None:
     view.close()
     with pytest.raises(Damaged, match="another domain"):
