@@ -101,7 +101,7 @@ def _unchanged(
 def _drawn(plans: Iterable[PagePlan], share: float, sample: Sample) -> Iterator[PagePlan]:
     """Some chunks of the plans at random, and the last one of all; ends at a plan one of whose
     parent's chunks is gone."""
-    owed = FEWEST_CHUNKS - 1.0
+    owed = max(FEWEST_CHUNKS - 1.0, 0.0)
     before: PagePlan | None = None
     for plan in chain(plans, [None]):
         if plan is not None and plan.gone:
@@ -111,7 +111,7 @@ def _drawn(plans: Iterable[PagePlan], share: float, sample: Sample) -> Iterator[
             continue
         if before is not None:
             owed += share * len(before.chunks)
-            last = before.chunks[-1:] if plan is None else ()
+            last = before.chunks[-1:] if plan is None and FEWEST_CHUNKS else ()
             others = before.chunks[:-1] if last else before.chunks
             count = min(int(owed), len(others))
             owed -= count
