@@ -19,6 +19,7 @@ from typing import Protocol, TypeAlias
 
 from storage.in_flight import in_flight
 from storage.mounts import MountKind, check_mount, require_sound_mount
+from storage.uncached import read_once
 
 Buffer: TypeAlias = bytes | bytearray | memoryview | mmap.mmap
 
@@ -164,7 +165,7 @@ class OsFs:
     @in_flight
     def preadv(self, fd: int, buffer: Buffer, offset: int) -> int:
         view = memoryview(buffer).cast("B")
-        have = 0
+        have = read_once(fd, view, offset)
         while have < len(view) and (count := os.preadv(fd, [view[have:]], offset + have)):
             have += count
         return have

@@ -24,6 +24,8 @@ def large_buffer(size_bytes: int) -> memoryview:
     """
     # In whole huge pages, since newer kernels align just such maps to them.
     memory = mmap.mmap(-1, -(-size_bytes // _HUGE_BYTES) * _HUGE_BYTES, flags=_PRIVATE)
+    # A fork while the device writes into it would leave one of the two with the old content.
+    memory.madvise(mmap.MADV_DONTFORK)
     with contextlib.suppress(OSError):  # a kernel without them
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memoryview(memory)[:size_bytes]

@@ -38,6 +38,7 @@ from storage.packs import FrameView, parse_frame
 from storage.patches import base_of, patched
 from storage.publish import close_discarded
 from storage.tables import LOST_PACK, ChunkRow, Tables, unpack_chunk_row
+from storage.uncached import lead_bytes
 
 if TYPE_CHECKING:
     from storage.domain import Domain
@@ -245,6 +246,7 @@ class ChunkReader:
         """Yields each frame's place and its content, good until the next one is asked for.
 
         `buffer` holds at least run.size_bytes: at most MAX_RUN_BYTES, or one frame if it is larger.
+        A page more, and beginning at one, it can be filled past the page cache.
         Raises ChunkDamaged naming pack and offset, PointUnreachable.
         """
         for place, found in self.read_each(run, buffer):
@@ -267,7 +269,10 @@ class ChunkReader:
         if not run.pack:
             yield from _all_damaged(run, "the pack that held it is damaged or gone")
             return
-        part = memory.run[: run.size_bytes]
+        lead = lead_bytes(run.offset)
+        if lead + run.size_bytes > len(memory.run):
+            lead = 0
+        part = memory.run[lead : lead + run.size_bytes]
         try:
             count = self._packs.read(run.pack, part, run.offset)
         except FileNotFoundError:

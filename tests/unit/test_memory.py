@@ -43,3 +43,10 @@ def test_it_is_private_so_that_it_may_have_huge_pages() -> None:
     assert flags is not None
     assert "hg" in flags[1].split()  # asked for
     assert "sh" not in flags[1].split()  # and not refused, as they are for shared memory
+
+
+def test_a_fork_does_not_share_it() -> None:
+    """Reading from a device into private memory while it is being forked loses what was read."""
+    flags = re.search(r"^VmFlags: (.*)$", mapping_of(large_buffer(SIZE_BYTES)), re.M)
+    assert flags is not None
+    assert "dc" in flags[1].split()
