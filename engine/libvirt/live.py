@@ -26,6 +26,7 @@ from engine.errors import (
     DiskServerRefused,
     EngineError,
     HypervisorRefused,
+    NotFound,
     ScratchFull,
 )
 from engine.freeze import Freeze, frozen
@@ -34,6 +35,7 @@ from engine.libvirt import checkpoints
 from engine.libvirt.agent import agent_hook
 from engine.libvirt.binding import (
     INCREMENTAL_LOST,
+    OPERATION_INVALID,
     Domain,
     LibvirtFault,
     code_of,
@@ -79,7 +81,6 @@ def begin_live(
         for disk in begun.disks:
             sources[disk.target] = source = job.open(disk, paths[disk.target])
             undo.callback(source.close)
-        job.watch.start()
         held = LiveBackup(job, sources, _told(domain, facts, job, begun, sources))
         undo.pop_all()
     return held
@@ -174,9 +175,13 @@ class _Job:
         remove_left([*self._files, self.socket])
         return end == "stopped"
 
-    def _abort(self) -> None:
-        with contextlib.suppress(LibvirtFault, EngineError):
+    def _abort(self) -> bool:
+        """Whether the job ends now, or is over."""
+        try:
             self.find().abortJob()
+        except (LibvirtFault, EngineError) as error:
+            return isinstance(error, NotFound) or code_of(error) == OPERATION_INVALID
+        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +194,7 @@ class _Begun:
 
 
 def _begun(domain: Domain, facts: DomainFacts, job: _Job, parent: str) -> _Begun:
-    """The job is on. Raises as begin_live."""
+    """The job is on, and watched. Raises as begin_live."""
     since, notes = frozenset[str](), list[str]()
     if parent:
         name = checkpoints.name_for(job.setup.host, parent)
@@ -200,6 +205,7 @@ def _begun(domain: Domain, facts: DomainFacts, job: _Job, parent: str) -> _Begun
     hook, agent_note = agent_hook(domain, facts, job.vm, job.setup)
     with frozen(hook) as freeze:
         disks = _begin_with_less(domain, job, rungs, notes)
+        job.watch.start()
     notes += [*freeze.notes, *([agent_note] if agent_note else [])]
     return _Begun(disks, freeze, tuple(notes))
 
