@@ -25,6 +25,7 @@ from engine.errors import (
     DiskServerLost,
     DiskServerRefused,
     EngineError,
+    HypervisorAway,
     HypervisorRefused,
     NotFound,
     ScratchFull,
@@ -35,6 +36,7 @@ from engine.libvirt import checkpoints
 from engine.libvirt.agent import agent_hook
 from engine.libvirt.binding import (
     INCREMENTAL_LOST,
+    NO_SUCH_DOMAIN,
     OPERATION_INVALID,
     Domain,
     LibvirtFault,
@@ -42,6 +44,7 @@ from engine.libvirt.binding import (
 )
 from engine.libvirt.domains import DomainDisk, DomainFacts, read_domain
 from engine.libvirt.ending import FindDomain, end_job, end_later, end_left_job
+from engine.libvirt.half_begun import is_half_begun
 from engine.libvirt.jobxml import JobDisk, backup_xml, checkpoint_xml, export_bitmap, record_xml
 from engine.libvirt.machine import inflated, machine_of
 from engine.libvirt.media import has_bitmaps, identity_of
@@ -56,6 +59,10 @@ from engine.sources import DiskSource, VolumeSource
 log = logging.getLogger(__name__)
 
 READ_TIMEOUT_S = 120.0
+_HALF_BEGUN = (
+    "libvirtd died when it began a backup of VM {name}, and lets nobody begin another one: "
+    "see docs/operations.md"
+)
 
 
 def begin_live(
@@ -158,9 +165,10 @@ class _Job:
     def end(self, *, committed: bool) -> bool:
         """Ends the job, and puts the checkpoints in order. Whether the domain is not running."""
         self.watch.stop()
-        end = end_job(self.find)
+        end = end_job(self.find, self.setup.scratch)
         if end == "unknown":
-            end_later(self.find, self.socket, [*self._files, self.socket])
+            files = [*self._files, self.socket]
+            end_later(self.find, self.setup.scratch, self.socket, files)
         try:
             domain = self.find()
             if committed:
@@ -306,9 +314,12 @@ def _facts_of(domain: Domain, vm: Vm) -> DomainFacts:
 
 
 def _require_running(domain: Domain, vm: Vm) -> None:
-    with contextlib.suppress(LibvirtFault):
+    try:
         if domain.isActive():
             return
+    except LibvirtFault as error:
+        if code_of(error) != NO_SUCH_DOMAIN:
+            raise HypervisorAway(f"{vm.host}: {error}") from error
     raise _stopped(vm)
 
 
@@ -320,7 +331,9 @@ def _require_no_job(domain: Domain, vm: Vm) -> None:
     """libvirt would wait 30 s for the other job before it says so."""
     try:
         busy = domain.jobInfo()[0] != 0
-    except LibvirtFault:
+    except LibvirtFault as error:
+        if is_half_begun(error):
+            raise HypervisorRefused(_HALF_BEGUN.format(name=vm.name)) from error
         return  # it stopped: what follows says so
     if busy:
         raise Conflict("domain_busy", f"libvirt runs another job on VM {vm.name}")
