@@ -4,7 +4,9 @@ The operator names a command; we run `COMMAND freeze VM_UUID` and `COMMAND thaw 
 shell. Between the two stands a watchdog, a child process that holds the other end of a pipe: when
 the pipe closes without a word (we were killed), or when `hold_s` has passed (a clone takes
 too long), it runs the thaw by itself. It ignores the signals that a service manager sends to all of
-a service. So no failure of ours leaves a VM frozen, and none keeps it so for long.
+a service. So no failure of ours leaves a VM frozen, and none keeps it so for long. Where the thaw
+of a frozen VM fails, as when the hypervisor's daemon is away, the watchdog asks for it again and
+again, and the backup waits for that.
 
 A freeze that fails is no reason not to back up: the snapshot is then what a power cut would leave,
 and says so in its notes.
@@ -24,16 +26,18 @@ from dataclasses import dataclass, field
 log = logging.getLogger(__name__)
 
 _THAW_ATTEMPTS = 3
-_FROZE_TOO_LONG = 3
+_THAW_FOR_S = 120.0  # how long the watchdog tries to thaw what is frozen for sure, or may be
+_FROZE_TOO_LONG, _NOT_THAWED = 3, 4  # exit statuses
 
-# Small on purpose: it is started for each backup. argv: hold_s timeout_s attempts command...
-# It is told f when the VM is frozen, d when it is thawed again.
+# Small on purpose: it is started for each backup. argv: hold_s timeout_s patience_s command...
+# It is told f when the VM is frozen, d when it is thawed again, o to try the thaw once: the VM was
+# not frozen as far as is known.
 _WATCHDOG = f"""
-import select, signal, subprocess, sys, os
+import select, signal, subprocess, sys, os, time
 for name in ("SIGTERM", "SIGINT", "SIGHUP"):
     signal.signal(getattr(signal, name), signal.SIG_IGN)
 os.write(1, b"r")
-hold, limit, attempts = float(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
+hold, limit, trying = (float(number) for number in sys.argv[1:4])
 late = True
 for patience in (limit + 1, hold):
     if not select.select([0], [], [], patience)[0]:
@@ -41,16 +45,22 @@ for patience in (limit + 1, hold):
     word = os.read(0, 1)
     if word == b"d":
         sys.exit(0)
+    if word == b"o":
+        trying = 0
     if word != b"f":
         late = False
         break
-for _ in range(attempts):
+end = time.monotonic() + trying
+while True:
     try:
         no = subprocess.DEVNULL
         if subprocess.run(sys.argv[4:], timeout=limit, stdin=no, stdout=no).returncode == 0:
             break
     except (OSError, subprocess.TimeoutExpired):
         pass
+    if time.monotonic() >= end:
+        sys.exit({_NOT_THAWED})
+    time.sleep(0.5)
 sys.exit({_FROZE_TOO_LONG} if late else 0)
 """
 
@@ -104,13 +114,17 @@ def frozen(hook: FreezeHook) -> Iterator[Freeze]:
     finally:
         thawed = _thaw(hook)
         freeze.held_s = time.monotonic() - began_s if freeze.held else 0.0
-        if _dismiss(watchdog, thawed, hook) == _FROZE_TOO_LONG and freeze.held:
+        word = b"d" if thawed else b"" if freeze.held else b"o"
+        outcome = _dismiss(watchdog, word, hook)
+        if outcome == _FROZE_TOO_LONG and freeze.held:
             freeze.held = False
             freeze.notes.append(
                 f"thawed after {hook.hold_s:g} s, before the snapshot was complete: "
                 "the snapshot is crash-consistent"
             )
-        if not thawed:
+        if not thawed and outcome == 0:
+            freeze.notes.append("thawed late: the thaw failed at first")
+        elif not thawed:
             freeze.notes.append("thaw failed: the VM may still be frozen")
             log.error("thaw_failed", extra={"vm": hook.vm_uuid})
             if hook.go_on is not None:
@@ -152,7 +166,7 @@ def _thaw(hook: FreezeHook) -> bool:
 
 def _start_watchdog(hook: FreezeHook, freeze: Freeze) -> subprocess.Popen[bytes] | None:
     """The watchdog, once it is ready. None if there can be none: then nothing must be frozen."""
-    limits = [str(hook.hold_s), str(hook.timeout_s), str(_THAW_ATTEMPTS)]
+    limits = [str(hook.hold_s), str(hook.timeout_s), str(_THAW_FOR_S)]
     argv = [sys.executable, "-ISc", _WATCHDOG, *limits, *hook.command, "thaw", hook.vm_uuid]
     try:
         watchdog = subprocess.Popen(
@@ -170,7 +184,7 @@ def _start_watchdog(hook: FreezeHook, freeze: Freeze) -> subprocess.Popen[bytes]
     with watchdog.stdout as ready:
         if ready.read(1) == b"r":
             return watchdog
-    _dismiss(watchdog, True, hook)
+    _dismiss(watchdog, b"d", hook)
     freeze.notes.append("not frozen: the watchdog did not start")
     return None
 
@@ -181,14 +195,13 @@ def _tell(watchdog: subprocess.Popen[bytes], word: bytes) -> None:
         watchdog.stdin.write(word)
 
 
-def _dismiss(watchdog: subprocess.Popen[bytes], thawed: bool, hook: FreezeHook) -> int | None:
-    """Ends the watchdog; unless `thawed`, it tries once more first. Returns its exit status."""
+def _dismiss(watchdog: subprocess.Popen[bytes], word: bytes, hook: FreezeHook) -> int | None:
+    """Ends the watchdog, whose last word this is; with b"" it thaws. Returns its exit status."""
     assert watchdog.stdin is not None
-    if thawed:
-        _tell(watchdog, b"d")
+    _tell(watchdog, word)
     watchdog.stdin.close()
     try:
-        return watchdog.wait(hook.timeout_s * _THAW_ATTEMPTS + 5)
+        return watchdog.wait(_THAW_FOR_S + hook.timeout_s + 5)
     except subprocess.TimeoutExpired:
         watchdog.kill()
         return watchdog.wait()

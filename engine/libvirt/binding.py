@@ -10,6 +10,7 @@ its own, one in a process, for ever. Without it keepalive would not notice a hun
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from engine.errors import ConfigInvalid
 
 try:
     import libvirt
+    import libvirt_qemu
 except ImportError:
     libvirt = None
 
@@ -36,6 +38,7 @@ KEEPALIVE_S = 5
 KEEPALIVE_COUNT = 4
 
 # libvirt's numbers for what a caller may have to tell apart.
+INTERNAL_ERROR = 1
 NO_SUCH_DOMAIN = 42
 NO_SUCH_CHECKPOINT = 103
 CHECKPOINT_INCONSISTENT = 109
@@ -142,6 +145,15 @@ def listen(connection: Connection, changed: Callable[[], None]) -> None:
         number = getattr(libvirt, f"VIR_STORAGE_POOL_EVENT_ID_{name}")
         known.storagePoolEventRegisterAny(connection, None, number, on_event, None)
     known.registerCloseCallback(connection, on_event, None)
+
+
+def ask_qemu(domain: Domain, command: str, **arguments: object) -> object:
+    """QEMU's answer to a command of its own, past libvirt. LibvirtFault, also if QEMU refuses."""
+    asked = json.dumps({"execute": command, "arguments": arguments})
+    answer = json.loads(libvirt_qemu.qemuMonitorCommand(domain, asked, 0))
+    if "error" in answer:
+        raise LibvirtFault(f"QEMU refused {command}: {answer['error'].get('desc')}")
+    return answer["return"]
 
 
 def code_of(error: Exception) -> int:

@@ -23,6 +23,7 @@ from engine.libvirt.binding import (
     LibvirtFault,
     code_of,
 )
+from engine.libvirt.half_begun import end_in_qemu, is_half_begun
 from engine.libvirt.jobxml import job_socket
 from engine.libvirt.scratch import remove_left
 
@@ -38,15 +39,18 @@ FindDomain: TypeAlias = Callable[[], Domain]
 End: TypeAlias = Literal["running", "stopped", "unknown"]  # what the domain does now
 
 
-def end_job(find: FindDomain) -> End:
-    """Ends the backup job, and waits until it has; `unknown` if libvirt does not answer."""
+def end_job(find: FindDomain, scratch: str) -> End:
+    """Ends the backup job, and waits until it has; `unknown` if libvirt does not answer.
+
+    `scratch`: the directory where it puts things aside.
+    """
     deadline_s = time.monotonic() + END_TIMEOUT_S
     while time.monotonic() < deadline_s:
         try:
             domain = find()
             with contextlib.suppress(LibvirtFault):
                 domain.abortJob()
-            while domain.jobInfo()[0]:
+            while _is_on(domain, scratch):
                 if time.monotonic() > deadline_s:
                     break
                 time.sleep(_POLL_S)
@@ -62,28 +66,43 @@ def end_job(find: FindDomain) -> End:
     return "unknown"
 
 
+def _is_on(domain: Domain, scratch: str) -> bool:
+    """Whether a job is on. One that libvirt can't end has none of QEMU's any more."""
+    try:
+        return bool(domain.jobInfo()[0])
+    except LibvirtFault as error:
+        if not is_half_begun(error):
+            raise
+    end_in_qemu(domain, scratch)
+    return False
+
+
 def end_left_job(find: FindDomain, scratch: str) -> None:
     """Ends a backup job that a killed service left: one that serves its disks in our directory."""
+    if not scratch:
+        return
     try:
-        socket = job_socket(find().backupGetXMLDesc())
+        domain = find()
+        _is_on(domain, scratch)
+        socket = job_socket(domain.backupGetXMLDesc())
     except (LibvirtFault, ValueError):
         return
-    if scratch and socket.startswith(f"{scratch}/"):
+    if socket.startswith(f"{scratch}/"):
         log.warning("left_job_ended", extra={"socket": socket})
-        end_job(find)
+        end_job(find, scratch)
         remove_left([socket])
 
 
-def end_later(find: FindDomain, socket: str, files: Sequence[str]) -> None:
+def end_later(find: FindDomain, scratch: str, socket: str, files: Sequence[str]) -> None:
     """Goes on ending the job that serves at `socket`, in a thread; then `files` are removed."""
 
     def go_on() -> None:
         deadline_s = time.monotonic() + LATER_TIMEOUT_S
         while time.monotonic() < deadline_s:
             time.sleep(LATER_PAUSE_S)
-            if not _still_serves(find, socket):
+            if not _still_serves(find, scratch, socket):
                 break
-            if end_job(find) != "unknown":
+            if end_job(find, scratch) != "unknown":
                 log.info("job_ended_late", extra={"socket": socket})
                 break
         remove_left(files)
@@ -91,10 +110,12 @@ def end_later(find: FindDomain, socket: str, files: Sequence[str]) -> None:
     threading.Thread(target=go_on, name="end of a backup job", daemon=True).start()
 
 
-def _still_serves(find: FindDomain, socket: str) -> bool:
+def _still_serves(find: FindDomain, scratch: str, socket: str) -> bool:
     """Whether that job is on, as far as we know; another one is not ours to end."""
     try:
-        return job_socket(find().backupGetXMLDesc()) == socket
+        domain = find()
+        _is_on(domain, scratch)
+        return job_socket(domain.backupGetXMLDesc()) == socket
     except (NotFound, ValueError):
         return False
     except EngineError:

@@ -27,6 +27,7 @@ from engine.errors import (
     EngineError,
     HypervisorAway,
     HypervisorRefused,
+    NotFound,
     ScratchFull,
 )
 from engine.freeze import Freeze, frozen
@@ -36,12 +37,14 @@ from engine.libvirt.agent import agent_hook
 from engine.libvirt.binding import (
     INCREMENTAL_LOST,
     NO_SUCH_DOMAIN,
+    OPERATION_INVALID,
     Domain,
     LibvirtFault,
     code_of,
 )
 from engine.libvirt.domains import DomainDisk, DomainFacts, read_domain
 from engine.libvirt.ending import FindDomain, end_job, end_later, end_left_job
+from engine.libvirt.half_begun import is_half_begun
 from engine.libvirt.jobxml import JobDisk, backup_xml, checkpoint_xml, export_bitmap, record_xml
 from engine.libvirt.machine import inflated, machine_of
 from engine.libvirt.media import has_bitmaps, identity_of
@@ -57,6 +60,10 @@ from storage.in_flight import InFlight
 log = logging.getLogger(__name__)
 
 READ_TIMEOUT_S = 120.0
+_HALF_BEGUN = (
+    "libvirtd died when it began a backup of VM {name}, and lets nobody begin another one: "
+    "see docs/operations.md"
+)
 
 
 def begin_live(
@@ -82,7 +89,6 @@ def begin_live(
         for disk in begun.disks:
             sources[disk.target] = source = job.open(disk, paths[disk.target])
             undo.callback(source.close)
-        job.watch.start()
         held = LiveBackup(job, sources, _told(domain, facts, job, begun, sources))
         undo.pop_all()
     return held
@@ -164,9 +170,10 @@ class _Job:
 
     def _end(self, committed: bool) -> bool:
         self.watch.stop()
-        end = end_job(self.find)
+        end = end_job(self.find, self.setup.scratch)
         if end == "unknown":
-            end_later(self.find, self.socket, [*self._files, self.socket])
+            files = [*self._files, self.socket]
+            end_later(self.find, self.setup.scratch, self.socket, files)
         try:
             domain = self.find()
             if committed:
@@ -181,9 +188,13 @@ class _Job:
         remove_left([*self._files, self.socket])
         return end == "stopped"
 
-    def _abort(self) -> None:
-        with contextlib.suppress(LibvirtFault, EngineError):
+    def _abort(self) -> bool:
+        """Whether the job ends now, or is over."""
+        try:
             self.find().abortJob()
+        except (LibvirtFault, EngineError) as error:
+            return isinstance(error, NotFound) or code_of(error) == OPERATION_INVALID
+        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +207,7 @@ class _Begun:
 
 
 def _begun(domain: Domain, facts: DomainFacts, job: _Job, parent: str) -> _Begun:
-    """The job is on. Raises as begin_live."""
+    """The job is on, and watched. Raises as begin_live."""
     since, notes = frozenset[str](), list[str]()
     if parent:
         name = checkpoints.name_for(job.setup.host, parent)
@@ -207,6 +218,7 @@ def _begun(domain: Domain, facts: DomainFacts, job: _Job, parent: str) -> _Begun
     hook, agent_note = agent_hook(job.find, facts, job.vm, job.setup)
     with frozen(hook) as freeze:
         disks = _begin_with_less(domain, job, rungs, notes)
+        job.watch.start()
     notes += [*freeze.notes, *([agent_note] if agent_note else [])]
     return _Begun(disks, freeze, tuple(notes))
 
@@ -325,7 +337,9 @@ def _require_no_job(domain: Domain, vm: Vm) -> None:
     """libvirt would wait 30 s for the other job before it says so."""
     try:
         busy = domain.jobInfo()[0] != 0
-    except LibvirtFault:
+    except LibvirtFault as error:
+        if is_half_begun(error):
+            raise HypervisorRefused(_HALF_BEGUN.format(name=vm.name)) from error
         return  # it stopped: what follows says so
     if busy:
         raise Conflict("domain_busy", f"libvirt runs another job on VM {vm.name}")

@@ -2,7 +2,8 @@
 
 A slow or hung backup point makes it grow, up to the disks' size. A guest's write would *fail* when
 it can't be put aside. So a watch ends the backup's job before it comes to that: when less than a
-reserve is free, or the backup's own limit is reached. The backup fails, the guest goes on.
+reserve is free, or the backup's own limit is reached. The backup fails, the guest goes on. While
+libvirt does not answer the job can't be ended: then it is asked again.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ LOOK_EVERY_S = 0.1
 
 
 class ScratchWatch:
-    """Watches from `start` to `stop`. `give_up` is called once, by the watch's own thread."""
+    """Watches from `start` to `stop`. When there is a problem `give_up` ends the job, and says
+    whether it could; the watch's own thread calls it until it can.
+    """
 
     def __init__(
         self,
@@ -29,7 +32,7 @@ class ScratchWatch:
         files: Sequence[str],
         reserve_bytes: int,
         limit_bytes: int,
-        give_up: Callable[[], None],
+        give_up: Callable[[], bool],
     ) -> None:
         self._directory = directory
         self._files = tuple(files)
@@ -62,10 +65,10 @@ class ScratchWatch:
     def _run(self) -> None:
         while not self._stop.wait(LOOK_EVERY_S):
             problem = self._look()
-            if problem:
+            if problem and not self._problem:
                 self._problem = problem
                 log.error("scratch_full", extra={"path": self._directory, "why": problem})
-                self._give_up()
+            if self._problem and self._give_up():
                 return
 
     def _look(self) -> str:

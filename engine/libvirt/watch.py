@@ -62,6 +62,7 @@ class Watch:
         self._lock = threading.Lock()
         self._connection: Connection | None = None
         self._problem = "not looked at yet"
+        self._pause_s = FIRST_PAUSE_S  # before the next attempt; the thread's own
         self._wake = threading.Event()
         self._stopping = threading.Event()
         self._looked = threading.Event()
@@ -112,20 +113,18 @@ class Watch:
         self._wake.set()
 
     def _run(self) -> None:
-        pause_s = FIRST_PAUSE_S
         while not self._stopping.is_set():
             try:
                 connection = connect(self.name)
                 listen(connection, self.look_again)
                 self._keep_in_sight(connection)
-                pause_s = FIRST_PAUSE_S
             except LibvirtFault as error:
                 self._lost(str(error))
             except Exception as error:
                 log.exception("libvirt_look_failed", extra={"host": self.name})
                 self._lost(f"{type(error).__name__}: {error}")
-            self._stopping.wait(pause_s)
-            pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
+            self._stopping.wait(self._pause_s)
+            self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S)
 
     def _keep_in_sight(self, connection: Connection) -> None:
         """Returns when we stop; LibvirtFault when the host is gone."""
@@ -145,6 +144,7 @@ class Watch:
                 connection.close()
 
     def _found(self) -> None:
+        self._pause_s = FIRST_PAUSE_S
         with self._lock:
             news, self._problem = bool(self._problem), ""
         self._looked.set()

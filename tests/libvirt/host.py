@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
+import re
 import shutil
 import signal
 import subprocess
@@ -109,6 +110,20 @@ class Host:
             yield lambda: daemon.send_signal(signal.SIGSTOP)
         finally:
             daemon.send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        """libvirtd crashes; the guests run on."""
+        assert self._daemon is not None
+        self._daemon.kill()
+        self._daemon.wait(PATIENCE_S)
+
+    def restart_with_job(self, name: str, job: str) -> None:
+        """libvirtd is started anew, and finds `job` in its notes about a domain that runs."""
+        self.stop()
+        notes = self.root / f"run/libvirt/qemu/run/{name}.xml"
+        found = re.sub("<job [^>]*/>", "", notes.read_text())
+        notes.write_text(found.replace("</qemuCaps>", f"</qemuCaps>{job}"))
+        self.start()
 
     def close(self) -> None:
         try:

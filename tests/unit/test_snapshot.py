@@ -274,6 +274,21 @@ class TestFreeze:
         assert freeze.held
         assert freeze.notes == []
 
+    def test_a_thaw_that_fails_for_long_is_tried_until_it_works(self, tmp_path: Path) -> None:
+        """As when the hypervisor's daemon died in the freeze, and comes back."""
+        back = tmp_path / "back"
+        command, journal = recorder(tmp_path, f'[ "$1" = freeze ] || [ -e {back} ]')
+        later = threading.Timer(1.5, back.touch)
+        later.start()
+        with frozen(FreezeHook([command], "u")) as freeze:
+            pass
+        later.join()
+        assert lines(journal)[:5] == ["freeze u", *["thaw u"] * 4]
+        tried = len(lines(journal))
+        subprocess.run([command, "thaw", "u"], check=True)
+        assert len(lines(journal)) == tried + 1  # nobody else tries any more
+        assert freeze.notes == ["thawed late: the thaw failed at first"]
+
     def test_no_shell_reads_the_arguments(self, tmp_path: Path) -> None:
         command, journal = recorder(tmp_path)
         with frozen(FreezeHook([command, "$HOME; echo"], "`id`")):
