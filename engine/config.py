@@ -73,10 +73,11 @@ class Freeze(Section, frozen=True):
 class Clone(Section, frozen=True):
     """How many extents a VM's disks may have, all together; 0 = any number.
 
-    A clone takes some 20 µs an extent, and the disk's writers stand still meanwhile.
+    A clone takes some 15 to 45 µs an extent, and the disk's writers stand still meanwhile. So with
+    the default a guest is frozen for about a second at most (docs/benchmarks/findings.md).
     """
 
-    most_frozen_extents: Annotated[int, Meta(ge=0)] = 200_000  # with more: cloned without a freeze
+    most_frozen_extents: Annotated[int, Meta(ge=0)] = 25_000  # with more: cloned without a freeze
     most_extents: Annotated[int, Meta(ge=0)] = 0  # with more: not cloned, but read directly
 
 

@@ -13,9 +13,9 @@ killed, unless it is kept as a baseline (engine/baselines.py). Where there is no
 name in `<pool>/.vmkeep-snapshots/<random>/` and loses it at once. On NFS the name that the client
 keeps for an open file goes with `close`, or with `clear_leftovers`.
 
-Writers of a volume stand still while it is cloned, for longer the more extents it has (some 20 µs
-each). `CloneLimits` bounds that: above one count of extents the guest is not frozen for it, above
-another the volume is read directly. How long it took is in the facts.
+Writers of a volume stand still while it is cloned, for longer the more extents it has (15 to
+45 µs each). `CloneLimits` bounds that: above one count of extents the guest is not frozen for it,
+above another the volume is read directly. How long it took is in the facts.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from api.calls import Call
 from api.metrics import Metrics
 from api.routes import CALLS
 from api.schemas_companion import ComputeInspectQuery
-from engine.config import Clone, Config, PoolConfig, Tracking
+from engine.config import Clone, Config, Freeze, PoolConfig, Tracking
 from engine.model import Baseline, Vm
 from engine.pinned import Pinned
 from engine.probes import Probes
@@ -21,8 +21,9 @@ from engine.snapshot import SNAPSHOTS
 from engine.tending import tend
 from engine.views import Scope
 from tests.conftest import LoopFs
-from tests.engine_rig import EngineRig
+from tests.engine_rig import ANYWHERE, EngineRig
 from tests.rig import random_bytes, write_at
+from tests.unit.test_snapshot import lines, recorder
 
 pytestmark = pytest.mark.root
 
@@ -61,6 +62,27 @@ def test_an_incremental_reads_what_changed_also_after_a_restart(rig: EngineRig) 
     assert any(note.startswith("cloned in ") for note in backup.label.notes)
     assert rig.core.stalls.state.clone.count == 1  # in this process
     assert rig.restore(backup, "copy") == [content]
+
+
+@pytest.mark.parametrize(("most", "frozen"), [(1, False), (Clone().most_frozen_extents, True)])
+def test_a_guest_is_not_frozen_for_a_long_clone_and_the_job_says_so(
+    loop_fs: LoopFs, tmp_path: Path, most: int, frozen: bool
+) -> None:
+    command, journal = recorder(tmp_path)
+    config = Config(
+        pools=(PoolConfig(name="fast", path=str(loop_fs("xfs", 400 << 20))),),
+        clone=Clone(most_frozen_extents=most),
+        freeze=Freeze(command=(command,)),
+    )
+    with EngineRig(tmp_path / "data", config) as rig:
+        vm = rig.make_vm("web", random_bytes(1 << 20), random_bytes(1 << 20))  # an extent each
+        backup, job = rig.ask_backup(vm)
+        said = " ".join(rig.succeed(job).result)
+        assert said == " ".join(rig.engine.backup(ANYWHERE, backup).label.notes)
+    note = "not frozen: 2 extents, 1 are the limit: the snapshot is crash-consistent"
+    assert (note in said) is not frozen
+    assert ("frozen for" in said) is frozen
+    assert bool(lines(journal)) is frozen
 
 
 def test_what_the_vm_overwrites_is_pinned_and_shown(rig: EngineRig) -> None:
