@@ -3,9 +3,6 @@
 In huge pages where the kernel has them: a device then gets a few long pieces, not a thousand pages
 in requests of a quarter of that each. It has to be private for this. What `mmap` gives otherwise is
 a file in memory, for which Linux has huge pages turned off.
-
-Beside a fork the kernel's direct reads into private memory may go astray (open(2), "O_DIRECT").
-There are none here: O_DIRECT is for writes only.
 """
 
 from __future__ import annotations
@@ -24,7 +21,7 @@ def large_buffer(size_bytes: int) -> memoryview:
     """
     # In whole huge pages, since newer kernels align just such maps to them.
     memory = mmap.mmap(-1, -(-size_bytes // _HUGE_BYTES) * _HUGE_BYTES, flags=_PRIVATE)
-    # A fork while the device writes into it would leave one of the two with the old content.
+    # A fork while the device writes into it may leave us with the old content (open(2), O_DIRECT).
     memory.madvise(mmap.MADV_DONTFORK)
     with contextlib.suppress(OSError):  # a kernel without them
         memory.madvise(mmap.MADV_HUGEPAGE)
