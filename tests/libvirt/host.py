@@ -110,6 +110,17 @@ class Host:
         finally:
             daemon.send_signal(signal.SIGCONT)
 
+    def go_on(self) -> None:
+        """It hung, and does no more."""
+        assert self._daemon is not None
+        self._daemon.send_signal(signal.SIGCONT)
+
+    def die(self) -> None:
+        """libvirtd is killed; the guests run on."""
+        assert self._daemon is not None
+        self._daemon.kill()
+        self._daemon.wait(PATIENCE_S)
+
     def close(self) -> None:
         try:
             with contextlib.suppress(LibvirtFault):
