@@ -173,7 +173,7 @@ def test_many_calls_that_wait_at_once_all_go_on(lab: Lab) -> None:
     with ThreadPoolExecutor(4) as threads, lab.host.hung() as hang:
         hang()
         calls = [threads.submit(watched.has, uuid) for _ in range(4)]
-        time.sleep(2)
+        time.sleep(4)
         assert not any(call.done() for call in calls)
         lab.host.go_on()
         assert [call.result(PATIENCE_S) for call in calls] == [True] * 4
