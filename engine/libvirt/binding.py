@@ -5,7 +5,10 @@ when the extra is missing. libvirt-python has no usable types, so what we use of
 here as protocols.
 
 libvirt's events need an event loop that runs before the first connection is opened: a thread of
-its own, one in a process, for ever. Without it keepalive would not notice a hung libvirtd either.
+its own, one in a process, for ever.
+
+Calls to a libvirtd that hangs return when it goes on, or dies. libvirt's keepalive would end them,
+but when it does while several threads wait on the connection, libvirt (9.0) takes the process down.
 """
 
 from __future__ import annotations
@@ -32,10 +35,6 @@ class _NeverRaised(Exception):
 
 
 LibvirtFault: type[Exception] = libvirt.libvirtError if libvirt else _NeverRaised
-
-# A host that does not answer for this long is away.
-KEEPALIVE_S = 5
-KEEPALIVE_COUNT = 4
 
 # libvirt's numbers for what a caller may have to tell apart.
 INTERNAL_ERROR = 1
@@ -99,7 +98,6 @@ class Connection(Protocol):
     def close(self) -> int: ...
     def getVersion(self) -> int: ...
     def isAlive(self) -> int: ...
-    def setKeepAlive(self, interval_s: int, count: int) -> int: ...
     def listAllDomains(self, flags: int = 0) -> list[Domain]: ...
     def lookupByUUIDString(self, uuid: str) -> Domain: ...
     def defineXML(self, xml: str) -> Domain: ...
@@ -119,11 +117,10 @@ def require_libvirt() -> None:
 
 
 def connect(uri: str) -> Connection:
-    """A connection that notices when the host is gone. LibvirtFault. May take long."""
+    """A connection. LibvirtFault. Takes for ever if libvirtd hangs."""
     require_libvirt()
     _run_events()
     connection: Connection = libvirt.open(uri)
-    connection.setKeepAlive(KEEPALIVE_S, KEEPALIVE_COUNT)
     return connection
 
 

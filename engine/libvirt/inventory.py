@@ -188,6 +188,9 @@ class LibvirtInventory(EmbeddedInventory):
 
     def begin_action(self, uuid: str, action: VmAction) -> Vm:
         vm = super().vm(uuid)
+        problem = self._watch(vm.host).problem if vm.host else ""
+        if problem:
+            raise HypervisorAway(f"{vm.host}: {problem}")
         try:
             self._probes.ask(f"VM {uuid}", partial(self.look_at, uuid), ANSWER_TIMEOUT_S)
         except TimeoutError as error:

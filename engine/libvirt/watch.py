@@ -1,9 +1,10 @@
 """One libvirt host, kept in sight by a thread of its own.
 
 The thread connects, looks at everything, tells `on_sight`, and waits for an event, or for
-`LOOK_AGAIN_S`: events may be lost, and a disk that grows makes none. When libvirt does not answer,
-that has a reason (`problem`) and the thread tries again, for ever: a host that comes back is in
-sight again by itself. Nobody else ever waits for a host that hangs, unless it asks for that host.
+`LOOK_AGAIN_S`: events may be lost, and a disk that grows makes none. When libvirt is gone, that has
+a reason (`problem`) and the thread tries again, for ever: a host that comes back is in sight again
+by itself. One that hangs holds the thread; that is noticed by another, which asks it for nothing
+but an answer. Nobody else ever waits for a host that hangs, unless it asks for that host.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -34,6 +36,8 @@ SETTLE_S = 0.05  # events come in swarms
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 15.0
 STOP_S = 2.0
+ASK_EVERY_S = 2.0
+SILENT_AFTER_S = 10.0  # without an answer for so long a host counts as away
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +65,10 @@ class Watch:
         self._on_sight = on_sight
         self._lock = threading.Lock()
         self._connection: Connection | None = None
+        self._lost_connection: Connection | None = None
         self._problem = "not looked at yet"
         self._pause_s = FIRST_PAUSE_S  # before the next attempt; the thread's own
+        self._asked_s = 0.0  # since when an answer is awaited; 0 = none is
         self._wake = threading.Event()
         self._stopping = threading.Event()
         self._looked = threading.Event()
@@ -72,7 +78,11 @@ class Watch:
     def problem(self) -> str:
         """Why the host is away; "" while it is in sight."""
         with self._lock:
-            return self._problem
+            problem, asked_s = self._problem, self._asked_s
+        silent_s = time.monotonic() - asked_s if asked_s else 0.0
+        if not problem and silent_s >= SILENT_AFTER_S:
+            return f"no answer for {silent_s:.0f} s"
+        return problem
 
     def start(self) -> None:
         self._thread.start()
@@ -130,6 +140,10 @@ class Watch:
         """Returns when we stop; LibvirtFault when the host is gone."""
         with self._lock:
             self._connection = connection
+        asker = threading.Thread(
+            target=self._ask_on, args=(connection,), name="libvirt asked", daemon=True
+        )
+        asker.start()
         try:
             while not self._stopping.is_set():
                 self._wake.clear()
@@ -140,8 +154,32 @@ class Watch:
         finally:
             with self._lock:
                 self._connection = None
+            self._let_go(connection, asker)
+
+    def _let_go(self, connection: Connection, asker: threading.Thread) -> None:
+        """Closes it once no call on it is under way any more, for which libvirt does not wait. The
+        calls on one that was lost return at once: they have by the time that the next one is."""
+        before, self._lost_connection = self._lost_connection, connection
+        if self._stopping.is_set():
+            asker.join()
+            before = connection
+        if before is not None:
             with contextlib.suppress(LibvirtFault):
-                connection.close()
+                before.close()
+
+    def _ask_on(self, connection: Connection) -> None:
+        """Whether there is an answer, again and again; ends with the connection."""
+        while not self._stopping.wait(ASK_EVERY_S):
+            with self._lock:
+                if self._connection is not connection:
+                    return
+                self._asked_s = time.monotonic()
+            try:
+                connection.getVersion()
+            except LibvirtFault:
+                return  # who looks finds out why
+            finally:
+                self._asked_s = 0.0
 
     def _found(self) -> None:
         self._pause_s = FIRST_PAUSE_S

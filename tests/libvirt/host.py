@@ -111,6 +111,11 @@ class Host:
         finally:
             daemon.send_signal(signal.SIGCONT)
 
+    def go_on(self) -> None:
+        """It hung, and does no more."""
+        assert self._daemon is not None
+        self._daemon.send_signal(signal.SIGCONT)
+
     def kill(self) -> None:
         """libvirtd crashes; the guests run on."""
         assert self._daemon is not None

@@ -2,54 +2,41 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from msgspec.structs import replace
 
 from api.metrics import Metrics
-from engine import freeze
 from engine.config import Freeze, Limits
 from engine.errors import HypervisorAway
-from engine.libvirt import binding, inventory
+from engine.libvirt import inventory, watch
 from engine.libvirt.scratch import ScratchWatch
 from engine.model import Job
 from tests.engine_rig import ANYWHERE, PATIENCE_S, EngineRig
 from tests.libvirt.host import Host
 from tests.libvirt.lab import NAME, Lab, make_lab, paused_reading
 from tests.libvirt.site import config_for, wait_for_vm, wait_until
-from tests.nfs.kit import Kit
 
 libvirt = pytest.importorskip("libvirt")
 
 AT_ONCE = Limits(stalled_after_s=0.001)
-FOUND_OUT_S = {"hung": (5, 4), "lost": (1, 2)}  # keepalive: "lost" is noticed within the test
 
 
-@pytest.fixture(scope="module", params=list(FOUND_OUT_S))
-def lab(
-    kit: Kit,
-    cache: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    request: pytest.FixtureRequest,
-) -> Iterator[Lab]:
-    interval_s, count = FOUND_OUT_S[request.param]
-    with contextlib.ExitStack() as undo:
-        patch = undo.enter_context(pytest.MonkeyPatch.context())
-        host = undo.enter_context(contextlib.closing(Host(kit, cache)))
-        patch.setattr(binding, "KEEPALIVE_S", interval_s)
-        patch.setattr(binding, "KEEPALIVE_COUNT", count)
-        freeze = Freeze(timeout_s=1.0)
-        config = config_for(host.uri, scratch=host.scratch)
-        config = replace(config, limits=AT_ONCE, freeze=freeze)
-        data = tmp_path_factory.mktemp("site") / "data"
-        made = make_lab(host, undo.enter_context(EngineRig(data, config)))
-        yield made
-        made.guest.close()
+@pytest.fixture(scope="module")
+def lab(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    config = config_for(host.uri, scratch=host.scratch)
+    config = replace(config, limits=AT_ONCE, freeze=Freeze(timeout_s=1.0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(watch, "ASK_EVERY_S", 0.1)
+        patch.setattr(watch, "SILENT_AFTER_S", 1.0)
+        with EngineRig(tmp_path_factory.mktemp("site") / "data", config) as rig:
+            made = make_lab(host, rig)
+            yield made
+            made.guest.close()
 
 
 def stalled(lab: Lab, job: str) -> Job:
@@ -71,9 +58,11 @@ def test_a_backup_waits_at_its_end(lab: Lab, monkeypatch: pytest.MonkeyPatch) ->
             backup, job = lab.rig.ask_backup(vm)
             assert reached.wait(PATIENCE_S)
             hang()
+        began_s = time.monotonic()
+        with pytest.raises(HypervisorAway, match=r"no answer (in 0\.5|for \d+) s"):
+            lab.rig.core.inventory.begin_action(vm.uuid, "backing_up")
         stalled(lab, job)
         require_known(lab)
-        began_s = time.monotonic()
         with pytest.raises(HypervisorAway, match=re.escape(lab.host.uri)):
             lab.rig.core.inventory.begin_action(vm.uuid, "backing_up")
         assert time.monotonic() - began_s < PATIENCE_S / 20
@@ -84,21 +73,15 @@ def test_a_backup_waits_at_its_end(lab: Lab, monkeypatch: pytest.MonkeyPatch) ->
 
 def require_known(lab: Lab) -> None:
     """Who asks what there is gets it at once, with what is wrong."""
-    if lost():
-        seen = wait_for_vm(lab.rig, NAME, lambda vm: vm is not None and vm.state == "unreachable")
-        assert lab.host.uri in seen.last_error
+    seen = wait_for_vm(lab.rig, NAME, lambda vm: vm is not None and vm.state == "unreachable")
+    assert lab.host.uri in seen.last_error
     began_s = time.monotonic()
     assert NAME in [vm.name for vm in lab.rig.engine.vms(ANYWHERE)]
     assert lab.rig.engine.pools()
     shown = Metrics(lab.rig.engine).render().decode()
     assert f'vmkeep_jobs_stalled_seconds{{on="libvirt {lab.host.uri}"}}' in shown
-    assert (f'vmkeep_hypervisor_online{{host="{lab.host.uri}"}} 0.0' in shown) is lost()
+    assert f'vmkeep_hypervisor_online{{host="{lab.host.uri}"}} 0.0' in shown
     assert time.monotonic() - began_s < 2
-
-
-def lost() -> bool:
-    """Whether keepalive gives up the connection within a test."""
-    return binding.KEEPALIVE_S == 1
 
 
 def hang_once(
@@ -115,17 +98,34 @@ def hang_once(
     monkeypatch.setattr(owner, name, hang_then_call)
 
 
-def test_a_backup_waits_at_its_begin(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that can't be begun says why, and leaves nothing."""
+@pytest.mark.parametrize("dies", [False, True])
+def test_a_backup_waits_at_its_begin(lab: Lab, monkeypatch: pytest.MonkeyPatch, dies: bool) -> None:
+    """If the libvirtd that hung is killed, it can't be begun, says why, and leaves nothing."""
     lab.quiet()
     with lab.host.hung() as hang:
         hang_once(monkeypatch, ScratchWatch, "require_room", hang)
         _, job = lab.rig.ask_backup(lab.vm)
         stalled(lab, job)
         require_known(lab)
+        if dies:
+            restart(lab)
     ended = lab.rig.ended(job)
-    assert ended.state == ("failed" if lost() else "succeeded")
-    assert (lab.host.uri in ended.error) is lost()
+    assert ended.state == ("failed" if dies else "succeeded")
+    assert (lab.host.uri in ended.error) is dies
+    require_sound(lab)
+
+
+def restart(lab: Lab) -> None:
+    """libvirtd is killed, and another one runs; the guest runs on."""
+    lab.host.kill()
+    lab.host.start()
+    lab.domain = lab.host.connection.lookupByUUIDString(lab.domain.UUIDString())
+    wait_for_vm(lab.rig, NAME, lambda vm: vm is not None and vm.state == "running")
+
+
+def require_sound(lab: Lab) -> None:
+    """The guest writes, and its next backup is what it wrote."""
+    wait_for_vm(lab.rig, NAME, lambda vm: vm is not None and vm.state == "running")
     lab.write("/mnt/after", 64)
     truth = lab.quiet()
     assert lab.restored_sums(lab.back_up()) == truth
@@ -135,30 +135,45 @@ def test_a_guest_that_was_frozen_thaws_when_libvirt_is_back(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Only libvirt can reach the agent; all attempts fail before that."""
-    if not lost():
-        pytest.skip("the connection has to be lost")
-    monkeypatch.setattr(freeze, "_THAW_ATTEMPTS", 1)
     lab.write("/mnt/before", 64)
     with lab.host.hung() as hang:
         hang_once(monkeypatch, libvirt.virDomain, "backupBegin", hang)
         _, job = lab.rig.ask_backup(lab.vm)
         stalled(lab, job)
-        require_known(lab)
+        lab.host.kill()
         wait_until(lambda: "thaw_failed" in caplog.messages)
+        lab.host.start()
+        lab.domain = lab.host.connection.lookupByUUIDString(lab.domain.UUIDString())
     assert lab.rig.ended(job).state == "failed"
-    lab.write("/mnt/after", 64)
-    truth = lab.quiet()
-    assert lab.restored_sums(lab.back_up()) == truth
+    require_sound(lab)
 
 
-def test_a_restore_waits_at_its_end(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dies", [False, True])
+def test_a_restore_waits_at_its_end(lab: Lab, monkeypatch: pytest.MonkeyPatch, dies: bool) -> None:
     truth = lab.quiet()
     backup = lab.back_up()
+    name = f"patient-{dies}"
     with lab.host.hung() as hang:
         hang_once(monkeypatch, libvirt.virConnect, "defineXML", hang)
-        vm, job = lab.rig.ask_restore(backup, "patient")
+        vm, job = lab.rig.ask_restore(backup, name)
         stalled(lab, job)
         require_known(lab)
+        if dies:
+            restart(lab)
     lab.rig.succeed(job)
-    assert wait_for_vm(lab.rig, "patient", lambda vm: vm is not None and vm.host != "").uuid == vm
+    assert wait_for_vm(lab.rig, name, lambda vm: vm is not None and vm.host != "").uuid == vm
+    wait_for_vm(lab.rig, NAME, lambda vm: vm is not None and vm.state == "running")
     assert lab.restored_sums(backup) == truth
+
+
+def test_many_calls_that_wait_at_once_all_go_on(lab: Lab) -> None:
+    """libvirt's own keepalive would end the process here."""
+    uuid = lab.domain.UUIDString()
+    watched = next(iter(lab.rig.core.inventory._watches.values()))  # type: ignore[attr-defined]
+    with ThreadPoolExecutor(4) as threads, lab.host.hung() as hang:
+        hang()
+        calls = [threads.submit(watched.has, uuid) for _ in range(4)]
+        time.sleep(4)
+        assert not any(call.done() for call in calls)
+        lab.host.go_on()
+        assert [call.result(PATIENCE_S) for call in calls] == [True] * 4
