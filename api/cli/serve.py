@@ -57,4 +57,5 @@ def serve(data: Path, listen: str, config: Path | None, log_format: str | None) 
 
 
 def _tell(line: str) -> None:
-    print(one_line(line), flush=True)
+    """In one piece, unlike print: nothing that is logged meanwhile gets between it and its end."""
+    click.echo(one_line(line))

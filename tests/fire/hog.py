@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+PATIENCE_S = 30.0
 _STEPS = [1 << shift for shift in range(26, 11, -1)]
 
 
@@ -37,8 +39,10 @@ def filled(place: Path, leave_bytes: int = 0) -> Iterator[Path]:
         _sync(place)
         yield hog
     finally:
+        wanted_bytes = free_bytes(place) + hog.stat().st_blocks * 512 * 3 // 4
         hog.unlink()
         _sync(place)
+        _await_room(place, wanted_bytes)
 
 
 def free_bytes(place: Path) -> int:
@@ -48,9 +52,16 @@ def free_bytes(place: Path) -> int:
 
 
 def _sync(place: Path) -> None:
-    """So that what was freed is free: XFS frees in the background, ext4 with its journal."""
+    """So that what was freed is free: ext4 frees with its journal."""
     fd = os.open(place, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _await_room(place: Path, wanted_bytes: int) -> None:
+    """XFS frees in the background. Others may be quicker to take what is free."""
+    deadline_s = time.monotonic() + PATIENCE_S
+    while free_bytes(place) < wanted_bytes and time.monotonic() < deadline_s:
+        time.sleep(0.01)

@@ -53,6 +53,22 @@ def try_to_save(site: Site, image: bytes, parent: Saved) -> bool:
     return True
 
 
+def test_somebody_elses_room_is_back_when_the_file_system_says_so(
+    loop_fs: LoopFs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = loop_fs("ext4", 16 * MIB)
+    asked: list[Path] = []
+
+    def late(place: Path) -> int:
+        asked.append(place)
+        return 0 if 1 < len(asked) < 5 else free_bytes(place)
+
+    monkeypatch.setattr("tests.fire.hog.free_bytes", late)
+    with filled(place):
+        pass
+    assert len(asked) == 5
+
+
 def test_at_every_fill_level(site: Site, place: Path) -> None:
     """Backups fail cleanly or succeed; deletes, restores and gc work; then backups do again."""
     outcomes = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from importlib import import_module
@@ -21,6 +22,7 @@ from api.cli.exits import REFUSED, Failure, of_status
 from api.cli.names import Named
 from api.cli.params import DiskSpec
 from api.cli.screen import Screen, card, table
+from api.cli.serve import _tell
 from api.client import AnswerT, Client, Reply
 from api.routes import CALLS
 from api.routes.jobs import job_row
@@ -272,3 +274,17 @@ def test_a_stalled_job_says_so_and_on_what() -> None:
     assert (follow.pace(moving), follow.pace(hung)) == ("0 B of 0 B", said)
     assert jobs._row(hung)[3] == said
     assert jobs._row(moving)[3].startswith("0 B of 0 B")
+
+
+def test_what_the_service_tells_is_written_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a line of its log, which comes from another thread, gets into it."""
+    written = []
+
+    class Unbuffered(io.StringIO):
+        def write(self, text: str) -> int:
+            written.append(text)
+            return super().write(text)
+
+    monkeypatch.setattr("sys.stdout", Unbuffered())
+    _tell("listens on http://127.0.0.1:8080")
+    assert [text for text in written if text] == ["listens on http://127.0.0.1:8080\n"]
