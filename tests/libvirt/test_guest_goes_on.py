@@ -41,6 +41,7 @@ RUNNING = 1
 SCRATCH_BYTES, SCRATCH_RESERVE_BYTES = 7 * MIB, 4 * MIB
 # Far below what is seen on an idle machine; a guest that waits for the point does nothing at all.
 SLOWEST = 1 / 10
+SILENT_S = 1.5  # a slow point, again and again: the guest overwrites its disk meanwhile
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def test_a_slow_point(lab: Lab, writer: Writer, loop_fs: LoopFs, monkeypatch: An
     """Which lets little be written, now and then. The backup is as of its beginning, though the
     guest has overwritten all of the disk before it ends."""
     place, (parent,) = loop_fs("ext4", 128 * MIB), lab.rig.listed()
-    with point_at(lab, place) as point, stop_and_go(place, 0.4, 0.01) as slow:
+    with point_at(lab, place) as point, stop_and_go(place, SILENT_S, 0.01) as slow:
         quiet, begun = writer.windows(2), writer.count()
         on_first_batch(monkeypatch, slow)
         made, job = ask(lab, point)

@@ -11,6 +11,7 @@ import pytest
 from msgspec.structs import replace
 
 from api.metrics import Metrics
+from engine import freeze
 from engine.config import Freeze, Limits
 from engine.errors import HypervisorAway
 from engine.libvirt import inventory, watch
@@ -134,7 +135,8 @@ def require_sound(lab: Lab) -> None:
 def test_a_guest_that_was_frozen_thaws_when_libvirt_is_back(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Only libvirt can reach the agent; all attempts fail before that."""
+    """Only libvirt can reach the agent; all attempts fail before that, the watchdog's too."""
+    monkeypatch.setattr(freeze, "_THAW_FOR_S", 0.0)
     lab.write("/mnt/before", 64)
     with lab.host.hung() as hang:
         hang_once(monkeypatch, libvirt.virDomain, "backupBegin", hang)
