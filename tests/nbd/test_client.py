@@ -93,6 +93,7 @@ class TestReading:
         filters = ["--filter=multi-conn", "--filter=delay", "file", str(tmp_path / "v")]
         options = [f"multi-conn-mode={mode}", "delay-read=1ms"]
         with nbdkit(tmp_path, *filters, *options) as server:
+            _await(lambda: _connected_to(server.address) == 0)  # who looked whether it is there
             client = NbdClient.connect(
                 server.address, "", [BASE_ALLOCATION], timeout_s=WAIT_S, connections=3
             )
