@@ -6,17 +6,17 @@ chunk in such a pack, instead of storing its own, the chunk is read and proved b
 is wrong loses the domain's trust, is stored anew, and is healed by that for the import as well.
 gc copies nothing out of such a pack that it has not proved, as the copy would look like ours.
 
-A pack says in its header who made it; one whose header names another session than its path was
-adopted. (Salvaged packs, too, are: what is proved once too often costs time only.) What was proved
-is remembered in memory, and only so much of it: by place, since the same chunk may come to lie in
-another stranger's pack.
+The log tells which packs came with an import: all others are ours, without a look at them. An
+import has packs of its own, too: so the header says who made a pack, and one that names another
+session than the path does was adopted. What was proved is remembered in memory, and only so much of
+it: by place, since the same chunk may come to lie in another stranger's pack.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from storage import tables
@@ -67,7 +67,7 @@ class AdoptedPacks:
     def reliable(self, placed: Mapping[bytes, str], vouched: Vouched = nobody) -> set[bytes]:
         """Those of the chunks (chunk → pack) that lie in packs of ours, in adopted ones that are
         `vouched` for, or are proved now, by reading them."""
-        adopted = {pack for pack in set(placed.values()) if self.is_adopted(pack)}
+        adopted = {pack for pack in self._imported(placed.values()) if self._maker(pack) != pack}
         doubted = {pack for pack in adopted if not vouched(pack, self._maker(pack))}
         doubtful = {(pack, chunk) for chunk, pack in placed.items() if pack in doubted}
         with self._lock:
@@ -76,9 +76,14 @@ class AdoptedPacks:
             doubtful -= self._prove(doubtful)
         return placed.keys() - {chunk for _, chunk in doubtful}
 
-    def is_adopted(self, pack: str) -> bool:
-        """Whether somebody else made the pack; also true of one whose header can't be read."""
-        return self._maker(pack) != pack
+    def _imported(self, packs: Iterable[str]) -> set[str]:
+        """Those of the packs that came with an import, or have gone meanwhile."""
+
+        def found(state: Tables) -> set[str]:
+            rows = {pack: tables.packs.get(state, pack) for pack in set(packs)}
+            return {pack for pack, row in rows.items() if row is None or row.imported}
+
+        return self._domain.view.ask(found)
 
     def _maker(self, pack: str) -> str:
         """The FileId that the pack's header says; "" if there is none to be read."""

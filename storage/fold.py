@@ -150,7 +150,7 @@ class _Step:
         manifests = {seal.n: seal for seal in op.manifests}
         if len(manifests) != len(op.manifests):
             raise Refused(f"session {op.session}: a manifest number occurs twice")
-        numbers = self._add_packs(op.session, op.packs)
+        numbers = self._add_packs(op.session, op.packs, imported=row.kind == "import")
         if self.index:
             self.index.place(numbers)
         for seal in op.backups:
@@ -161,7 +161,9 @@ class _Step:
             self.index.settle(numbers)
         self._end_session(op.session)
 
-    def _add_packs(self, session: str, seals: tuple[FileSeal, ...]) -> dict[str, int]:
+    def _add_packs(
+        self, session: str, seals: tuple[FileSeal, ...], *, imported: bool = False
+    ) -> dict[str, int]:
         """Makes packs live; returns the number of each, in commit order."""
         numbers: dict[str, int] = {}
         for seal in seals:
@@ -169,7 +171,7 @@ class _Step:
             if pack in numbers or tables.packs.get(self.state, pack) is not None:
                 raise Refused(f"pack {pack} occurs twice")
             number = tables.take_number(self.state, b"next_pack")
-            state = PackState(number, seal.size_bytes, seal.count, seal.digest)
+            state = PackState(number, seal.size_bytes, seal.count, seal.digest, imported=imported)
             tables.add_pack(self.state, pack, state)
             numbers[pack] = number
         return numbers

@@ -202,6 +202,7 @@ class PackState(_Row, frozen=True, array_like=True):
     digest: bytes
     live_bytes: int = 0
     live_chunks: int = 0
+    imported: bool = False  # by a session that takes over what others made (storage.adopted)
 
 
 RowT = TypeVar("RowT", bound=_Row)

@@ -37,7 +37,7 @@ from storage.view_tables import SUMS, Db, ViewTables
 
 FIRST_MAP_BYTES = 1 << 30
 _DATA_FILE = "data.mdb"
-_LAYOUT = b"vmkeep view 2"
+_LAYOUT = b"vmkeep view 3"
 _DATABASES = (*TABLE_NAMES, SUMS)
 
 ResultT = TypeVar("ResultT")

@@ -12,8 +12,10 @@ import pytest
 from storage.adopted import AdoptedPacks
 from storage.domain import Domain
 from storage.errors import Damaged, Refused
+from storage.fs import Fs
 from storage.imports import ATTEMPTS
 from storage.manifests import encode_page
+from storage.packs import read_maker
 from storage.point import Point
 from storage.reader import ChunkReader
 from storage.session import Session
@@ -65,6 +67,25 @@ def test_what_only_a_stranger_says_is_not_relied_on(mine: Domain, evil: Forger) 
     kept = save(mine, chunk)
     assert load(mine, kept) == chunk
     assert load(mine, taken) == chunk  # healed
+
+
+def test_packs_of_our_own_are_not_asked_who_made_them(
+    mine: Domain, evil: Forger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A point has very many, and a header is a file that has to be opened."""
+    asked: list[str] = []
+
+    def noting(fs: Fs, path: str) -> str:
+        asked.append(path)
+        return read_maker(fs, path)
+
+    monkeypatch.setattr("storage.adopted.read_maker", noting)
+    save(mine, image_of(1, 2))
+    assert load(mine, save(mine, image_of(2, 1))) == image_of(2, 1)
+    assert asked == []
+    imported(mine, evil.uuid, lie(evil, mine, image_of(3), told=image_of(3)))
+    save(mine, image_of(3))
+    assert len(asked) == 1
 
 
 def test_what_a_stranger_says_and_is_true_is_not_stored_again(point: Point, mine: Domain) -> None:
