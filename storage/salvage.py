@@ -144,7 +144,7 @@ class Salvage:
         with domain.view.read() as state:
             row = tables.sessions.get(state, session)
         if row is None or row.kind != "backup":
-            return []
+            return []  # an import's may be a stranger's, and would be taken for ours
         directory = os.path.join(domain.paths.packs, session)
         sealed = []
         with translated(directory):

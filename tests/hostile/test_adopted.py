@@ -69,6 +69,20 @@ def test_what_only_a_stranger_says_is_not_relied_on(mine: Domain, evil: Forger) 
     assert load(mine, taken) == chunk  # healed
 
 
+def test_packs_of_an_import_that_died_are_not_gone_on_from(point: Point, evil: Forger) -> None:
+    """As packs of a backup they would be ours, and nobody would look into them."""
+    label, chunk = cluster("mine"), image_of(5)
+    mine = open_domain(point, label, "host-9")
+    lie(evil, mine, chunk, told=image_of(6))
+    session = mine.begin("import")
+    for pack in evil.root.glob("packs/*/*"):
+        session.adopt_pack(str(pack))
+    session._sealer.shutdown()
+    mine.close()
+    again = open_domain(point, label, "host-9")
+    assert load(again, save(again, chunk)) == chunk
+
+
 def test_packs_of_our_own_are_not_asked_who_made_them(
     mine: Domain, evil: Forger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
