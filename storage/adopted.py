@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from storage import tables
 from storage.chunks import FRAME_HEADER_BYTES
 from storage.errors import ChunkDamaged, Damaged, PointNewerFormat, translated
+from storage.fs import Buffer
 from storage.memory import large_buffer
 from storage.packs import read_maker
 from storage.reader import MAX_RUN_BYTES, plan_chunks
@@ -103,7 +104,7 @@ class AdoptedPacks:
     def _prove(self, doubtful: set[tuple[str, bytes]]) -> set[tuple[str, bytes]]:
         """Those of (pack, chunk) where the chunk is what its id says. The others are not trusted
         any more."""
-        sound = self._sound([chunk for _, chunk in doubtful])
+        sound = [c for c, _ in sound_chunks(self._domain, {chunk for _, chunk in doubtful})]
 
         def lying(state: Tables) -> dict[bytes, str]:
             return self.placed(state, state.table("chunks").get_many(sound))
@@ -116,19 +117,18 @@ class AdoptedPacks:
             _forget_oldest(self._proved, PROVED_REMEMBERED)
         return proved
 
-    def _sound(self, chunks: Sequence[bytes]) -> list[bytes]:
-        """Reads the chunks, wherever they lie: those that are what their ids say."""
-        domain, sound = self._domain, list[bytes]()
-        size_bytes = MAX_RUN_BYTES + FRAME_HEADER_BYTES + domain.chunk_size
-        buffer = large_buffer(size_bytes)
-        with contextlib.closing(domain.reader()) as reader:
-            for run in plan_chunks(domain, sorted(chunks)):
-                for place, found in reader.read_each(run, buffer):
-                    if not isinstance(found, ChunkDamaged):
-                        sound.append(place.chunk_id)
-                    elif found.pack:
-                        domain.trust.withdraw(found.pack, frozenset({found.chunk}))
-        return sound
+
+def sound_chunks(domain: Domain, ids: Iterable[bytes]) -> Iterator[tuple[bytes, Buffer]]:
+    """Those of the chunks that are on the point and are what their ids say, each good until the
+    next is asked for. The others are not trusted any more."""
+    buffer = large_buffer(MAX_RUN_BYTES + FRAME_HEADER_BYTES + domain.chunk_size)
+    with contextlib.closing(domain.reader()) as reader:
+        for run in plan_chunks(domain, sorted(ids)):
+            for place, found in reader.read_each(run, buffer):
+                if not isinstance(found, ChunkDamaged):
+                    yield place.chunk_id, found
+                elif found.pack:
+                    domain.trust.withdraw(found.pack, frozenset({found.chunk}))
 
 
 def _forget_oldest(remembered: dict[KeyT, ValueT], most: int) -> None:

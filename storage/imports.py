@@ -9,7 +9,6 @@ restores check chunk ids.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -18,12 +17,11 @@ from functools import cache, partial
 from typing import TYPE_CHECKING
 
 from storage import tables
-from storage.adopted import Vouched
+from storage.adopted import Vouched, sound_chunks
 from storage.bad_places import open_to_read, read_at
 from storage.chunks import CHUNK_ID_BYTES, FRAME_HEADER_BYTES, ZERO_MARK, Decoder, Encoder
 from storage.errors import (
     AlreadyOnPoint,
-    ChunkDamaged,
     ChunkMissing,
     Damaged,
     NotOnPoint,
@@ -37,7 +35,6 @@ from storage.log import Log
 from storage.manifests import PAGE_ENTRIES, decode_page
 from storage.packs import PackEntry, parse_frame, read_footer, require_entry
 from storage.paths import DomainPaths, FileContents
-from storage.reader import MAX_RUN_BYTES, plan_chunks
 from storage.rebuild import fold_records, manifest_chain, merged_pages
 from storage.session import NewBackup, Session
 from storage.tables import BoundedTables, Tables
@@ -203,7 +200,7 @@ def _link_packs(
             ours |= _ours(domain, state, [entry for entry in entries if entry.base], needed)
         _prove(domain, adopted, [e for e in entries if e.chunk_id in here and not e.base])
         fresh.append(b"".join(e.chunk_id for e in entries if e.chunk_id not in here))
-    _store_whole(domain, session, sorted(ours))
+    _store_whole(domain, session, ours)
     return fresh
 
 
@@ -249,19 +246,12 @@ def _ours(
     return here.keys() | {base for base, row in bases.items() if row.base}
 
 
-def _store_whole(domain: Domain, session: Session, ids: Sequence[bytes]) -> None:
+def _store_whole(domain: Domain, session: Session, ids: set[bytes]) -> None:
     """Stores chunks that we have in the session, where they come after what it adopted. Those that
     turn out to be damaged are left to the patches that it adopted."""
     encoder = Encoder()
-    buffer = memoryview(bytearray(MAX_RUN_BYTES + FRAME_HEADER_BYTES + domain.chunk_size))
-    with contextlib.closing(domain.reader()) as reader:
-        for run in plan_chunks(domain, ids):
-            for place, content in reader.read_each(run, buffer):
-                if not isinstance(content, ChunkDamaged):
-                    frame = encoder.encode(place.chunk_id, memoryview(content))
-                    session.store([frame], again=True)
-                elif content.pack:
-                    domain.trust.withdraw(content.pack, frozenset({content.chunk}))
+    for chunk, content in sound_chunks(domain, ids):
+        session.store([encoder.encode(chunk, memoryview(content))], again=True)
 
 
 def _require_directory(fs: Fs, path: str) -> None:
