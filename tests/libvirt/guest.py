@@ -1,7 +1,9 @@
 """The guest: Debian's kernel, busybox and QEMU's guest agent in an initrd, and a shell on a wire.
 
 The second serial line is a unix socket of the host. Each line that is sent there is run by the
-guest's shell; what it printed comes back, then a line that ends it and says the exit status.
+guest's shell; what it printed comes back, then a line that ends it and says the exit status. A busy
+machine once lost 16 bytes on the way, as many as the line's buffer holds: so the command's length
+goes before it, and one of another length is not run but asked for again.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ _MODULES = (
 )
 _DIRECTORIES = ("bin", "dev", "proc", "sys", "run", "tmp", "mnt", "modules", "etc", "var")
 _DONE = "@done"
+_AGAIN = "@again"
 _UP = "@up"
 
 _INIT = f"""#!/bin/busybox sh
@@ -40,7 +43,8 @@ fi
 stty -F /dev/ttyS1 raw -echo
 exec 0</dev/ttyS1 1>/dev/ttyS1 2>&1
 echo {_UP}
-while read -r line; do
+while read -r size line; do
+  if [ "${{#line}}" != "$size" ]; then echo {_AGAIN}; continue; fi
   ( eval "$line" ) </dev/null
   printf '\\n{_DONE} %s\\n' $?
 done
@@ -93,15 +97,18 @@ class Guest:
         """What the shell printed for the command that was begun. GuestFailed."""
         lines = []
         while not (line := self._line()).startswith(_DONE):
-            lines.append(line)
+            if line == _AGAIN:
+                self.begin(command)
+            else:
+                lines.append(line)
         printed = "\n".join(lines).strip("\n")
         if line != f"{_DONE} 0":
             raise GuestFailed(f"{command!r}: {line}: {printed}")
         return printed
 
     def begin(self, command: str) -> None:
-        """Sends the command and does not wait for its `answer`."""
-        self._file.write(f"{command}\n".encode())
+        """Sends the command, one line, and does not wait for its `answer`."""
+        self._file.write(f"{len(command)} {command}\n".encode())
 
     def sha256(self, *paths: str) -> list[str]:
         """Of files or whole disks, as the guest sees them."""

@@ -73,6 +73,12 @@ def writer(lab: Lab) -> Iterator[Writer]:
     made.stop()
 
 
+def test_a_command_that_loses_bytes_on_its_way_is_sent_again(lab: Lab) -> None:
+    """The guest's wire is no better than that."""
+    lab.guest._file.write(b"9 echo\n")
+    assert lab.guest.answer("echo well") == "well"
+
+
 def test_a_slow_point(lab: Lab, writer: Writer, loop_fs: LoopFs, monkeypatch: Any) -> None:
     """Which lets little be written, now and then. The backup is as of its beginning, though the
     guest has overwritten all of the disk before it ends."""
