@@ -91,11 +91,6 @@ def copied(source: Path, target: Path) -> Path:
     return target
 
 
-def data_bytes(image: Path) -> int:
-    """What the file system has allocated for it."""
-    return image.stat().st_blocks * 512
-
-
 def scribble(image: Path, chance: random.Random, writes: int, size_bytes: int = BLOCK) -> None:
     """So many aligned writes of rows, each at a random place of the image."""
     slots = image.stat().st_size // size_bytes

@@ -64,18 +64,12 @@ class Lab:
         finally:
             shutil.rmtree(path)
 
-    def measure(
-        self,
-        argv: Sequence[str | Path],
-        *,
-        cwd: Path | None = None,
-        env: Mapping[str, str] | None = None,
-    ) -> Cost:
+    def measure(self, argv: Sequence[str | Path]) -> Cost:
         """Runs a command to its end, with nothing on its input. Raises CommandFailed.
 
-        `env` is added to this process's. Its output goes nowhere, its errors into the exception.
+        Its output goes nowhere, its errors into the exception.
         """
-        return _cost(argv, subprocess.DEVNULL, cwd, env)
+        return _cost(argv, subprocess.DEVNULL, None, None)
 
     def interleave(self, acts: Mapping[str, Callable[[], Cost]]) -> dict[str, list[Cost]]:
         """Each act `repeats` times, in turns; every other round backwards, so that none always
@@ -99,7 +93,10 @@ def measured(
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
 ) -> tuple[Cost, str]:
-    """The cost of a command, and its output. Raises CommandFailed with its errors."""
+    """The cost of a command, and its output. Raises CommandFailed with its errors.
+
+    `env` is added to this process's.
+    """
     with tempfile.TemporaryFile() as out:
         cost = _cost(argv, out.fileno(), cwd, env)
         out.seek(0)

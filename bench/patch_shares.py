@@ -13,6 +13,8 @@ import random
 from bench.lab import say
 
 SHARES = (1 / 16, 1 / 8, 1 / 6, 1 / 4, 1 / 3, 1 / 2)
+BLOCKS = 256  # of a chunk
+DAYS = 365
 CHANGED_A_DAY = (0.5, 1, 2.6, 5, 10, 25, 50)
 
 
@@ -23,19 +25,19 @@ def main() -> int:
     return 0
 
 
-def _blocks_a_day(count: float, share: float, days: int = 365, blocks: int = 256) -> float:
+def _blocks_a_day(count: float, share: float) -> float:
     chance = random.Random(1)
     differ: set[int] = set()
     stored = 0
-    for _ in range(days):
+    for _ in range(DAYS):
         fresh = int(count) + (chance.random() < count % 1)
-        differ.update(chance.randrange(blocks) for _ in range(fresh))
-        if fresh and len(differ) <= blocks * share:
+        differ.update(chance.randrange(BLOCKS) for _ in range(fresh))
+        if fresh and len(differ) <= BLOCKS * share:
             stored += len(differ)
         elif fresh:
-            stored += blocks
+            stored += BLOCKS
             differ = set()
-    return stored / days
+    return stored / DAYS
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 import bench
 from bench import machine
@@ -96,7 +97,7 @@ def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argp
 
 
 def _run(wanted: Sequence[Question], given: argparse.Namespace) -> int:
-    scale = "quick" if given.quick else "full"
+    scale: Literal["quick", "full"] = "quick" if given.quick else "full"
     work = Path(tempfile.mkdtemp(prefix="work-", dir=_made(given.dir)))
     lab = Lab(
         full=not given.quick,
@@ -113,7 +114,7 @@ def _run(wanted: Sequence[Question], given: argparse.Namespace) -> int:
     run = Run(
         commit=machine.commit(),
         began=began,
-        scale="quick" if given.quick else "full",
+        scale=scale,
         machine=machine.describe(given.dir),
         peers=versions(),
         load=load,

@@ -19,6 +19,7 @@ from bench.lab import peak_bytes
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 30.0
 RESTING_CPU_S = 0.1
+REST_TIMEOUT_S = 60.0
 
 SERVE = (sys.executable, "-m", "api.cli", "serve", "--log-format", "text")
 
@@ -106,9 +107,9 @@ class Service:
                 sizes[name] = int(rest.split()[0]) << 10
         return sizes["VmRSS"], sizes["RssAnon"]
 
-    def await_rest(self, timeout_s: float = 60.0) -> None:
+    def await_rest(self) -> None:
         """Until it has used next to no processor time for a second."""
-        deadline_s = time.monotonic() + timeout_s
+        deadline_s = time.monotonic() + REST_TIMEOUT_S
         before_s = -1.0
         while (used_s := _cpu_s(self.pid)) - before_s > RESTING_CPU_S:
             if time.monotonic() > deadline_s:

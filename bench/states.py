@@ -49,7 +49,7 @@ class HastyFs(OsFs):
         """Nothing."""
 
 
-def label_of(number: int, disk: str, namespace: str = "") -> bytes:
+def label_of(number: int, disk: str) -> bytes:
     """The label of the number-th daily backup of one of VMS VMs."""
     vm = number % VMS
     label = BackupLabel(
@@ -57,7 +57,7 @@ def label_of(number: int, disk: str, namespace: str = "") -> bytes:
         vm_name=f"machine {vm}",
         tenant="",
         tenant_name="default",
-        namespace=namespace,
+        namespace="",
         namespace_name="default",
         name=f"daily {number}",
         description="made by plan",

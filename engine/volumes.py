@@ -22,11 +22,11 @@ MOST_NAME_BYTES = 200  # leaves room for the hidden names that stand beside it w
 MOST_CAPACITY_BYTES = 1 << 60
 
 
-def require_plain_name(name: str, member: str = "volume_name") -> None:
+def require_plain_name(name: str) -> None:
     """Raises Invalid unless `name` can only name a visible file directly in a directory."""
     reason = name_fault(name)
     if reason:
-        raise Invalid(member, f"{name!r} {reason}")
+        raise Invalid("volume_name", f"{name!r} {reason}")
 
 
 def name_fault(name: str) -> str:

@@ -27,7 +27,6 @@ from storage.tables import LOST_LAYER, Tables, unpack_chunk_row
 if TYPE_CHECKING:
     from storage.domain import Domain
 
-COPY_BATCH_BYTES = 8 << 20
 CHAIN_LIMIT = 16
 CHECKPOINT_EVERY_RECORDS = 512
 

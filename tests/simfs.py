@@ -66,9 +66,8 @@ class Open:
 class SimFs:
     """See the module. `/` exists, nothing else."""
 
-    def __init__(self, disk: Disk | None = None, kind: MountKind = "nfs") -> None:
+    def __init__(self, disk: Disk | None = None) -> None:
         self.disk = disk or Disk()
-        self.kind = kind
         self.capacity_bytes = CAPACITY_BYTES
         self.watch: Callable[[str, str], None] = lambda _call, _path: None
         self.fault: Fault | None = None
@@ -358,7 +357,7 @@ class SimFs:
     def mount_kind(self, path: str) -> MountKind:
         with self._lock:
             self.directory(path)
-            return self.kind
+            return "nfs"
 
 
 def _error(number: int, path: str) -> OSError:

@@ -26,11 +26,11 @@ KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE = 0x01, 0x02, 0x10
 class TrackedRig(Rig):
     """Backs up `volume`, one disk named vda, each time on top of the last."""
 
-    def __init__(self, root: Path, pool: Path, *, reserve_share: float = 0.0) -> None:
+    def __init__(self, root: Path, pool: Path) -> None:
         super().__init__(root, pool, chunk_size=CHUNK)
         self.volume = pool / "v"
         self.state = State(str(root / "state"))
-        self.baselines = Baselines(self.state, lambda: 1.0, reserve_share=reserve_share)
+        self.baselines = Baselines(self.state, lambda: 1.0)
         self.tracker_of = lambda backup: Tracker(self.baselines, VM, backup)
         self.last: Made | None = None
 

@@ -65,7 +65,6 @@ class Edge:
 
     child: int
     garbage: int
-    aborted: tuple[str, ...]
     opened: int
     ended: int
     forgot: int
@@ -131,7 +130,6 @@ class Chain:
         return Edge(
             child=child,
             garbage=self._garbage(base, garbage),
-            aborted=tuple(garbage.sessions),
             opened=self._sessions(ops, (Open,)),
             ended=self._sessions(ops, (Commit, Retire, Abort)),
             forgot=self._forgotten(ops),

@@ -127,10 +127,10 @@ class _Search:
         return labels[::-1]
 
 
-def walk(scenario: Scenario, count: int, seed: int, rules: Rules | None = None) -> Count:
+def walk(scenario: Scenario, count: int, seed: int) -> Count:
     """Random walks, each until nobody has a step left. Raises Broken."""
     with patch.object(gc, "CHAIN_LIMIT", CHAIN_LIMIT):
-        model, first = start(scenario, rules)
+        model, first = start(scenario)
         searcher = _Walks(model, first)
         chance = random.Random(seed)
         for _ in range(count):

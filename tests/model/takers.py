@@ -22,6 +22,8 @@ from tests.model.invariants import SnapshotView
 from tests.model.world import Local, Model, Step, World, to, unlink_steps
 from tests.model.writers import DONE, disk_of, opening, then_unlink
 
+ATTEMPTS = 2  # of an import
+
 
 class Restore:
     """Reads one backup that it holds; packs may move meanwhile.
@@ -137,7 +139,7 @@ class Import:
 
     domain = 1
 
-    def __init__(self, model: Model, name: str, host: int, backup: str, attempts: int = 2) -> None:
+    def __init__(self, model: Model, name: str, host: int, backup: str) -> None:
         self.model = model
         self.name = name
         self.host = host
@@ -145,9 +147,9 @@ class Import:
         self.backup = backup
         self.bit = model.names.backup(1, backup)
         self.start = Local("read", (0,))
-        self.sessions = [model.new_session() for _ in range(attempts)]
+        self.sessions = [model.new_session() for _ in range(ATTEMPTS)]
         if not model.rules.fresh_session_names:
-            self.sessions = self.sessions[:1] * attempts
+            self.sessions = self.sessions[:1] * ATTEMPTS
 
     def steps(self, world: World) -> Iterator[Step]:
         local = world.locals[self.place]

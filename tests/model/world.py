@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, TypeAlias
 
-from storage.errors import FileGone, SessionEnded, StorageError
+from storage.errors import FileGone, StorageError
 from storage.record import Op
 from storage.tables import MemoryTables
 from tests.model.chain import Chain, Edge, Image, Names, Node
@@ -270,10 +270,6 @@ def unlink_steps(world: World, process: Process, after: Local) -> Iterator[Step]
     going_on = local._replace(data=(rest, *local.data[1:])) if rest else after
     gone = world._replace(disk=world.disk & ~low)
     yield f"{process.name}.{local.pc}: unlink", to(gone, process, going_on)
-
-
-def ended_by_others(error: StorageError) -> bool:
-    return isinstance(error, SessionEnded)
 
 
 def _put(items: tuple, place: int, item: object) -> tuple:  # type: ignore[type-arg]

@@ -74,8 +74,8 @@ def option_reply(option: int, kind: int, body: bytes = b"") -> bytes:
     return struct.pack(">QIII", 0x3E889045565A9, option, kind, len(body)) + body
 
 
-def export_facts(size_bytes: int, flags: int = 1) -> bytes:
-    return option_reply(7, 3, struct.pack(">HQH", 0, size_bytes, flags))
+def export_facts(size_bytes: int) -> bytes:
+    return option_reply(7, 3, struct.pack(">HQH", 0, size_bytes, 1))
 
 
 def block_sizes(least: int, most: int) -> bytes:

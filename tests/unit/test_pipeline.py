@@ -32,11 +32,11 @@ def volume(rig: Rig, content: bytes, name: str = "v") -> Path:
     return path
 
 
-def entries(domain: Domain, made: Made, target: str = "vda") -> dict[int, bytes]:
-    """Chunk index → id of a disk backup."""
+def entries(domain: Domain, made: Made) -> dict[int, bytes]:
+    """Chunk index → id of the disk vda."""
     return {
         page_no * PAGE_CHUNKS + at: chunk_id
-        for page_no, page in domain.disk_map(made.disks[target]).pages()
+        for page_no, page in domain.disk_map(made.disks["vda"]).pages()
         for at, chunk_id in page.items()
     }
 

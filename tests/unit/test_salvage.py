@@ -65,10 +65,10 @@ def label() -> ClusterLabel:
     return cluster()
 
 
-def interrupt(domain: Domain, image: bytes = IMAGE, chunks: int = STORED) -> Session:
+def interrupt(domain: Domain, chunks: int = STORED) -> Session:
     """A backup up to its first `chunks` chunks; then its process is gone."""
     session = domain.begin("backup")
-    write_disk(session, domain, image[: chunks * CHUNK], new_uuid(), "")
+    write_disk(session, domain, IMAGE[: chunks * CHUNK], new_uuid(), "")
     session._sealer.shutdown()
     domain.close()
     return session
@@ -79,15 +79,15 @@ def open_sessions(domain: Domain) -> list[str]:
         return [session for session, _ in tables.sessions.scan(state)]
 
 
-def stored_bytes(domain: Domain, image: bytes = IMAGE) -> tuple[Saved, int]:
-    """A backup of the image, and how many of its bytes were stored for it."""
+def stored_bytes(domain: Domain) -> tuple[Saved, int]:
+    """A backup of IMAGE, and how many of its bytes were stored for it."""
     encoder, stored = Encoder(), 0
     saved = Saved(new_uuid(), new_uuid())
     with domain.begin("backup") as session:
-        builder = session.manifest(saved.disk, len(image), None)
+        builder = session.manifest(saved.disk, len(IMAGE), None)
         entries = {}
-        for at in range(len(image) // CHUNK):
-            chunk = image[at * CHUNK : (at + 1) * CHUNK]
+        for at in range(len(IMAGE) // CHUNK):
+            chunk = IMAGE[at * CHUNK : (at + 1) * CHUNK]
             entries[at] = domain.hasher.full(chunk)
             if not session.known([entries[at]])[0]:
                 stored += session.store([encoder.encode(entries[at], chunk)])

@@ -21,11 +21,11 @@ MACHINE = Machine(xml=bytes(20_000), nvram=bytes(500))
 MOST_BYTES_PER_ROW = 1500
 
 
-def full_row(number: int, machine: Machine | None = MACHINE) -> Backup:
+def full_row(number: int) -> Backup:
     """Decoded, as rows come: no two share anything."""
     disk = DiskBackup(target_device="sda", disk_uuid=f"{number:036}", capacity=1 << 30)
     plain = row(f"{number:036}", number, description="made by plan " * 5)
-    label = replace(plain.label, disks=(disk,), machine=machine, notes=("snapshot: reflink",))
+    label = replace(plain.label, disks=(disk,), machine=MACHINE, notes=("snapshot: reflink",))
     made = replace(plain, label=label, parent=f"{number - 1:036}", seq=number + 1)
     return msgspec.msgpack.decode(msgspec.msgpack.encode(made), type=Backup)
 
