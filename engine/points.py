@@ -186,9 +186,12 @@ class Points:
         log.info("point_detached", extra={"point": uuid, "path": keeper.row.path})
 
     def erase(self, uuid: str) -> None:
-        """Deletes all backups in our own domains on the point, and what only they need."""
-        opened = self.opened(uuid)
-        for domain in opened.domains.values():
+        """Deletes all backups in our own domains on the point, and what only they need.
+
+        As `opened`; and Damaged when one of them is: nothing was deleted then.
+        """
+        clusters = self._around.places.clusters
+        for domain in [self.domain(uuid, cluster.uuid) for cluster in clusters]:
             domain.refresh()
             backups = [row.backup for row in domain.backups()]
             if backups:
