@@ -21,6 +21,7 @@ from engine.model import BackupPoint, PointKind
 from engine.probes import Probes
 from engine.state import State
 from engine.views import PointState
+from engine.volumes import directory_id
 from storage.domain import Domain
 from storage.errors import (
     PointFull,
@@ -155,8 +156,7 @@ class Points:
         place = self._bounded(f"resolve {path}", lambda: os.path.realpath(path))
         if not _is_path(place):
             raise Invalid("path", f"{path!r} leads to {place!r}, which is not Unicode")
-        if any(pool.path == place for pool in self._around.places.pools):
-            raise Invalid("path", f"{place} is the directory of a pool")
+        self._require_no_pool(place)
         with self._claimed(name, place):
             uuid = self._bounded(f"attach {place}", lambda: _open_or_create(place, name, checked))
             row = BackupPoint(uuid=uuid, name=name, kind=checked, path=place)
@@ -173,6 +173,12 @@ class Points:
         log.info("point_attached", extra={"point": uuid, "path": place})
         return row
 
+    def _require_no_pool(self, place: str) -> None:
+        there = directory_id(self._probes, place)
+        for pool in self._around.places.pools:
+            if pool.path == place or (there and directory_id(self._probes, pool.path) == there):
+                raise Invalid("path", f"{place} is the directory of pool {pool.name!r}")
+
     def detach(self, uuid: str) -> None:
         """Lets go of the point; nothing on it changes. NotFound. Whether jobs run is not asked."""
         keeper = self._keeper(uuid)
@@ -186,9 +192,12 @@ class Points:
         log.info("point_detached", extra={"point": uuid, "path": keeper.row.path})
 
     def erase(self, uuid: str) -> None:
-        """Deletes all backups in our own domains on the point, and what only they need."""
-        opened = self.opened(uuid)
-        for domain in opened.domains.values():
+        """Deletes all backups in our own domains on the point, and what only they need.
+
+        As `opened`; and Damaged when one of them is: nothing was deleted then.
+        """
+        clusters = self._around.places.clusters
+        for domain in [self.domain(uuid, cluster.uuid) for cluster in clusters]:
             domain.refresh()
             backups = [row.backup for row in domain.backups()]
             if backups:

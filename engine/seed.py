@@ -9,7 +9,8 @@ the API stay beside the configured ones.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from typing import Protocol, TypeAlias, TypeVar
 
 from msgspec.structs import replace
@@ -29,9 +30,10 @@ from engine.config import (
 from engine.errors import ConfigInvalid, EngineError, Invalid
 from engine.ids import canonical, new_id
 from engine.inventory import DEFAULT_NAME, Places, PlaceT, default_of, require_addable
-from engine.model import Cluster, Disk, Namespace, ObjectGroup, Pool, Tenant, Vm, Zone
+from engine.model import BackupPoint, Cluster, Disk, Namespace, ObjectGroup, Pool, Tenant, Vm, Zone
+from engine.probes import Probes
 from engine.state import Rows, State
-from engine.volumes import require_plain_name
+from engine.volumes import directory_id, require_plain_name
 
 
 class _Wanted(Protocol):
@@ -42,11 +44,13 @@ class _Wanted(Protocol):
 
 
 SizeOf: TypeAlias = Callable[[Pool, str, str], int | None]  # engine.volumes.volume_size, bounded
+_Directory: TypeAlias = str | tuple[int, int]  # a path, or which it is (engine.volumes)
+_Which: TypeAlias = Callable[[str], tuple[int, int] | None]
 WantedT = TypeVar("WantedT", bound=_Wanted)
 KnownT = TypeVar("KnownT", Cluster, Tenant, Namespace, Zone, ObjectGroup, Pool)
 
 
-def settle_places(state: State, config: Config, default_pool_path: str) -> Places:
+def settle_places(state: State, config: Config, default_pool_path: str, probes: Probes) -> Places:
     """What there is, as configured; recorded in the state. ConfigInvalid names what is wrong."""
     clusters = _settle(
         "clusters",
@@ -55,7 +59,10 @@ def settle_places(state: State, config: Config, default_pool_path: str) -> Place
         lambda want, uuid: Cluster(uuid=uuid, name=want.name, mode=want.mode),
     )
     pools = _wanted_pools(config, default_pool_path)
-    _require_apart(pools, config.points)
+    _require_listed_once(config.points)
+    which = cache(partial(directory_id, probes))  # one that does not answer is waited for once
+    for points in (config.points, state.points.values()):
+        _require_apart(pools, points, which)
     tenants = _settle(
         "tenants",
         state.tenants,
@@ -147,21 +154,40 @@ def refer(rows: Sequence[PlaceT], name: str, what: str) -> PlaceT:
     raise ConfigInvalid(f"no {what} {name!r} is listed")
 
 
-def _require_apart(pools: Sequence[PoolConfig], points: Sequence[PointConfig]) -> None:
-    """A directory is one pool's or one point's: a volume in two pools would be two VMs', and one
-    beside a point's files could have their names."""
-    taken: dict[str, str] = {}
-    wanted = [(f"pool {want.name!r}", want.path) for want in pools]
-    wanted += [(f"backup point {want.name!r}", want.path) for want in points]
-    for what, path in wanted:
-        path = os.path.normpath(path)
-        if path in taken:
-            raise ConfigInvalid(f"{what}: {path} is the directory of {taken[path]}")
-        taken[path] = what
+def _require_listed_once(points: Sequence[PointConfig]) -> None:
     names = [want.name for want in points]
     for name in names:
         if names.count(name) > 1:
             raise ConfigInvalid(f"points: {name!r} is listed twice")
+
+
+def _require_apart(
+    pools: Sequence[PoolConfig],
+    points: Sequence[PointConfig | BackupPoint],
+    which: _Which,
+) -> None:
+    """A directory is one pool's or one point's: a volume in two pools would be two VMs', and one
+    beside a point's files could have their names."""
+    taken: dict[_Directory, str] = {}
+    for pool in pools:
+        what = f"pool {pool.name!r}"
+        taken |= dict.fromkeys(_free_directory(what, pool.path, which, taken), what)
+    for point in points:
+        what = f"backup point {point.name!r}"
+        path, *_ = _free_directory(what, point.path, which, taken)
+        taken[path] = what  # two paths to one point: its uuid tells, when it is opened
+
+
+def _free_directory(
+    what: str, path: str, which: _Which, taken: Mapping[_Directory, str]
+) -> list[_Directory]:
+    """By its path, and by what is there if something is. ConfigInvalid if it is taken."""
+    path = os.path.normpath(path)
+    names = [name for name in (path, which(path)) if name is not None]
+    for name in names:
+        if name in taken:
+            raise ConfigInvalid(f"{what}: {path} is the directory of {taken[name]}")
+    return names
 
 
 def _wanted_pools(config: Config, default_path: str) -> tuple[PoolConfig, ...]:

@@ -378,14 +378,14 @@ class Engine:
 
 
 def _assemble(host: Host, state: State, config: Config) -> Core:
-    places = settle_places(state, config, host.default_pool_path)
+    probes = Probes()
+    places = settle_places(state, config, host.default_pool_path, probes)
     if not config.pools and config.inventory == "embedded":
         host.make_default_pool()
     catalogue = Catalogue(state)
     points = [row.uuid for row in state.points.values()]
     catalogue.keep_only((cluster.uuid for cluster in places.clusters), points)
     around = Surroundings(host, places, catalogue, config.limits, state.distrusts)
-    probes = Probes()
     inventory = _inventory(state, places, config, host)
     hangs = Hangs(state.points, inventory, host.state_path, config.limits.stalled_after_s)
     return Core(

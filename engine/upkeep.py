@@ -93,17 +93,16 @@ def _rewritten(opened: Opened, cluster: str, names: set[str]) -> tuple[str, ...]
 
 def _gc(core: Core, point_uuid: str, ctx: JobContext) -> tuple[str, ...]:
     gc = core.config.gc
-    lines: list[str] = []
-    for domain in _domains(core, point_uuid):
-        ctx.check()
+
+    def collect(domain: Domain) -> list[str]:
         report = domain.reclaim(
             sparse_below=gc.sparse_below,
             copy_budget_bytes=gc.copy_budget_bytes,
             cancelled=ctx.cancelled,
         )
-        lines += _gc_lines(report)
-        ctx.lines = tuple(lines)
-    return ctx.lines
+        return _gc_lines(report)
+
+    return _in_each_domain(core, point_uuid, ctx, collect)
 
 
 def _gc_lines(report: GcReport) -> list[str]:
@@ -117,16 +116,29 @@ def _gc_lines(report: GcReport) -> list[str]:
 
 
 def _rebuild(core: Core, point_uuid: str, ctx: JobContext) -> tuple[str, ...]:
-    for domain in _domains(core, point_uuid):
-        ctx.check()
+    def make_anew(domain: Domain) -> list[str]:
         domain.rebuild()
         stats = domain.stats()
-        line = (
-            f"view made anew: {stats.backups} backups, {stats.packs} packs, {stats.chunks} chunks"
-        )
-        ctx.lines = (*ctx.lines, line)
+        counts = f"{stats.backups} backups, {stats.packs} packs, {stats.chunks} chunks"
+        return [f"view made anew: {counts}"]
+
+    return _in_each_domain(core, point_uuid, ctx, make_anew)
+
+
+def _in_each_domain(
+    core: Core, point_uuid: str, ctx: JobContext, work: Callable[[Domain], list[str]]
+) -> tuple[str, ...]:
+    """What `work` says of each cluster's domain. One that fails, or is damaged and so left alone,
+    keeps none of the others from it; the lines name it, and the job fails with its reason."""
+    failures: list[StorageError] = []
+    for cluster in core.inventory.places.clusters:
+        ctx.check()
+        try:
+            lines = work(core.points.domain(point_uuid, cluster.uuid))
+        except StorageError as error:
+            failures.append(error)
+            lines = [f"failed: cluster {cluster.name}: {error}"]
+        ctx.lines = (*ctx.lines, *lines)
+    if failures:
+        raise failures[0]
     return ctx.lines
-
-
-def _domains(core: Core, point_uuid: str) -> list[Domain]:
-    return list(core.points.opened(point_uuid).domains.values())

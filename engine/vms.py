@@ -86,13 +86,17 @@ def create_vm(
 def delete_vm(core: Core, scope: Scope, uuid: str, delete_volumes: bool) -> None:
     """Deletes the record, and, if asked, those of its volumes that no other VM has. Backups stay.
 
-    NotFound, Conflict(vm_busy). PoolUnreachable: a pool did not answer, and nothing was deleted; or
-    a volume could not be removed, which is no VM's any more then.
+    NotFound, Conflict(vm_busy), Conflict(name_taken) when what has a volume's name is no file,
+    PoolUnreachable when a pool does not answer: nothing was deleted. PoolUnreachable that says so:
+    volumes could not be removed, which are no VM's any more.
     """
     vm = core.vm_in(scope, uuid)
     if delete_volumes:
         _require_answering(core, (disk.pool_uuid for disk in vm.disks))
     with _making:
+        if delete_volumes:
+            for pool, name in _own_volumes(core, vm):
+                volume_size(pool, name)
         vm = core.inventory.remove_vm(vm.uuid)
         log.info("vm_deleted", extra={"vm": vm.uuid})
         if delete_volumes:
@@ -166,10 +170,27 @@ def _remove_again(planned: _Planned) -> None:
 
 
 def _remove_volumes(core: Core, vm: Vm) -> None:
+    kept = []
+    for pool, name in _own_volumes(core, vm):
+        try:
+            remove_volume(pool, name)
+        except EngineError as error:
+            kept.append(f"{name} ({error})")
+    if kept:
+        raise PoolUnreachable(f"the VM is deleted, but not its volumes {', '.join(kept)}")
+
+
+def _own_volumes(core: Core, vm: Vm) -> list[tuple[Pool, str]]:
+    """Those that no other VM has."""
     used = {
-        (disk.pool_uuid, disk.volume_name) for other in core.inventory.vms() for disk in other.disks
+        (disk.pool_uuid, disk.volume_name)
+        for other in core.inventory.vms()
+        if other.uuid != vm.uuid
+        for disk in other.disks
     }
     pools = core.inventory.places.pools
-    for disk in vm.disks:
-        if (disk.pool_uuid, disk.volume_name) not in used:
-            remove_volume(find("pool", pools, disk.pool_uuid), disk.volume_name)
+    return [
+        (find("pool", pools, disk.pool_uuid), disk.volume_name)
+        for disk in vm.disks
+        if (disk.pool_uuid, disk.volume_name) not in used
+    ]

@@ -20,6 +20,7 @@ from engine.sources import open_volume
 
 MOST_NAME_BYTES = 200  # leaves room for the hidden names that stand beside it while it is made
 MOST_CAPACITY_BYTES = 1 << 60
+DIRECTORY_TIMEOUT_S = 2.0
 
 
 def require_plain_name(name: str) -> None:
@@ -106,6 +107,20 @@ def bounded_volume_size(
         return probes.ask(key, lambda: volume_size(pool, volume_name, volume_format), timeout_s)
     except TimeoutError as error:
         raise PoolUnreachable(f"pool {pool.name}: {error}") from None
+
+
+def directory_id(probes: Probes, path: str) -> tuple[int, int] | None:
+    """Which directory that is, by whatever path (a link, a bind mount): (device, inode). None when
+    it is not there, or does not answer in time."""
+
+    def look() -> tuple[int, int]:
+        found = os.stat(path)
+        return found.st_dev, found.st_ino
+
+    try:
+        return probes.ask(f"directory {path}", look, DIRECTORY_TIMEOUT_S)
+    except OSError:
+        return None
 
 
 def make_volume(pool: Pool, volume_name: str, capacity: int) -> None:

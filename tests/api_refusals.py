@@ -363,6 +363,14 @@ async def cancel_of_a_finished_job(site: Site) -> Sent:
     return site.post("job/cancel", {"job_uuid": job})
 
 
+@provokes("name_taken", "'vm1-sdb' in pool default is not a regular file")
+async def delete_of_a_vm_with_a_directory_for_a_volume(site: Site) -> Sent:
+    vm = await site.make_vm({"sda": MIB, "sdb": MIB})
+    (site.pool_path / "vm1-sdb").unlink()
+    (site.pool_path / "vm1-sdb").mkdir()
+    return site.post("compute/delete", {"compute_uuid": vm, "delete_volumes": True})
+
+
 @provokes_gated("vm_busy")
 async def create_while_the_vm_is_backing_up(site: Site, gate: Gate) -> Sent:
     del gate

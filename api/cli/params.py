@@ -1,8 +1,10 @@
-"""Sizes, times and disks on the command line. click shows what BadParameter says."""
+"""Sizes, times, disks and directories on the command line. click shows what BadParameter says."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import click
 
@@ -20,6 +22,24 @@ class DiskSpec:
     volume: str
     capacity: int = 0
     usd_type: str = ""
+
+
+class OwnDirectory(click.Path):
+    """A directory that is made when it is not there. Empty, as of a variable that is not set, it
+    would be the one that the command happens to be run in."""
+
+    def __init__(self) -> None:
+        super().__init__(file_okay=False, path_type=Path)
+
+    def convert(
+        self,
+        value: str | os.PathLike[str],
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> str | bytes | os.PathLike[str]:
+        if value == "":
+            self.fail("the path is empty", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 def disk(text: str) -> DiskSpec:

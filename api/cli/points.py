@@ -112,7 +112,7 @@ def rebuild(here: Here, *, name: str, wait: bool) -> None:
 @click.option("--rate", metavar="SIZE", default="0", help="Read no more than this a second: 50M.")
 @click.option(
     "--resume",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=params.OwnDirectory(),
     help="Remember in this directory what was read; an interrupted deep check goes on there.",
 )
 def check(*, path: Path, deep: bool, as_json: bool, rate: str, resume: Path | None) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from api.cli import params
 from api.cli.exits import FAILED, USAGE, Failure
 from api.cli.remote import DEFAULT_LISTEN
 from api.printable import one_line
@@ -17,7 +18,7 @@ from storage.errors import StorageError
 @click.option(
     "--data",
     required=True,
-    type=click.Path(file_okay=False, path_type=Path),
+    type=params.OwnDirectory(),
     help="Directory of the service's own: made when it is not there.",
 )
 @click.option("--listen", default=DEFAULT_LISTEN, show_default=True, metavar="HOST:PORT")

@@ -18,7 +18,7 @@ from api.dispatch import answer
 from api.errors import BY_NAME
 from api.schemas import Empty, NoArguments
 from engine.config import Config, Limits, PoolConfig
-from engine.errors import PoolUnreachable
+from engine.errors import ConfigInvalid, PoolUnreachable
 from engine.service import Engine
 from tests.api_refusals import UNKNOWN, attach
 from tests.api_site import MIB, Site, serving, serving_gated
@@ -105,6 +105,38 @@ async def test_backup_to_a_full_point(tmp_path: Path) -> None:
         before = await site.shown()
         await _check(site.post("compute/backup/create", site.create_body(vm)), "point_full")
         assert await site.shown() == before
+
+
+async def test_a_pools_directory_is_no_point_by_whatever_path(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    pools = (PoolConfig("linked", str(tmp_path / "link")), PoolConfig("gone", "/no/such/place"))
+    async with serving(tmp_path, Config(pools=pools)) as site:
+        for path in ("real", "link"):
+            refusal = attach(site, tmp_path / path)
+            await _check(refusal, "invalid_member", f"path: {tmp_path}/real is the directory of")
+        assert os.listdir(tmp_path / "real") == []
+
+
+@pytest.mark.root
+async def test_a_pools_directory_is_no_point_behind_a_bind_mount(
+    tmp_path: Path, small_fs: Path
+) -> None:
+    (small_fs / "pool").mkdir()
+    (tmp_path / "mounted").mkdir()
+    mount = ["mount", "--bind", str(small_fs / "pool"), str(tmp_path / "mounted")]
+    await asyncio.to_thread(subprocess.run, mount, check=True)
+    try:
+        pools = (PoolConfig("one", str(small_fs / "pool")),)
+        async with serving(tmp_path, Config(pools=pools)) as site:
+            refusal = attach(site, tmp_path / "mounted")
+            await _check(refusal, "invalid_member", f"path: {tmp_path}/mounted is the directory of")
+        both = (*pools, PoolConfig("two", str(tmp_path / "mounted")))
+        with pytest.raises(ConfigInvalid, match=r"pool 'two': .*mounted is the directory of pool"):
+            Engine.start(str(tmp_path / "data"), Config(pools=both))
+    finally:
+        umount = ["umount", str(tmp_path / "mounted")]
+        await asyncio.to_thread(subprocess.run, umount, check=True)
 
 
 @pytest.fixture

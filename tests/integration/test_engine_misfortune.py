@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -214,6 +215,26 @@ def test_a_vm_whose_pool_is_not_configured_any_more_keeps_its_volumes(tmp_path: 
         assert rig.engine.vm(vm).name == "vm"
         assert (tmp_path / "one.raw").exists()
         rig.engine.delete_vm(vm, delete_volumes=False)
+
+
+def test_a_volume_that_can_not_be_removed_is_named_and_keeps_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with EngineRig(tmp_path / "data") as rig:
+        vm = rig.make_vm("vm", b"one", b"two", b"three")
+        unlink = os.unlink
+
+        def failing(path: str) -> None:
+            if path.endswith("vm-1.raw"):
+                raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+            unlink(path)
+
+        monkeypatch.setattr("engine.volumes.os.unlink", failing)
+        said = r"^the VM is deleted, but not its volumes vm-1\.raw \(pool default: Operation not"
+        with pytest.raises(PoolUnreachable, match=said):
+            rig.engine.delete_vm(vm.uuid, delete_volumes=True)
+        assert rig.engine.vms(ANYWHERE) == []
+        assert [path.name for path in rig.pool_path.iterdir()] == ["vm-1.raw"]
 
 
 def _vm_in_big(rig: EngineRig, pool_path: Path, content: bytes) -> Vm:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from api.cli import cli, follow, jobs, names, params, units
-from api.cli.exits import REFUSED, Failure, of_status
+from api.cli.exits import REFUSED, USAGE, Failure, of_status
 from api.cli.names import Named
 from api.cli.params import DiskSpec
 from api.cli.screen import Screen, card, table
@@ -54,6 +54,14 @@ def test_every_command_has_help_and_documented_options(path: str, command: click
     if path not in ("vmkeep serve", "vmkeep point check"):
         flags = {flag for param in command.params for flag in param.opts}
         assert {"--server", "--json"} <= flags, path
+
+
+@pytest.mark.parametrize("words", ["serve --listen x --data=", "point check --deep / --resume="])
+def test_no_directory_at_all_is_not_the_current_one(words: str) -> None:
+    """As when a variable in a script is not set."""
+    ran = CliRunner().invoke(cli, words.split())
+    assert ran.exit_code == USAGE
+    assert f"Invalid value for '{words.split()[-1][:-1]}': the path is empty" in ran.output
 
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.path)

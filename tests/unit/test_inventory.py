@@ -12,7 +12,8 @@ from msgspec.structs import replace
 from engine.config import Config, parse_config
 from engine.errors import ConfigInvalid, Conflict, Invalid, NotFound, PoolUnreachable
 from engine.inventory import EmbeddedInventory, Places
-from engine.model import Disk, Vm
+from engine.model import BackupPoint, Disk, Vm
+from engine.probes import Probes
 from engine.scopes import covers, landing, ranges
 from engine.seed import settle_places, settle_vms
 from engine.state import State
@@ -48,7 +49,7 @@ def state(tmp_path: Path) -> Iterator[State]:
 
 def settled(state: State, tmp_path: Path, text: bytes = b"") -> Places:
     (tmp_path / "pool").mkdir(exist_ok=True)
-    return settle_places(state, parse_config(text, "test"), str(tmp_path / "pool"))
+    return settle_places(state, parse_config(text, "test"), str(tmp_path / "pool"), Probes())
 
 
 def vm_of(places: Places, name: str, *volumes: str, share: bool = False) -> Vm:
@@ -103,6 +104,34 @@ def test_uuids_are_made_once(state: State, tmp_path: Path) -> None:
 def test_a_configuration_that_contradicts_itself(state: State, tmp_path: Path, text: bytes) -> None:
     with pytest.raises(ConfigInvalid):
         settled(state, tmp_path, text)
+
+
+@pytest.mark.parametrize("rival", ["pools", "points"])
+def test_a_directory_is_one_things_by_whatever_path(
+    state: State, tmp_path: Path, rival: str
+) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    text = f"""
+        [[pools]]
+        name = "a"
+        path = "{tmp_path}/real"
+        [[{rival}]]
+        name = "b"
+        path = "{tmp_path}/link"
+        """
+    with pytest.raises(ConfigInvalid, match=r"'b': .*/link is the directory of pool 'a'"):
+        settled(state, tmp_path, text.encode())
+
+
+def test_the_directory_of_an_attached_point_is_no_pools(state: State, tmp_path: Path) -> None:
+    """Whether it is configured or not."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    state.points.put(BackupPoint(uuid="u", name="nas", kind="local", path=f"{tmp_path}/real"))
+    text = f'[[pools]]\nname = "b"\npath = "{tmp_path}/link"\n'
+    with pytest.raises(ConfigInvalid, match="is the directory of pool 'b'"):
+        settled(state, tmp_path, text.encode())
 
 
 def test_configured_vms_keep_their_uuid_and_are_checked(state: State, tmp_path: Path) -> None:

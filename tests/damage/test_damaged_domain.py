@@ -1,0 +1,108 @@
+"""One of a point's domains is damaged: what is asked of all of them is done to the others."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from engine.config import parse_config
+from engine.points import Points
+from engine.service import Engine
+from engine.views import Maintenance
+from storage.errors import Damaged
+from tests.engine_rig import PATIENCE_S, EngineRig, files_below
+from tests.rig import random_bytes
+
+MIB = 1 << 20
+CONFIG = parse_config(b'[[clusters]]\nname = "east"\n[[clusters]]\nname = "west"\n', "test")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two domains on a point: east's, the first, has one backup, west's a pack that is dead."""
+
+    rig: EngineRig
+    east: str
+    west: str
+
+    def path(self, cluster: str) -> Path:
+        return self.rig.data / "point" / "domains" / cluster
+
+    def records(self, cluster: str) -> list[Path]:
+        return sorted((self.path(cluster) / "log").rglob("0" * 15 + "?"))
+
+    def packs(self, cluster: str) -> list[str]:
+        return files_below(self.path(cluster) / "packs")
+
+
+@pytest.fixture
+def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
+    monkeypatch.setattr(Points, "reclaim", lambda *_: True)  # so that a gc has something to do
+    with EngineRig(tmp_path / "data", CONFIG) as rig:
+        clusters = {cluster.name: cluster.uuid for cluster in rig.engine.clusters()}
+        backup = rig.back_up(rig.make_vm("vm", random_bytes(MIB, 1)))
+        assert backup.cluster_uuid == clusters["east"]
+        rig.engine.import_backups(clusters["west"], [(backup.uuid, rig.point_uuid)])
+        domain = rig.core.points.domain(rig.point_uuid, clusters["west"])
+        domain.forget([backup.uuid])
+        yield Pair(rig, clusters["east"], clusters["west"])
+
+
+def spoil_next_record(pair: Pair) -> None:
+    """Found by the job itself."""
+    last = pair.records(pair.east)[-1]
+    (last.parent / f"{int(last.name, 16) + 1:016x}").write_bytes(b"no record")
+
+
+def put_back(pair: Pair) -> None:
+    """Found by a look: the log lacks what this host has seen."""
+    pair.records(pair.east)[-1].unlink()
+    pair.rig.core.points.look_again(pair.rig.point_uuid, PATIENCE_S)
+
+
+def spoil_at_start(pair: Pair) -> None:
+    """Found at the opening, which does not succeed."""
+    rig = pair.rig
+    rig.engine.stop(PATIENCE_S)
+    shutil.rmtree(pair.path(pair.east) / "views")
+    pair.records(pair.east)[0].write_bytes(b"no record")
+    rig.engine = Engine.start(str(rig.data), CONFIG)
+    rig.core.points.look_again(rig.point_uuid, PATIENCE_S)
+
+
+SPOILERS = [spoil_next_record, put_back, spoil_at_start]
+
+
+@pytest.mark.parametrize("spoil", SPOILERS)
+@pytest.mark.parametrize(
+    ("kind", "line"), [("gc", "1 packs of "), ("rebuild", "view made anew: 0 backups")]
+)
+def test_the_others_have_it_done_and_the_job_names_the_damaged(
+    pair: Pair, spoil: Callable[[Pair], None], kind: Maintenance, line: str
+) -> None:
+    spoil(pair)
+    before = files_below(pair.path(pair.east))
+    job = pair.rig.ended(pair.rig.engine.start_maintenance(kind, pair.rig.point_uuid, False))
+    assert job.state == "failed"
+    assert str(pair.path(pair.east) / "log") in job.error
+    assert job.result[0] == f"failed: cluster east: {job.error}"
+    assert job.result[1].startswith(line)
+    assert (pair.packs(pair.west) == []) == (kind == "gc")
+    assert files_below(pair.path(pair.east)) == before
+
+
+@pytest.mark.parametrize("spoil", [put_back, spoil_at_start])
+def test_a_point_with_a_damaged_domain_is_not_erased_in_part(
+    pair: Pair, spoil: Callable[[Pair], None]
+) -> None:
+    """Nor is anything written to a log that was put back: its numbers would recur."""
+    spoil(pair)
+    before = files_below(pair.rig.data / "point")
+    with pytest.raises(Damaged, match=pair.east):
+        pair.rig.engine.delete_point(pair.rig.point_uuid, erase=True)
+    assert files_below(pair.rig.data / "point") == before
+    assert [state.point.uuid for state in pair.rig.engine.points()] == [pair.rig.point_uuid]
