@@ -1,6 +1,6 @@
 """A call of the API as data: route, request, answer, and the function that does it.
 
-routes/*.py list Calls; server.py makes routes of them, openapi.py the document, dispatch.py does
+routes/*.py list Calls; app.py makes routes of them, openapi.py the document, dispatch.py does
 them. `run` is plain synchronous code over the Engine, in a worker thread: it takes the checked
 request and returns a Reply, or raises an EngineError or StorageError.
 """

@@ -32,7 +32,7 @@ def succeeded(data: DataT) -> Output[DataT]:
 
 
 def failed(error: BaseException, data: DataT) -> Output[DataT]:
-    """The envelope of an error. `data` is None but where the document says otherwise."""
+    """The envelope of an error. `data` is None but where the contract says otherwise."""
     row = row_of(error)
     return Output(
         scode=row.scode,

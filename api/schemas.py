@@ -5,7 +5,10 @@ document and of /docs (api.openapi). Members are spelled as on the wire. A reque
 with a default is optional, and "" means absent; one without must be there and must not be empty.
 Unknown members are ignored. Wire only: the state's own rows are engine.model's.
 
-Read next: schemas_backup (the document's seven calls), schemas_companion (all other calls).
+The *contract* is the API document that this service was given to implement: seven calls, whose
+members, spellings and order it fixes. All other calls are ours.
+
+Read next: schemas_backup (the contract's calls), schemas_companion (all other calls).
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from msgspec import Meta
 
 RowT = TypeVar("RowT")
 
-# Both spellings occur in the user's document; each is accepted wherever the other is.
+# Both spellings occur in the contract; each is accepted wherever the other is.
 OTHER_SPELLINGS = {"page_number": "page_num", "backup_point_uuid": "backuppoint_uuid"}
 
 MAX_PAGE_SIZE = 1000

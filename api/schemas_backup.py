@@ -1,6 +1,6 @@
-"""The seven calls of the user's document, and the two batch calls: requests and answers.
+"""The seven calls of the contract, and the two batch calls: requests and answers.
 
-Shapes, spellings (PascalCase in ComputeVmBackup, but `share`) and member order are the document's.
+Shapes, spellings (PascalCase in ComputeVmBackup, but `share`) and member order are the contract's.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """One backup of one VM, from the opened session to the acknowledged commit.
 
-In durable order: OPEN (holds the parent) · snapshot · per disk what is known of its changes, and
-whether a sample bears that out; scan, packs and manifest · nobody
-changed a volume that was read directly · COMMIT. Whatever fails before the commit, leaving the
-session's block aborts it, and the snapshot's block lets go of the volumes. See docs/design.md §6.
+In durable order: OPEN (holds the parent) · snapshot · for each disk what is known of its changes,
+and whether a sample bears that out; scan, packs and manifest · a check that nobody changed a volume
+that was read directly · COMMIT. Whatever fails before the commit, leaving the session's block
+aborts it, and the snapshot's block lets go of the volumes. See docs/design.md §6.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ class Baselines:
                 _remove(now.file)
 
     def turn_off(self, row: Baseline, why: str) -> None:
-        """The disk's changes are not tracked any more, for good."""
+        """The disk's changes are not tracked any more, until `turn_on`."""
         with self._lock:
             now = self.find(row.vm_uuid, row.target_device) or row
             self._state.baselines.put(replace(now, file="", off=why, off_at=self._clock()))

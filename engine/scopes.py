@@ -1,6 +1,6 @@
 """What a caller's scope covers: pairs of a managed cluster and a namespace.
 
-The rules are those of the HTTP contract (docs: "Requests"): an empty member does not restrict, and
+The rules are those of the HTTP contract (api/schemas.py): an empty member does not restrict, and
 `multiple` counts only for the tenant named `default`.
 """
 

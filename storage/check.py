@@ -4,9 +4,9 @@ Shallow: every log, label and heartbeat, every live pack's and manifest's table,
 pages, and that each chunk a live backup names is in a live pack. Deep: every frame too, decoded and
 held against its id (patches after all others, by their bases), the checkpoints and the bundles.
 
-It works while services use the point: what they delete
-meanwhile is looked at again, not reported. A deep check reads the packs in the order that `Reads`
-gives, at most `rate_bytes_per_s`, and may be cancelled at any time and gone on with.
+It works while services use the point: what they delete meanwhile is looked at again, not reported.
+A deep check reads the packs in the order that `Reads` gives, at most `rate_bytes_per_s`, and may be
+cancelled at any time and gone on with.
 
 Memory is bounded: the index it needs is a throw-away view in the temporary directory, and of what
 is damaged only so much is listed (the rest is counted). storage.check_view compares a view.

@@ -37,7 +37,7 @@ Body = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer; every one is checked to be an envelope, in the document's order of members."""
+    """An answer; every one is checked to be an envelope, in the contract's order of members."""
 
     status: int
     output: dict[str, Any]

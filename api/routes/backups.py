@@ -1,4 +1,4 @@
-"""/v1/compute/backup/…: the document's calls on this installation's own backups."""
+"""/v1/compute/backup/…: the contract's calls on this installation's own backups."""
 
 from __future__ import annotations
 

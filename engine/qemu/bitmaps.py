@@ -1,10 +1,10 @@
 """Dirty bitmaps in a qcow2 image, by which the next backup knows what was written since this one.
 
 Each is named after the disk backup that it begins with, or, where libvirt has the VM, as libvirt's
-checkpoints are. QEMU keeps it while the VM runs and stores
-it when it closes the image; after a crash it is there, but marked as in use, and not to be
-believed. A program that writes to the image and knows no bitmaps invalidates them all (an
-autoclear bit). Adding and removing needs the image for itself, for some milliseconds.
+checkpoints are. QEMU keeps it while the VM runs and stores it when it closes the image; after a
+crash it is there, but marked as in use, and not to be believed. A program that writes to the image
+and knows no bitmaps invalidates them all (an autoclear bit). Adding and removing needs the image
+for itself, for some milliseconds.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ NOT_BY_A_REQUEST = {
     "shutting_down": "test_api_server: health while stopping",
     "engine_failed": "a root that is never raised itself",
     "storage_failed": "a root that is never raised itself",
-    "cancelled": "an outcome of jobs: test_api_document",
+    "cancelled": "an outcome of jobs: test_api_contract",
     "interrupted": "an outcome of jobs: tests of the engine",
     "volume_changed": "an outcome of jobs: tests of the data path",
     "disk_server_lost": "an outcome of jobs: tests/nbd",

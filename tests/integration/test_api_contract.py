@@ -1,4 +1,4 @@
-"""Every call of the user's document, as its examples show it, shapes compared member by member."""
+"""Every call of the contract (api/schemas.py), as its examples show it, member by member."""
 
 from __future__ import annotations
 
