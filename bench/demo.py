@@ -55,6 +55,7 @@ from bench.disks import (
     sha256,
     stage_files,
 )
+from bench.lab import say
 from bench.service import Service
 
 DATA = Path(__file__).parent.parent / "demo-data"
@@ -194,11 +195,6 @@ def second_site(site: Site, point_path: Path, backup: str, truth: Truth) -> None
     site.client.post("compute/backup/remote/import", ImportedBackups, imported)
     site.note(Step("import one of them", time.monotonic() - began))
     _restore(site, backup, "restored-elsewhere", truth)
-
-
-def say(text: str) -> None:
-    """A line of progress."""
-    print(text, flush=True)
 
 
 def _site(service: Service, client: Client, steps: list[Step]) -> Site:

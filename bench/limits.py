@@ -1,6 +1,6 @@
 """How fast could this machine be at best? Reading an image, zstd of its chunks, writing it.
 
-    PYTHONPATH=. python -m bench.limits IMAGE [--dir DIR] [--workers 2]
+    python -m bench.limits IMAGE [--dir DIR] [--workers 2]
 
 The physical limits that the other benchmarks are held against, measured in the same run: nothing
 here hashes, looks up or remembers anything. zstd runs over chunks that lie in memory already, a

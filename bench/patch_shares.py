@@ -1,6 +1,6 @@
 """At which share of its base a patch should give way to a whole chunk (docs/adr/0006): simulated.
 
-    PYTHONPATH=. python -m bench.patch_shares
+    python -m bench.patch_shares
 
 Prints the blocks stored a day, for chunks of 256 blocks, when a patch may be each of SHARES of its
 chunk. What patches cost for real is bench/patch.py's question.

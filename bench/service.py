@@ -1,4 +1,4 @@
-"""A real `vmkeep serve` as a child process, for the demo and the integration tests."""
+"""A real `vmkeep serve` as a child process: for the demo, the soaks, benchmarks and tests."""
 
 from __future__ import annotations
 

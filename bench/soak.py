@@ -1,4 +1,4 @@
-"""`make soak`: does everything that was acknowledged restore, whatever is done in whatever order?
+"""A part of `make soak`: does all that was acknowledged restore, whatever is done in what order?
 
     python -m bench.soak [--minutes 5] [--seed N] [--dir DIR]
 

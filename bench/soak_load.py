@@ -18,7 +18,6 @@ import random
 import shutil
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -33,7 +32,7 @@ from api.schemas_companion import JobQuery
 from bench.disks import sha256
 from bench.lab import descendants
 from bench.service import Service
-from bench.witness import Machine, Witness, Wrong
+from bench.witness import Machine, Witness, Wrong, at_once
 from engine.snapshot import SNAPSHOTS
 from storage.check import check_point
 
@@ -168,25 +167,6 @@ class Keeper(Caller):
         self._witness.maintain("gc")
         self._witness.maintain("verify", deep=True)
         self.done.update(("gc", "verify"))
-
-
-def at_once(acts: list[Callable[[], None]]) -> None:
-    """Each in a thread of its own; Wrong with the first error of any."""
-    errors: list[BaseException] = []
-
-    def run(act: Callable[[], None]) -> None:
-        try:
-            act()
-        except BaseException as error:  # noqa: BLE001 - told below
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(act,)) for act in acts]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise Wrong(f"{len(errors)} failed, first: {errors[0]!r}") from errors[0]
 
 
 def load(root: Path, seconds: float, clients: int, vms: int, seed: int) -> Counter[str]:

@@ -20,11 +20,10 @@ import random
 import shutil
 import sys
 import tempfile
-import threading
 import time
 import uuid as uuids
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -39,7 +38,7 @@ from api.schemas_backup import (
     RemoteImport,
 )
 from bench.service import Service
-from bench.witness import Witness, Wrong
+from bench.witness import Witness, Wrong, at_once
 from storage.check import check_point
 
 MIB = 1 << 20
@@ -141,25 +140,6 @@ class Side:
         self.witness.maintain("verify", deep=True)
 
 
-def at_once(*acts: Callable[[], None]) -> None:
-    """Runs them side by side; raises the first one's error."""
-    errors: list[BaseException] = []
-
-    def run(act: Callable[[], None]) -> None:
-        try:
-            act()
-        except BaseException as error:  # noqa: BLE001 - handed on below
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(act,)) for act in acts]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-
-
 def two_clusters(root: Path, rounds: int) -> Counter[str]:
     """See the module; what was done, counted."""
     point = root / "point"
@@ -186,7 +166,7 @@ def two_clusters(root: Path, rounds: int) -> Counter[str]:
             def take(backup: str = backup, expected: str = expected) -> None:
                 done["imported" if taker.take(backup, expected) else "too late"] += 1
 
-            at_once(*((remove, take) if number % 2 else (take, remove)))
+            at_once((remove, take) if number % 2 else (take, remove))
             if backup in taker.truth and done["imported"] % 3 == 1:
                 taker.compare(backup, expected)
                 done["compared"] += 1
@@ -215,10 +195,7 @@ def two_hosts(root: Path, rounds: int) -> Counter[str]:
                 if gc:
                     side.collect()
 
-            at_once(
-                partial(work, one, number % 4 == 0),
-                partial(work, other, number % 4 == 2),
-            )
+            at_once((partial(work, one, number % 4 == 0), partial(work, other, number % 4 == 2)))
             done["backups"] += 2
             if number % 5 == 0:
                 for here, there in ((one, other), (other, one)):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -36,6 +38,25 @@ LOOK_EVERY_S = 0.02
 
 class Wrong(Exception):
     """A promise was broken."""
+
+
+def at_once(acts: Sequence[Callable[[], None]]) -> None:
+    """Each in a thread of its own; Wrong with the first error of any."""
+    errors: list[BaseException] = []
+
+    def run(act: Callable[[], None]) -> None:
+        try:
+            act()
+        except BaseException as error:  # noqa: BLE001 - told below
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(act,)) for act in acts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise Wrong(f"{len(errors)} failed, first: {errors[0]!r}") from errors[0]
 
 
 @dataclass(slots=True)

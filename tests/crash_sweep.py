@@ -228,7 +228,7 @@ def _run_with_fault(world: World, steps: Sequence[Step]) -> None:
 
 @dataclass(frozen=True)
 class Work:
-    """A script's part of a sweep. `every`: of the faults, each so-manieth one."""
+    """A script's part of a sweep. `faults_every`: which of the faults, every n-th; 0: none."""
 
     seed: int
     script: str
@@ -264,8 +264,8 @@ def sweep(
     time_s: float = math.inf,
     tell: Callable[[Tally], None] = lambda _total: None,
 ) -> Tally:
-    """At least so many points, and every so-manieth fault of the named scripts; fewer when the
-    time is over before. `tell` sees the tally grow."""
+    """At least so many points, and every n-th fault of the named scripts (`faults_every`); fewer
+    when the time is over before. `tell` sees the tally grow."""
     total = Tally()
     end_s = time.monotonic() + time_s
     named = len(SCRIPTS)

@@ -26,7 +26,7 @@ from engine import sampling
 from engine.baselines import Baselines
 from engine.pages import PAGE_CHUNKS
 from engine.snapshot import SNAPSHOTS, clear_leftovers
-from tests.rig import write_at
+from tests.rig import found_by, write_at
 from tests.tracking_rig import (
     CHUNK,
     KEEP_SIZE,
@@ -35,7 +35,6 @@ from tests.tracking_rig import (
     TrackedRig,
     clone_range,
     fallocate,
-    found_by,
     run,
 )
 

@@ -106,6 +106,18 @@ class Rig:
         return path
 
 
+def counts(made: Made) -> tuple[int, int, int]:
+    """(scanned, read, changed) bytes."""
+    progress = made.context.progress()
+    return progress.bytes_scanned, progress.bytes_read, progress.bytes_changed
+
+
+def found_by(made: Made) -> str:
+    """How the changes of the disk vda were found."""
+    assert made.result is not None
+    return made.result.facts.found_by["vda"]
+
+
 def write_at(path: Path, offset: int, content: bytes) -> None:
     """Writes into a file and leaves the rest of it as it is."""
     with path.open("r+b") as file:

@@ -187,6 +187,6 @@ def image_of(*chunks: int | bytes) -> bytes:
     return b"".join(parts)
 
 
-def mixed(*counts: int) -> list[bytes]:
-    """As many random chunks as the counts say together."""
-    return [os.urandom(CHUNK) for _ in range(sum(counts))]
+def mixed(count: int) -> list[bytes]:
+    """That many random chunks."""
+    return [os.urandom(CHUNK) for _ in range(count)]

@@ -54,11 +54,6 @@ class TrackedRig(Rig):
         return content
 
 
-def found_by(made: Made) -> str:
-    assert made.result is not None
-    return made.result.facts.found_by["vda"]
-
-
 def notes(made: Made) -> str:
     assert made.result is not None
     return "; ".join(made.result.facts.notes)

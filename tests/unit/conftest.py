@@ -1,14 +1,17 @@
-"""A point, and a domain on it, for the tests of storage."""
+"""What several tests work on: a point and a domain, a rig, a state."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from engine.state import State
 from storage.domain import Domain
 from storage.point import ClusterLabel, Point
-from tests.store import cluster, new_point, open_domain
+from tests.rig import Rig
+from tests.store import CHUNK, cluster, new_point, open_domain
 
 
 @pytest.fixture
@@ -24,3 +27,17 @@ def label() -> ClusterLabel:
 @pytest.fixture
 def domain(point: Point, label: ClusterLabel) -> Domain:
     return open_domain(point, label)
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    """Its chunks are of 64 KiB."""
+    with Rig(tmp_path, chunk_size=CHUNK) as made:
+        yield made
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Iterator[State]:
+    made = State(str(tmp_path / "state"))
+    yield made
+    made.close()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
@@ -46,13 +44,6 @@ def row(uuid: str, at: int = 0, *, status: int = BACKUP_DONE, **label: str) -> B
     )
     point, cluster = label.get("point", "p"), label.get("cluster", "c")
     return Backup(uuid=uuid, cluster_uuid=cluster, point_uuid=point, label=made, status=status)
-
-
-@pytest.fixture
-def state(tmp_path: Path) -> Iterator[State]:
-    made = State(str(tmp_path / "state"))
-    yield made
-    made.close()
 
 
 def uuids(catalogue: Catalogue, query: BackupQuery | None = None) -> list[str]:

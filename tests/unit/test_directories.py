@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,13 +13,6 @@ from engine.libvirt.directories import Directories
 from engine.state import State
 
 HOST = "qemu:///system"
-
-
-@pytest.fixture
-def state(tmp_path: Path) -> Iterator[State]:
-    made = State(str(tmp_path / "state"))
-    yield made
-    made.close()
 
 
 def paths(place: Path, *names: str) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,13 +37,6 @@ name = "default"
 name = "prod"
 tenant = "acme"
 """
-
-
-@pytest.fixture
-def state(tmp_path: Path) -> Iterator[State]:
-    made = State(str(tmp_path / "state"))
-    yield made
-    made.close()
 
 
 def settled(state: State, tmp_path: Path, text: bytes = b"") -> Places:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -16,13 +15,6 @@ from engine.state import State
 from storage.errors import PointFull
 
 PATIENCE_S = 20.0
-
-
-@pytest.fixture
-def state(tmp_path: Path) -> Iterator[State]:
-    made = State(str(tmp_path / "state"))
-    yield made
-    made.close()
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,12 +16,6 @@ from tests.store import patches
 
 CHUNK = 64 << 10
 BLOCK = 4096
-
-
-@pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Rig]:
-    with Rig(tmp_path, chunk_size=CHUNK) as made:
-        yield made
 
 
 @pytest.fixture

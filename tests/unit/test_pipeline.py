@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,15 +14,9 @@ from engine.pipeline import ITEM_BYTES, scan_disk, store_again
 from engine.sources import DiskSource, VolumeSource, open_volume
 from storage.chunks import ZERO_MARK
 from storage.domain import Domain
-from tests.rig import Made, Rig, random_bytes, sparse, write_at
+from tests.rig import Made, Rig, counts, random_bytes, sparse, write_at
 
 CHUNK = 64 << 10
-
-
-@pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Rig]:
-    with Rig(tmp_path, chunk_size=CHUNK) as made:
-        yield made
 
 
 def volume(rig: Rig, content: bytes, name: str = "v") -> Path:
@@ -39,12 +32,6 @@ def entries(domain: Domain, made: Made) -> dict[int, bytes]:
         for page_no, page in domain.disk_map(made.disks["vda"]).pages()
         for at, chunk_id in page.items()
     }
-
-
-def counts(made: Made) -> tuple[int, int, int]:
-    """(scanned, read, changed) bytes."""
-    progress = made.context.progress()
-    return progress.bytes_scanned, progress.bytes_read, progress.bytes_changed
 
 
 def test_zeros_are_read_but_not_kept(rig: Rig) -> None:

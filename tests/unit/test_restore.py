@@ -11,7 +11,7 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -29,12 +29,6 @@ from tests.rig import Made, Rig, allocated_bytes, random_bytes, sparse, write_at
 
 CHUNK = 64 << 10
 MIB = 1 << 20
-
-
-@pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Rig]:
-    with Rig(tmp_path, chunk_size=CHUNK) as made:
-        yield made
 
 
 def volume(rig: Rig, name: str, content: bytes) -> Path:

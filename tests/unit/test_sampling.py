@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,16 +11,10 @@ from engine.jobs import JobContext
 from engine.pages import PAGE_CHUNKS
 from engine.sampling import FEWEST_CHUNKS, Sample, try_unchanged
 from engine.sources import VolumeSource, open_volume
-from tests.rig import Made, Rig, random_bytes, sparse, write_at
+from tests.rig import Made, Rig, counts, found_by, random_bytes, sparse, write_at
 
 CHUNK = 64 << 10
 NOTHING: list[tuple[int, int]] = []
-
-
-@pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Rig]:
-    with Rig(tmp_path, chunk_size=CHUNK) as made:
-        yield made
 
 
 def volume(rig: Rig, chunks: int) -> Path:
@@ -36,17 +29,6 @@ def claim(monkeypatch: pytest.MonkeyPatch, changed: list[tuple[int, int]] | None
     monkeypatch.setattr(
         VolumeSource, "changed_ranges", lambda _: None if changed is None else iter(changed)
     )
-
-
-def counts(made: Made) -> tuple[int, int, int]:
-    """(scanned, read, changed) bytes."""
-    progress = made.context.progress()
-    return progress.bytes_scanned, progress.bytes_read, progress.bytes_changed
-
-
-def found_by(made: Made) -> str:
-    assert made.result is not None
-    return made.result.facts.found_by["vda"]
 
 
 def test_only_what_may_have_changed_is_read(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,11 +4,8 @@ state."""
 from __future__ import annotations
 
 import tracemalloc
-from collections.abc import Iterator
-from pathlib import Path
 
 import msgspec
-import pytest
 from msgspec.structs import replace
 
 from engine.catalogue import Catalogue
@@ -28,13 +25,6 @@ def full_row(number: int) -> Backup:
     label = replace(plain.label, disks=(disk,), machine=MACHINE, notes=("snapshot: reflink",))
     made = replace(plain, label=label, parent=f"{number - 1:036}", seq=number + 1)
     return msgspec.msgpack.decode(msgspec.msgpack.encode(made), type=Backup)
-
-
-@pytest.fixture
-def state(tmp_path: Path) -> Iterator[State]:
-    made = State(str(tmp_path / "state"))
-    yield made
-    made.close()
 
 
 def test_rows_are_equal_and_share_what_they_say_alike() -> None:

@@ -19,21 +19,10 @@ from engine.sources import (
     pool_errors,
     settled_mark,
 )
+from tests.rig import sparse, write_at
 
 MIB = 1 << 20
 TIB = 1 << 40
-
-
-def write_at(path: Path, offset: int, content: bytes) -> None:
-    with path.open("r+b") as file:
-        file.seek(offset)
-        file.write(content)
-
-
-def sparse(path: Path, size_bytes: int) -> Path:
-    with path.open("wb") as file:
-        file.truncate(size_bytes)
-    return path
 
 
 def direct(path: Path) -> VolumeSource:

@@ -18,7 +18,7 @@ from engine.snapshot import SNAPSHOTS, clear_leftovers
 from engine.sources import Origin, VolumeSource
 from storage.errors import PointFull
 from tests.conftest import LoopFs
-from tests.rig import Made, random_bytes, write_at
+from tests.rig import Made, found_by, random_bytes, write_at
 from tests.tracking_rig import (
     CHUNK,
     KEEP_SIZE,
@@ -27,7 +27,6 @@ from tests.tracking_rig import (
     TrackedRig,
     clone_range,
     fallocate,
-    found_by,
     notes,
     run,
     write_unsynced,

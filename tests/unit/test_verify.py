@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,12 +14,6 @@ from storage.point import ClusterLabel
 from tests.rig import Made, Rig, random_bytes
 
 CHUNK = 64 << 10
-
-
-@pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Rig]:
-    with Rig(tmp_path, chunk_size=CHUNK) as made:
-        yield made
 
 
 def backup(rig: Rig, chunks: int) -> Made:
