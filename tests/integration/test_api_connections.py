@@ -13,7 +13,8 @@ from yarl import URL
 
 from api.app import MAX_LINE_BYTES
 from api.errors import BY_NAME
-from tests.api_site import MEMBERS, Site, serving
+from engine.model import Job
+from tests.api_site import MEMBERS, MIB, Site, read_answer, serving
 
 PATIENCE_S = 30.0
 
@@ -68,3 +69,30 @@ async def test_what_is_not_even_a_request_is_answered_in_the_envelope(site: Site
         assert output["scode"] == BY_NAME["malformed"].scode
         assert output["desc"].startswith(said)
         assert output["desc"].isprintable()
+
+
+async def has_place(site: Site) -> bool:
+    """Whether one more may listen to the events."""
+    async with site.http.get(f"{site.url}/v1/job/events") as response:
+        if response.status == 200:
+            return True
+        answer = await read_answer(response)
+    return bool(answer.output["scode"] != BY_NAME["overloaded"].scode)
+
+
+async def test_a_client_that_does_not_read_its_events_loses_its_place(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And others get theirs meanwhile."""
+    monkeypatch.setattr("api.events.MAX_CLIENTS", 2)
+    monkeypatch.setattr("api.routes.system.SEND_TIMEOUT_S", 0.2)
+    large = Job(uuid="large", kind="gc", error="x" * (MIB // 4))
+    url = f"{site.url}/v1/job/events"
+    async with connected(site) as (reader, deaf), site.http.get(url) as heard:
+        deaf.write(b"GET /v1/job/events HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b"text/event-stream" in await reader.readuntil(b"\r\n\r\n")
+        assert not await has_place(site)
+        while not await has_place(site):
+            site.engine._core.jobs._tell(large)
+            while b"large" not in await heard.content.readuntil(b"\n\n"):
+                pass
