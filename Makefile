@@ -16,14 +16,16 @@ TEST_TOOLS := qemu-img:qemu-utils nbdkit:nbdkit mkfs.xfs:xfsprogs mkfs.btrfs:btr
 .PHONY: help demo demo-libvirt test test-deps check bench bench-quick soak lock clean
 
 help:
-	@echo "make demo       a real VM disk: backed up, changed, backed up, restored, imported, compared"
-	@echo "make demo-libvirt   a VM backed up while it writes, destroyed, restored, booted again"
-	@echo "make test       the tests; ARGS='-k name' are for pytest"
-	@echo "make check      lint, types, layers and tests, as CI does"
-	@echo "make test-deps  Debian packages that the tests use (as root)"
-	@echo "make bench      how fast, beside others and the machine's limits;  make bench-quick: in minutes"
-	@echo "make soak       hours of crashes, faults, damage, hostile input; MINUTES=480 keeps to a time"
-	@echo "make lock       renews requirements/*.txt from pyproject.toml"
+	@echo "make demo          a real VM disk: backed up, changed, backed up, restored, imported, compared"
+	@echo "make demo-libvirt  a VM: backed up while it writes, destroyed, restored, booted again"
+	@echo "make test          the tests; ARGS are for pytest: ARGS='tests/unit -k name'"
+	@echo "make check         lint, format, types, layers and tests, as CI does"
+	@echo "make test-deps     installs the Debian packages that the tests use (as root)"
+	@echo "make bench         how fast it is, beside others and the machine's limits"
+	@echo "make bench-quick   the same in minutes, with small disks"
+	@echo "make soak          hours of crashes, faults, damage, hostile input; MINUTES=480 limits the time"
+	@echo "make lock          renews requirements/*.txt from pyproject.toml"
+	@echo "make clean         removes the environment, caches and the demo's data"
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -33,7 +35,7 @@ help:
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
-# libvirt-python is built here, out of its source: without libvirt's headers its tests are skipped.
+# libvirt-python is built here, from source: without libvirt's headers its tests are skipped.
 .venv/.libvirt: requirements/libvirt.txt
 	@if [ -f /usr/include/libvirt/libvirt.h ]; then \
 		$(BIN)/python -m pip install --quiet --require-hashes --no-build-isolation -r $< && touch $@; \
@@ -63,7 +65,7 @@ bench: .venv/.runtime
 bench-quick: .venv/.runtime
 	$(BIN)/python -m bench --quick $(ARGS)
 
-# Hours: what `make check` runs a small part of. MINUTES=480 keeps it to a time. As root for all.
+# Hours: what `make check` runs a small part of. MINUTES=480 limits the time. Some parts need root.
 soak: .venv/.test
 	$(BIN)/python -m tests.soak $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
 
@@ -89,4 +91,4 @@ lock:
 	$(PIP_COMPILE) --extra test --extra check -c requirements/test.txt -o requirements/check.txt $(LOCK_FROM)
 
 clean:
-	rm -rf .venv .cache build demo-data .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .cache build *.egg-info demo-data .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
