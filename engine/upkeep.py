@@ -93,16 +93,17 @@ def _rewritten(opened: Opened, cluster: str, names: set[str]) -> tuple[str, ...]
 
 def _gc(core: Core, point_uuid: str, ctx: JobContext) -> tuple[str, ...]:
     gc = core.config.gc
-    lines: list[str] = []
-    for domain in _domains(core, point_uuid):
+    for cluster_uuid, domain in list(core.points.opened(point_uuid).domains.items()):
         ctx.check()
-        report = domain.reclaim(
-            sparse_below=gc.sparse_below,
-            copy_budget_bytes=gc.copy_budget_bytes,
-            cancelled=ctx.cancelled,
-        )
-        lines += _gc_lines(report)
-        ctx.lines = tuple(lines)
+        try:
+            report = domain.reclaim(
+                sparse_below=gc.sparse_below,
+                copy_budget_bytes=gc.copy_budget_bytes,
+                cancelled=ctx.cancelled,
+            )
+        finally:
+            remember(core.state, core.points, point_uuid, (cluster_uuid,))
+        ctx.lines = (*ctx.lines, *_gc_lines(report))
     return ctx.lines
 
 
