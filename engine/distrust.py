@@ -1,7 +1,7 @@
 """What is known to be damaged on the points, kept over restarts.
 
-A verify or a restore that finds a chunk damaged tells the domain (Domain.distrust), so that the
-next backup that has its content stores it anew. What was healed, or deleted, is forgotten here.
+A verify, restore or gc that finds a chunk damaged tells the domain (Domain.trust), so that the next
+backup that has its content stores it anew. What was healed, or deleted, is forgotten here.
 """
 
 from __future__ import annotations

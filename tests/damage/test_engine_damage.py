@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from engine.model import Backup, Vm
+from engine.views import EVERYWHERE
 from storage.fs import OsFs
 from storage.packs import read_footer
 from tests.engine_rig import EngineRig
@@ -71,6 +72,22 @@ def test_what_was_found_is_remembered_over_a_restart_and_healed(hit: Hit, how: s
         rig.back_up(vm, full=True)
         assert rig.restore(backup, "again") == [rig.volume(d).read_bytes() for d in vm.disks]
         rig.succeed(rig.engine.start_maintenance("verify", rig.point_uuid, True))
+
+
+def test_what_a_gc_found_is_remembered_over_a_restart_and_healed(tmp_path: Path) -> None:
+    with EngineRig(tmp_path / "data") as rig:
+        vm = rig.make_vm("vm", random_bytes(8 * MIB, 1))
+        first = rig.back_up(vm)
+        damage_chunks(rig, 1)
+        volume = rig.volume(vm.disks[0])
+        volume.write_bytes(volume.read_bytes()[: 2 * MIB] + random_bytes(6 * MIB, 3))
+        second = rig.back_up(vm)
+        rig.engine.delete_backup(EVERYWHERE, first.uuid)
+        job = rig.succeed(rig.engine.start_maintenance("gc", rig.point_uuid, False))
+        assert any(line.startswith("damaged: ") for line in job.result)
+        rig.restart()
+        rig.back_up(vm, full=True)
+        assert rig.restore(second, "again") == [volume.read_bytes()]
 
 
 def test_an_interrupted_deep_verify_goes_on_where_it_stopped(hit: Hit) -> None:
