@@ -6,7 +6,7 @@ other call, and those that change something in others than those that look (api/
 client that goes away changes nothing: its call runs to its end (aiohttp doesn't cancel handlers,
 and a worker can't be cancelled).
 
-Read next: dispatch, workers, routes/system.
+Read next: dispatch, workers, routes/system, connections.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from aiohttp import web
 
 from api import docs, openapi
 from api.calls import AnyCall, Batch
+from api.connections import HEADERS, Enveloped, Runner
 from api.decode import MAX_BODY_BYTES
 from api.dispatch import Answered, Received, answer, answer_error
 from api.errors import ApiError
@@ -36,30 +37,15 @@ WORKERS_TIMEOUT_S = 0.5
 # A query may be long: 4096 characters are up to 48 KiB when they are percent-encoded.
 MAX_LINE_BYTES = 64 << 10
 
-_HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 _CODE_BY_STATUS = {404: "route_not_found", 405: "method_not_allowed", 413: "body_too_large"}
-
-
-class Enveloped(web.Response):
-    """An answer in the envelope; `scode` is for the metrics."""
-
-    def __init__(self, answered: Answered) -> None:
-        super().__init__(
-            body=answered.body,
-            status=answered.status,
-            headers=answered.headers,
-            content_type="application/json",
-        )
-        self.scode = answered.scode
 
 
 def make_runner(engine: Engine) -> web.AppRunner:
     """The application as `vmkeep serve` runs it. Its `cleanup` takes at most about 2 s."""
-    return web.AppRunner(
+    return Runner(
         make_app(engine),
+        shutdown_timeout_s=SHUTDOWN_TIMEOUT_S,
         access_log=None,
-        handle_signals=False,
-        shutdown_timeout=SHUTDOWN_TIMEOUT_S,
         max_line_size=MAX_LINE_BYTES,
         max_field_size=MAX_LINE_BYTES,
     )
@@ -139,7 +125,7 @@ async def _envelope_errors(request: web.Request, handler: Handler) -> web.Stream
     except Exception as error:  # noqa: BLE001 - every error becomes an envelope
         response = Enveloped(answer_error(error))
     if not response.prepared:
-        response.headers.update(_HEADERS)
+        response.headers.update(HEADERS)
     scode = response.scode if isinstance(response, Enveloped) else 0
     seconds = time.monotonic() - began_s
     request.app[SERVICE].metrics.observe(_route(request), scode, seconds)

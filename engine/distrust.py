@@ -1,6 +1,6 @@
 """What is known to be damaged on the points, kept over restarts.
 
-A verify or a restore that finds a chunk damaged tells the domain (storage.trust), so that the
+A verify, restore or gc that finds a chunk damaged tells the domain (storage.trust), so that the
 next backup that has its content stores it anew. What was healed, or deleted, is forgotten here.
 """
 

@@ -129,7 +129,8 @@ def _in_each_domain(
     core: Core, point_uuid: str, ctx: JobContext, work: Callable[[Domain], list[str]]
 ) -> tuple[str, ...]:
     """What `work` says of each cluster's domain. One that fails, or is damaged and so left alone,
-    keeps none of the others from it; the lines name it, and the job fails with its reason."""
+    keeps none of the others from it; the lines name it, and the job fails with its reason. What it
+    found damaged is remembered."""
     failures: list[StorageError] = []
     for cluster in core.inventory.places.clusters:
         ctx.check()
@@ -138,6 +139,8 @@ def _in_each_domain(
         except StorageError as error:
             failures.append(error)
             lines = [f"failed: cluster {cluster.name}: {error}"]
+        finally:
+            remember(core.state, core.points, point_uuid, (cluster.uuid,))
         ctx.lines = (*ctx.lines, *lines)
     if failures:
         raise failures[0]

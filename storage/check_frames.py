@@ -12,7 +12,7 @@ from storage.check_report import MOST_FINDINGS, CheckReport, Watch
 from storage.chunks import FRAME_HEADER_BYTES, Decoder
 from storage.errors import Damaged, StorageError, translated
 from storage.fs import Fs
-from storage.packs import FrameView, PackEntry, parse_frame, require_entry
+from storage.packs import FrameView, PackEntry, parse_frame, require_content, require_entry
 from storage.patches import parse_patch, patched
 from storage.point import Point
 from storage.rebuild import COPY_BYTES
@@ -64,9 +64,7 @@ class FrameCheck:
             if entry.base:
                 parse_patch(view.payload, view.raw_len)  # `unfit` proves its content
                 return True
-            raw = decoder.decode(view.codec, view.payload, view.raw_len)
-            if self._point.hasher.full(raw) != entry.chunk_id:
-                raise Damaged(f"{what}: content does not have its id")
+            require_content(view, decoder, self._point.hasher, what)
         except StorageError as error:
             self._note(entry.chunk_id, str(error))
             return False

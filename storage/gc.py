@@ -4,25 +4,31 @@ Plan, then execute. A pack without live chunks is dead for ever and needs only i
 sparse one has its live frames copied into the gc session's packs first. The RETIRE is checked
 against the state that it follows, so any number of backups, deletes and gcs may run beside it. Only
 after it are files unlinked. Long manifest chains are folded by the same session.
+
+A copy takes its chunk's place, and is trusted there. So a whole chunk is proved as it is copied. To
+prove patches would be to read all of their bases: they must still lie, and be trusted, where they
+were copied from when the RETIRE is appended.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from storage import orphans, tables
 from storage.bad_places import open_to_read, read_at
-from storage.chunks import FRAME_HEADER_BYTES, make_frame
-from storage.errors import Damaged, FileGone, PointFull, PointNewerFormat, translated
-from storage.packs import ROW_BYTES, parse_frame, require_entry
+from storage.chunks import FRAME_HEADER_BYTES, Decoder, Frame, make_frame
+from storage.errors import Damaged, FileGone, PointFull, PointNewerFormat, Refused, translated
+from storage.packs import ROW_BYTES, PackEntry, parse_frame, require_content, require_entry
 from storage.rebuild import own_part
 from storage.record import DISKS_LIMIT
 from storage.sealed import HEADER_BYTES, TAIL_BYTES
 from storage.session import FoldedChain, Session
 from storage.tables import LOST_LAYER, Tables, unpack_chunk_row
+from storage.trust import Trust
 
 if TYPE_CHECKING:
     from storage.domain import Domain
@@ -150,18 +156,21 @@ def execute_gc(domain: Domain, plan: GcPlan, cancelled: Callable[[], bool]) -> G
         return GcReport()
     sizes = _sizes(domain, (*plan.dead, *plan.sparse))
     copied_bytes, emptied, damaged = 0, [], []
+    unproved: dict[bytes, int] = {}
     with domain.begin("gc") as session:
         for pack in plan.sparse:
             if cancelled():
                 break
             try:
-                copied_bytes += _copy_live(domain, session, pack)
+                copied_bytes += _copy_live(domain, session, pack, unproved)
                 emptied.append(pack)
             except (Damaged, FileGone, PointNewerFormat) as error:
                 if _is_live(domain, pack):
                     damaged.append(str(error))
         folded = _fold_chains(domain, session, plan.long_chains)
-        retired = session.retire((*plan.dead, *emptied), folded).packs
+        retired = session.retire(
+            (*plan.dead, *emptied), folded, partial(_require_as_copied, domain.trust, unproved)
+        ).packs
     return GcReport(
         packs_removed=len(retired),
         bytes_removed=sum(sizes[pack] for pack in retired),
@@ -202,8 +211,9 @@ def _sizes(domain: Domain, packs: Sequence[str]) -> dict[str, int]:
     return {pack: row.size_bytes if row else 0 for pack, row in rows.items()}
 
 
-def _copy_live(domain: Domain, session: Session, pack: str) -> int:
-    """Copies the frames that are placed in the pack, as they are; returns their bytes."""
+def _copy_live(domain: Domain, session: Session, pack: str, unproved: dict[bytes, int]) -> int:
+    """Copies the frames that are placed in the pack, as they are; returns their bytes. Adds the
+    patches among them, and the number of the pack, to `unproved`."""
     with domain.view.read() as state:
         row = tables.packs.get(state, pack)
         if row is None:
@@ -224,22 +234,42 @@ def _copy_live(domain: Domain, session: Session, pack: str) -> int:
         raise Damaged(f"{path}: not all of it is whole, and the copy would be trusted")
     if len(domain.adopted.reliable(dict.fromkeys(ids, pack))) < len(ids):
         raise Damaged(f"{path}: another cluster made it, and not all of it is what it says")
-    copied_bytes = 0
+    unproved.update((entry.chunk_id, row.number) for entry in wanted if entry.base)
+    copied_bytes, decoder = 0, Decoder()
     with translated(path):
         fd = open_to_read(domain.fs, path)
         try:
             for entry in wanted:
-                size_bytes = FRAME_HEADER_BYTES + entry.stored_len
-                what = f"{path} at {entry.offset}"
-                raw = memoryview(read_at(domain.fs, fd, size_bytes, entry.offset, path))
-                view = parse_frame(raw, domain.chunk_size, what)
-                require_entry(view, entry, what)
-                frame = make_frame(view.chunk_id, view.raw_len, view.codec, view.payload)
+                try:
+                    frame = _read_frame(domain, fd, path, entry, decoder)
+                except Damaged:
+                    domain.trust.withdraw(pack, frozenset({entry.chunk_id}))
+                    raise
                 session.store([frame])
-                copied_bytes += size_bytes
+                copied_bytes += FRAME_HEADER_BYTES + frame.stored_len
         finally:
             domain.fs.close(fd)
     return copied_bytes
+
+
+def _read_frame(domain: Domain, fd: int, path: str, entry: PackEntry, decoder: Decoder) -> Frame:
+    what = f"{path} at {entry.offset}"
+    size_bytes = FRAME_HEADER_BYTES + entry.stored_len
+    raw = memoryview(read_at(domain.fs, fd, size_bytes, entry.offset, path))
+    view = parse_frame(raw, domain.chunk_size, what)
+    require_entry(view, entry, what)
+    if not entry.base:
+        require_content(view, decoder, domain.hasher, what)
+    return make_frame(view.chunk_id, view.raw_len, view.codec, view.payload)
+
+
+def _require_as_copied(trust: Trust, unproved: Mapping[bytes, int], state: Tables) -> None:
+    """Refused if one of the chunks (chunk → the pack that it was copied from) was found wrong, or
+    was stored anew, meanwhile: the copy would take the place of what is right."""
+    for chunk, value in state.table("chunks").get_many(list(unproved)).items():
+        number = unpack_chunk_row(value).pack
+        if number != unproved[chunk] or not trust.is_sound(chunk, number):
+            raise Refused("patches were found damaged, or stored anew, while they were copied")
 
 
 def _fold_chains(domain: Domain, session: Session, disks: Sequence[str]) -> list[FoldedChain]:

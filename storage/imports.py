@@ -33,7 +33,7 @@ from storage.fs import Fs
 from storage.listing import BackupRow, backup_rows
 from storage.log import Log
 from storage.manifests import PAGE_ENTRIES, decode_page
-from storage.packs import PackEntry, parse_frame, read_footer, require_entry
+from storage.packs import PackEntry, parse_frame, read_footer, require_content, require_entry
 from storage.paths import DomainPaths, FileContents
 from storage.rebuild import fold_records, manifest_chain, merged_pages
 from storage.session import NewBackup, Session
@@ -273,8 +273,6 @@ def _prove(domain: Domain, path: str, entries: Sequence[PackEntry]) -> None:
                 raw = read_at(domain.fs, fd, size_bytes, entry.offset, path)
                 frame = parse_frame(memoryview(raw), domain.chunk_size, what)
                 require_entry(frame, entry, what)
-                content = decoder.decode(frame.codec, frame.payload, frame.raw_len)
-                if domain.hasher.full(content) != entry.chunk_id:
-                    raise Damaged(f"{what}: content does not have its id")
+                require_content(frame, decoder, domain.hasher, what)
         finally:
             domain.fs.close(fd)

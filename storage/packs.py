@@ -23,6 +23,8 @@ from storage.chunks import (
     FRAME_HEADER,
     FRAME_HEADER_BYTES,
     FRAME_MAGIC,
+    ChunkHasher,
+    Decoder,
     Frame,
     payload_check,
 )
@@ -49,6 +51,7 @@ __all__ = [
     "parse_frame",
     "read_footer",
     "read_maker",
+    "require_content",
     "require_entry",
 ]
 
@@ -222,6 +225,13 @@ def require_entry(view: FrameView, entry: PackEntry, what: str) -> None:
     said = (entry.chunk_id, entry.raw_len, entry.stored_len, entry.codec, entry.base)
     if (*view[:4], base) != said:
         raise Damaged(f"{what}: is not the frame that the pack's table says")
+
+
+def require_content(view: FrameView, decoder: Decoder, hasher: ChunkHasher, what: str) -> None:
+    """Damaged unless the frame is a whole chunk's, and that has its id."""
+    content = decoder.decode(view.codec, view.payload, view.raw_len)
+    if hasher.full(content) != view.chunk_id:
+        raise Damaged(f"{what}: content does not have its id")
 
 
 def _placed(frames: Sequence[Frame], offset: int) -> Iterable[tuple[Frame, int]]:

@@ -90,6 +90,10 @@ class FoldedChain:
         row = tables.disks.get(state, self.disk)
         return row is not None and (row.manifest, row.parent) == (self.was, self.parent)
 
+    def rebase(self, n: int) -> Rebase:
+        """To the session's manifest of that number."""
+        return Rebase(disk=self.disk, manifest=n, was=self.was, parent=self.parent)
+
 
 class ManifestBuilder:
     """A disk's manifest in the making. One thread at a time."""
@@ -362,33 +366,31 @@ class Session:
 
         self._append(build)
 
-    def retire(self, packs: Sequence[str], folded: Sequence[FoldedChain]) -> Garbage:
+    def retire(
+        self,
+        packs: Sequence[str],
+        folded: Sequence[FoldedChain],
+        require: Callable[[Tables], None] = lambda _: None,
+    ) -> Garbage:
         """A gc session's outcome: `packs` are dead, its own hold what was live in them, and its
         manifests replace those of the folded disks. What is out of date by the time of the record
-        is left out. Refused when one of `packs` still holds live chunks. Durable on return."""
+        is left out. Refused when one of `packs` still holds live chunks. `require` as for `commit`.
+        Durable on return."""
         own = self._seal_all()
 
         def build(state: Tables) -> Sequence[Op]:
+            require(state)
             lost = bool(tables.lost_disks(state))
             live = tuple(pack for pack in packs if may_go(state, pack, lost=lost))
             rebased = [chain for chain in folded if chain.still_true(state)]
             seals = {chain.disk: self._manifests[chain.disk].seal for chain in rebased}
-            rebases = tuple(
-                Rebase(
-                    disk=chain.disk,
-                    manifest=seals[chain.disk].n,
-                    was=chain.was,
-                    parent=chain.parent,
-                )
-                for chain in rebased
-            )
             return [
                 Retire(
                     session=self.id,
                     packs=own,
                     retired=live,
                     manifests=tuple(seals.values()),
-                    rebased=rebases,
+                    rebased=tuple(chain.rebase(seals[chain.disk].n) for chain in rebased),
                 )
             ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable
 
@@ -21,6 +22,7 @@ from engine.model import Job
 log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 15.0  # also how soon a client that went away is noticed
+SEND_TIMEOUT_S = 30.0
 _HEARTBEAT = b": still here\n\n"
 _UNFINISHED = ("queued", "running")
 
@@ -62,13 +64,23 @@ async def _job_events(request: web.Request) -> web.StreamResponse:
         )
         try:
             await response.prepare(request)
-            await response.write(_HEARTBEAT)
+            await _send(response, _HEARTBEAT)
             while (changed := await listener.take(HEARTBEAT_S)) is not None:
-                await response.write(_events(changed) or _HEARTBEAT)
+                await _send(response, _events(changed) or _HEARTBEAT)
             await response.write_eof()
         except ConnectionError:
             log.debug("listener_gone", extra={"who": request.remote})
+        except TimeoutError:
+            log.info("listener_does_not_read", extra={"who": request.remote})
+            if request.transport is not None:
+                request.transport.abort()
         return response
+
+
+async def _send(response: web.StreamResponse, events: bytes) -> None:
+    """TimeoutError when the client takes nothing any more, so that it does not keep its place."""
+    async with asyncio.timeout(SEND_TIMEOUT_S):
+        await response.write(events)
 
 
 def _events(jobs: Iterable[Job]) -> bytes:

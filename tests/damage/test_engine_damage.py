@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from engine.model import Backup, Vm
+from engine.views import EVERYWHERE
 from storage.fs import OsFs
 from storage.packs import read_footer
 from tests.engine_rig import EngineRig
@@ -15,13 +16,15 @@ from tests.rig import random_bytes
 MIB = 1 << 20
 
 
-def damage_chunks(rig: EngineRig, count: int) -> Path:
-    """Flips a bit in the first chunks of the one pack."""
+def damage_chunks(rig: EngineRig, *contents: bytes) -> Path:
+    """Flips a bit in these chunks of the one pack."""
     (pack,) = (rig.data / "point").rglob("packs/*/*")
+    (domain,) = rig.core.points.opened(rig.point_uuid).domains.values()
+    wanted = [domain.hasher.full(content) for content in contents]
     _, entries = read_footer(OsFs(), str(pack))
     content = bytearray(pack.read_bytes())
-    for entry in entries[:count]:
-        content[entry.offset + 100] ^= 4
+    for entry in entries:
+        content[entry.offset + 100] ^= 4 * (entry.chunk_id in wanted)
     pack.chmod(0o600)
     pack.write_bytes(content)
     return pack
@@ -30,9 +33,10 @@ def damage_chunks(rig: EngineRig, count: int) -> Path:
 @pytest.fixture
 def hit(tmp_path: Path) -> tuple[EngineRig, Vm, Backup, Path]:
     rig = EngineRig(tmp_path / "data")
-    vm = rig.make_vm("vm", random_bytes(4 * MIB, 1), random_bytes(MIB, 2))
+    content = random_bytes(4 * MIB, 1)
+    vm = rig.make_vm("vm", content, random_bytes(MIB, 2))
     backup = rig.back_up(vm)
-    return rig, vm, backup, damage_chunks(rig, 2)
+    return rig, vm, backup, damage_chunks(rig, content[:MIB], content[MIB : 2 * MIB])
 
 
 Hit = tuple[EngineRig, Vm, Backup, Path]
@@ -71,6 +75,23 @@ def test_what_was_found_is_remembered_over_a_restart_and_healed(hit: Hit, how: s
         rig.back_up(vm, full=True)
         assert rig.restore(backup, "again") == [rig.volume(d).read_bytes() for d in vm.disks]
         rig.succeed(rig.engine.start_maintenance("verify", rig.point_uuid, True))
+
+
+def test_what_a_gc_found_is_remembered_over_a_restart_and_healed(tmp_path: Path) -> None:
+    with EngineRig(tmp_path / "data") as rig:
+        kept = random_bytes(2 * MIB, 1)
+        vm = rig.make_vm("vm", kept + random_bytes(6 * MIB, 2))
+        first = rig.back_up(vm)
+        damage_chunks(rig, kept[:MIB])
+        volume = rig.volume(vm.disks[0])
+        volume.write_bytes(kept + random_bytes(6 * MIB, 3))
+        second = rig.back_up(vm)
+        rig.engine.delete_backup(EVERYWHERE, first.uuid)
+        job = rig.succeed(rig.engine.start_maintenance("gc", rig.point_uuid, False))
+        assert any(line.startswith("damaged: ") for line in job.result)
+        rig.restart()
+        rig.back_up(vm, full=True)
+        assert rig.restore(second, "again") == [volume.read_bytes()]
 
 
 def test_an_interrupted_deep_verify_goes_on_where_it_stopped(hit: Hit) -> None:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from storage import gc
-from storage.chunks import CODEC_RAW, Encoder, make_frame
+from storage.chunks import CODEC_RAW, Encoder, Frame, make_frame
 from storage.domain import Domain
-from storage.errors import PointFull
+from storage.errors import PointFull, Refused
+from storage.fold import Garbage
 from storage.fs import OsFs, Room
+from storage.patches import PatchEncoder
 from storage.point import ClusterLabel, Point
-from storage.session import NewBackup
+from storage.record import file_id
+from storage.session import NewBackup, Session
 from tests.store import (
     CHUNK,
     Saved,
     cluster,
+    edited,
     files,
     image_of,
     load,
@@ -66,22 +72,76 @@ def test_gc_passes_over_a_pack_that_another_gc_retired(
     assert load(domain, small) == chunks[0]
 
 
-def test_gc_makes_nothing_trusted_that_is_known_to_be_wrong(domain: Domain) -> None:
-    """A chunk that was stored wrong (by a bad bit of memory, say): its frame is whole, its copy
-    would be too."""
-    one, two, other = mixed(3)
+def save_wrong(domain: Domain, frame: Frame, dead: bytes) -> str:
+    """A backup of a frame that was made wrong (by a bad bit of memory, say): it is whole, and its
+    copy would be too. The pack has a dead chunk beside it; returns the pack's FileId."""
     with domain.begin("backup") as session:
         disk = new_uuid()
-        wrong = make_frame(domain.hasher.full(one), CHUNK, CODEC_RAW, other)
-        session.store([wrong, Encoder().encode(domain.hasher.full(two), two)])
-        entries = {0: domain.hasher.full(one)}
-        session.manifest(disk, CHUNK, None).add_page(0, entries)
+        session.store([frame, Encoder().encode(domain.hasher.full(dead), dead)])
+        session.manifest(disk, CHUNK, None).add_page(0, {0: frame.chunk_id})
         session.commit([NewBackup(new_uuid(), b"", [disk])])
-    domain.trust.withdraw(f"{session.id}/00000000", frozenset({domain.hasher.full(one)}))
+    return file_id(session.id, 0)
+
+
+def before_retire(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
+    """Does something when gc has copied, and has not said so yet."""
+    retires = Session.retire
+
+    def retire(self: Session, *args: Any, **kwargs: Any) -> Garbage:
+        monkeypatch.undo()
+        act()
+        return retires(self, *args, **kwargs)
+
+    monkeypatch.setattr(Session, "retire", retire)
+
+
+def test_gc_copies_no_chunk_that_is_wrong(domain: Domain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever finds it while gc is at work, and heals it, must not find gc's copy in its place."""
+    one, two, other = mixed(3)
+    pack = save_wrong(domain, make_frame(domain.hasher.full(one), CHUNK, CODEC_RAW, other), two)
+    healed: list[Saved] = []
+
+    def heal() -> None:
+        domain.trust.withdraw(pack, frozenset({domain.hasher.full(one)}))
+        healed.append(save(domain, one))
+
+    before_retire(monkeypatch, heal)
     report = domain.reclaim(sparse_below=0.9)
     assert (report.packs_repacked, len(report.damaged)) == (0, 1)
-    saved = save(domain, one)
-    assert load(domain, saved) == one
+    assert load(domain, healed[0]) == one
+    assert domain.reclaim(sparse_below=0.9).packs_removed == 1
+
+
+def test_what_gc_finds_wrong_is_stored_anew_by_the_next_backup(domain: Domain) -> None:
+    one, two, other = mixed(3)
+    save_wrong(domain, make_frame(domain.hasher.full(one), CHUNK, CODEC_RAW, other), two)
+    assert len(domain.reclaim(sparse_below=0.9).damaged) == 1
+    assert load(domain, save(domain, one)) == one
+
+
+@pytest.mark.parametrize("heals", [False, True])
+def test_gc_puts_no_patch_that_is_wrong_in_its_new_place(
+    domain: Domain, monkeypatch: pytest.MonkeyPatch, heals: bool
+) -> None:
+    """Patches are not proved when they are copied, as that would be to read all of their bases."""
+    base, two = mixed(2)
+    save(domain, base)
+    wanted, wrong = edited(base, 3), edited(base, 5)
+    chunk, base_id = domain.hasher.full(wanted), domain.hasher.full(base)
+    frame = PatchEncoder().encode(chunk, memoryview(wrong), base_id, base, CHUNK)
+    assert frame is not None
+    pack, healed = save_wrong(domain, frame, two), list[Saved]()
+
+    def find() -> None:
+        domain.trust.withdraw(pack, frozenset({chunk}))
+        if heals:
+            healed.append(save(domain, wanted))
+
+    before_retire(monkeypatch, find)
+    with pytest.raises(Refused, match="while they were copied"):
+        domain.reclaim(sparse_below=0.9)
+    for saved in healed or [save(domain, wanted)]:
+        assert load(domain, saved) == wanted
     assert domain.reclaim(sparse_below=0.9).packs_removed == 1
 
 
