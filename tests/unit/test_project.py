@@ -23,6 +23,13 @@ ROOT = Path(__file__).parent.parent.parent
 LOCKS = sorted((ROOT / "requirements").glob("*.txt"))
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
+DOCUMENTS = (
+    "README.md",
+    "docs/design.md",
+    "docs/operations.md",
+    "docs/reliability.md",
+    "docs/benchmarks.md",
+)
 
 
 def pinned(lock: Path) -> dict[str, str]:
@@ -147,7 +154,7 @@ def test_documented_commands_exist(document: str) -> None:
         assert set(re.findall(r"--[a-z-]+", " ".join(words))) <= options_of(words), words
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/operations.md"])
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_documented_files_exist(document: str) -> None:
     text = (ROOT / document).read_text()
     named = re.findall(
@@ -155,6 +162,14 @@ def test_documented_files_exist(document: str) -> None:
     )
     missing = {name for name in named if not (ROOT / name).exists()}
     assert missing == set()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_documented_modules_exist(document: str) -> None:
+    """Whatever `python -m` is told to run of ours."""
+    named = re.findall(r"python -m ((?:tests|bench)(?:\.\w+)*)", (ROOT / document).read_text())
+    paths = [ROOT.joinpath(*name.split(".")) for name in named]
+    assert all(path.is_dir() or path.with_suffix(".py").exists() for path in paths), named
 
 
 def test_documented_make_targets_exist() -> None:
