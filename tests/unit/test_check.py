@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -257,3 +258,19 @@ def test_memory_does_not_grow_with_the_point(point: Point, domain: Domain) -> No
         more(40)
     assert check_point(point.path, deep=True).chunks == 31 * 40
     assert peak() < before + MIB // 4
+
+
+def test_a_chain_of_more_manifests_than_files_may_be_open(point: Point, domain: Domain) -> None:
+    saved = [save(domain, image_of(1, 2))]
+    for number in range(3, 63):
+        saved.append(save(domain, image_of(1, number), saved[-1]))
+    domain.forget([one.backup for one in saved[:-1]])
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    open_now = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + 30, limits[1]))
+    try:
+        assert findings(point) == []
+        domain.rebuild()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert load(domain, saved[-1]) == image_of(1, 62)
