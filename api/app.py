@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine
 from functools import partial
-from urllib.parse import urlsplit
 
 from aiohttp import web
 
@@ -25,10 +24,12 @@ from api.connections import HEADERS, Enveloped, Runner
 from api.decode import MAX_BODY_BYTES
 from api.dispatch import Answered, Received, answer, answer_error
 from api.errors import ApiError
+from api.origins import refuse_foreign_host, refuse_foreign_origin
 from api.routes import CALLS, system
 from api.service import SERVICE, Service
 from engine.service import Engine
 
+HOST_NAMES = web.AppKey[frozenset[str] | None]("host_names")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 LOOK_EVERY_S = 0.5  # whether a call that takes long waits for a silent disk
@@ -40,10 +41,10 @@ MAX_LINE_BYTES = 64 << 10
 _CODE_BY_STATUS = {404: "route_not_found", 405: "method_not_allowed", 413: "body_too_large"}
 
 
-def make_runner(engine: Engine) -> web.AppRunner:
+def make_runner(engine: Engine, host_names: Collection[str] | None = None) -> web.AppRunner:
     """The application as `vmkeep serve` runs it. Its `cleanup` takes at most about 2 s."""
     return Runner(
-        make_app(engine),
+        make_app(engine, host_names),
         shutdown_timeout_s=SHUTDOWN_TIMEOUT_S,
         access_log=None,
         max_line_size=MAX_LINE_BYTES,
@@ -51,10 +52,14 @@ def make_runner(engine: Engine) -> web.AppRunner:
     )
 
 
-def make_app(engine: Engine) -> web.Application:
-    """Serves a started Engine, which is the caller's to stop, after the application."""
+def make_app(engine: Engine, host_names: Collection[str] | None = None) -> web.Application:
+    """Serves a started Engine, which is the caller's to stop, after the application.
+
+    host_names: what requests may call this machine, beside what is nobody else's; None: anything.
+    """
     document = openapi.document(CALLS)
     app = web.Application(middlewares=[_envelope_errors], client_max_size=MAX_BODY_BYTES)
+    app[HOST_NAMES] = None if host_names is None else frozenset(map(str.lower, host_names))
     app[SERVICE] = Service(engine, document, docs.page(document))
     for call in CALLS:
         app.router.add_route(call.method, call.path, partial(_handle, call))
@@ -116,7 +121,7 @@ async def _envelope_errors(request: web.Request, handler: Handler) -> web.Stream
     """Counts every request, and answers those that reach no worker."""
     began_s = time.monotonic()
     try:
-        _refuse_foreign_origin(request)
+        _refuse_foreign(request)
         response = await handler(request)
     except web.HTTPException as error:
         response = Enveloped(answer_error(_as_api_error(request, error)))
@@ -138,17 +143,11 @@ def _as_api_error(request: web.Request, error: web.HTTPException) -> ApiError:
     return ours.with_traceback(error.__traceback__)
 
 
-def _refuse_foreign_origin(request: web.Request) -> None:
-    """A browser says which page a POST comes from; only our own may change anything here."""
-    origin = request.headers.get("Origin")
-    if origin is None or request.method in ("GET", "HEAD"):
-        return
-    try:
-        ours = urlsplit(origin).netloc == request.headers.get("Host")
-    except ValueError:  # "http://[" is no address
-        ours = False
-    if not ours:
-        raise ApiError("foreign_origin", "the request comes from a page of another site")
+def _refuse_foreign(request: web.Request) -> None:
+    names = request.app[HOST_NAMES]
+    if names is not None:
+        refuse_foreign_host(request, names)
+    refuse_foreign_origin(request)
 
 
 def _route(request: web.Request) -> str:

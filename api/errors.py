@@ -50,6 +50,9 @@ ERRORS: tuple[ErrorRow, ...] = (
     ),
     # 403: who asks
     ErrorRow("foreign_origin", 40300, "request from a foreign web page", "拒绝跨站请求"),
+    ErrorRow(
+        "foreign_host", 40301, "request for a host of another name", "请求的主机名不属于本服务"
+    ),
     # 404: what is named is not there
     ErrorRow("route_not_found", 40400, "no such call", "接口不存在"),
     ErrorRow("cluster_not_found", 40401, "cluster not found", "集群不存在"),

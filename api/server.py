@@ -15,7 +15,7 @@ import resource
 import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from aiohttp import web
 
@@ -61,7 +61,7 @@ def run(
     raise_file_limit()
     engine = Engine.start(data, config)
     try:
-        asyncio.run(_serve(engine, host, port, tell))
+        asyncio.run(_serve(engine, host, port, _own_names(host, config), tell))
     finally:
         engine.stop(ENGINE_STOP_TIMEOUT_S)
     log.info("stopped")
@@ -100,12 +100,26 @@ def notify(message: str) -> None:
         log.warning("notify_failed", extra={"reason": str(error)})
 
 
-async def _serve(engine: Engine, host: str, port: int, tell: Callable[[str], None]) -> None:
+def _own_names(host: str, config: Config) -> Collection[str] | None:
+    """What this machine may be called by: on loopback only few know it by a name. On a network
+    anything may be right, and anyone may call."""
+    if not host.startswith(_LOOPBACK):
+        return None
+    return {*config.api.host_names, socket.gethostname()}
+
+
+async def _serve(
+    engine: Engine,
+    host: str,
+    port: int,
+    host_names: Collection[str] | None,
+    tell: Callable[[str], None],
+) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _begin_exit, stop)
-    runner = make_runner(engine)
+    runner = make_runner(engine, host_names)
     await runner.setup()
     try:
         await _listen(runner, host, port)

@@ -94,15 +94,13 @@ class Catalogue:
         return {row.uuid for row in rows if row.point_uuid == point_uuid}
 
     def newest(self, cluster_uuid: str, point_uuid: str, vm_uuid: str) -> Backup | None:
-        """What an incremental of that VM builds on: its newest finished backup there."""
-        newest: Backup | None = None
+        """What an incremental of that VM builds on: the finished one that came there last. By the
+        log, which no clock can put out of order: one that was ahead would make the parent of all
+        that followed, and what is tracked since the last backup would be of no use to them."""
         with self._lock:
-            for row in self._shelves.of_vm(cluster_uuid, point_uuid, vm_uuid):
-                if newest is not None and row.label.create_time < newest.label.create_time:
-                    break
-                if row.status == BACKUP_DONE:
-                    newest = row if newest is None else max(newest, row, key=self._age)
-        return newest
+            rows = self._shelves.of_vm(cluster_uuid, point_uuid, vm_uuid)
+            done = (row for row in rows if row.status == BACKUP_DONE)
+            return max(done, key=self._age, default=None)
 
     def newest_of_each(self, cluster_uuid: str, point_uuid: str, most: int) -> list[Backup]:
         """A finished backup of each of the `most` VMs that were backed up there last. Those beyond
@@ -261,10 +259,11 @@ class Catalogue:
     def _each(self) -> Iterator[Backup]:
         return chain.from_iterable(rows.values() for rows in self._rows.values())
 
-    def _age(self, row: Backup) -> tuple[int, float, int, str]:
-        """Of one second, what was committed later; not read yet is later than all that was read."""
+    def _age(self, row: Backup) -> tuple[float, int, int, str]:
+        """What was not read yet is later than all that was read. Of what one record brought, an
+        import's, the clock tells."""
         arrival = self._arrival.get(backup_key(row.cluster_uuid, row.uuid), 0)
-        return row.label.create_time, row.seq or math.inf, arrival, row.uuid
+        return row.seq or math.inf, arrival, row.label.create_time, row.uuid
 
 
 def _overrules(row: Backup, known: Backup | None) -> bool:

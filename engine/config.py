@@ -94,6 +94,12 @@ class Log(Section, frozen=True):
     form: Literal["json", "text"] = "json"
 
 
+class Api(Section, frozen=True):
+    """`host_names`: what callers by way of a proxy on this machine may call it (api/origins.py)."""
+
+    host_names: tuple[Name, ...] = ()
+
+
 class ClusterConfig(Section, frozen=True):
     name: Name
     uuid: str = ""
@@ -200,6 +206,7 @@ class Config(Section, frozen=True):
     clone: Clone = Clone()
     tracking: Tracking = Tracking()
     log: Log = Log()
+    api: Api = Api()
     clusters: tuple[ClusterConfig, ...] = ()
     tenants: tuple[TenantConfig, ...] = ()
     namespaces: tuple[NamespaceConfig, ...] = ()

@@ -12,11 +12,14 @@ threads, which answer calls in a millisecond, when both want one.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 from collections.abc import Callable
 
 NICER_BY = 5
+
+log = logging.getLogger(__name__)
 
 
 class Stop:
@@ -42,7 +45,10 @@ class Stop:
 
 
 def run_crew(size: int, name: str, work: Callable[[], None], stop: Stop) -> None:
-    """Runs `work` in `size` threads and returns when all have ended; raises the first error."""
+    """Runs `work` in `size` threads and returns when all have ended; raises the first error.
+
+    In fewer where the system has not so many: RuntimeError when it has none.
+    """
 
     def member() -> None:
         try:
@@ -56,9 +62,16 @@ def run_crew(size: int, name: str, work: Callable[[], None], stop: Stop) -> None
         threading.Thread(target=member, name=f"{name}-{number}", daemon=True)
         for number in range(max(1, size))
     ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
+    started: list[threading.Thread] = []
+    try:
+        for thread in threads:
+            thread.start()
+            started.append(thread)
+    except RuntimeError:  # the system has no more threads for us; fewer do it as well
+        log.warning("crew_is_small", extra={"crew": name, "count": len(started)})
+        if not started:
+            raise
+    for thread in started:
         thread.join()
     if stop.error is not None:
         raise stop.error

@@ -1,5 +1,8 @@
 """A volume in the making: a hidden file in its pool that gets its name when it is durable.
 
+It keeps its hidden name, too, until the restore has been noted as done. So after a kill a volume is
+the restore's if a hidden name is the same file, which nobody else's is (`unname_left`).
+
 Written with O_DIRECT where the file system has it. A restore writes each byte once and reads none
 again, so the page cache would only cost: a copy of everything, memory that the host's guests could
 use, and a long fsync at the end. On a machine that has to fetch each page first (a fresh one, or
@@ -17,6 +20,7 @@ import errno
 import fcntl
 import os
 import secrets
+import stat
 import threading
 from collections.abc import Iterator
 from types import TracebackType
@@ -137,8 +141,10 @@ class NewVolume:
             self._write_cached(content, offset)
 
     def make_durable(self) -> None:
+        """The file, and its hidden name."""
         with self._errors():
             os.fsync(self._fd)
+            self._fs.fsync_dir(os.path.dirname(self._path))
 
     def name(self) -> None:
         """Gives the volume its name, durably; Conflict("name_taken") if somebody was first."""
@@ -169,6 +175,41 @@ class NewVolume:
 
     def _taken(self) -> Conflict:
         return Conflict("name_taken", f"there is a volume {self._name!r} in {self._pool} already")
+
+
+def unname_left(path_final: str) -> bool:
+    """Takes a name back that a restore which was killed has given; False, and nothing is done, when
+    the file is not such a one, or is not there. PoolFull, PoolUnreachable."""
+    pool = os.path.dirname(path_final)
+    with pool_errors(path_final):
+        if not _is_left(path_final, f"{pool}/{RESTORES}"):
+            return False
+        os.unlink(path_final)
+        OsFs().fsync_dir(pool)
+        return True
+
+
+def _is_left(path: str, directory: str) -> bool:
+    """Whether the file at `path` has a name in `directory`, too, and nobody works on it."""
+    if os.path.islink(directory):
+        return False
+    with contextlib.suppress(FileNotFoundError), contextlib.closing(os.scandir(directory)) as names:
+        found = os.lstat(path)
+        for entry in names:
+            if os.path.samestat(found, entry.stat(follow_symlinks=False)):
+                return stat.S_ISREG(found.st_mode) and not _is_locked(entry.path)
+    return False
+
+
+def _is_locked(path: str) -> bool:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
 
 
 def _hidden_file(directory: str) -> tuple[str, int]:

@@ -1,9 +1,8 @@
 """What a start does about what the last process left: nothing stays in the middle of anything.
 
 Jobs that were queued or running are failed, backups in progress get status 2, VMs lose their
-action. A VM that was being restored is failed, and its volumes are removed: they got their names
-only when complete, so at most a whole one is there. A restore that was still waiting for its turn
-has made none: what has such a name is somebody else's, and stays. Sessions on the points are
+action. A VM that was being restored is failed, and its volumes are removed: those that the restore
+has made, and not what somebody else has put there under their names. Sessions on the points are
 aborted when the points are opened. A backup whose COMMIT made it is found there then, and counts as
 done after all.
 """
@@ -19,9 +18,10 @@ from engine.errors import EngineError
 from engine.inventory import find
 from engine.jobs import RESTARTED
 from engine.model import Disk, Vm
+from engine.new_volume import unname_left
 from engine.restores import after_restore
 from engine.snapshot import clear_leftovers
-from engine.volumes import remove_volume, volume_size
+from engine.volumes import volume_path
 
 log = logging.getLogger(__name__)
 
@@ -30,11 +30,10 @@ POOL_TIMEOUT_S = 10.0
 
 def recover(core: Core) -> None:
     """Before any job starts. A pool that does not answer is left as it is."""
-    begun = _begun_restores(core)
     jobs = core.jobs.recover()
     backups = core.catalogue.fail_running(RESTARTED)
     for vm in core.inventory.vms():
-        if vm.action == "restoring" and not vm.host and vm.uuid in begun:
+        if vm.action == "restoring" and not vm.host:
             _bounded(core, f"undo {vm.uuid}", partial(_remove_volumes, core, vm))
     vms = core.inventory.end_all_actions(_ended)
     kept = _settled_baselines(core)
@@ -43,12 +42,6 @@ def recover(core: Core) -> None:
     if jobs or backups or vms:
         fields = {"jobs": len(jobs), "backups": len(backups), "vms": len(vms)}
         log.warning("recovered", extra=fields)
-
-
-def _begun_restores(core: Core) -> frozenset[str]:
-    """The VMs whose restore has got to run."""
-    jobs = core.state.jobs.values()
-    return frozenset(job.compute_uuid for job in jobs if job.kind == "restore" and job.started_at)
 
 
 def _settled_baselines(core: Core) -> frozenset[str]:
@@ -71,14 +64,10 @@ def _remove_volumes(core: Core, vm: Vm) -> int:
 def _remove_made(core: Core, disk: Disk) -> bool:
     try:
         pool = find("pool", core.inventory.places.pools, disk.pool_uuid)
-        # Of another size it is none that the restore made: those are named when they are whole.
-        made = volume_size(pool, disk.volume_name, disk.format) == disk.capacity
-        if made:
-            remove_volume(pool, disk.volume_name)
+        return unname_left(volume_path(pool, disk.volume_name))
     except EngineError as error:
         log.warning("volume_kept", extra={"volume": disk.volume_name, "error": str(error)})
         return False
-    return made
 
 
 def _bounded(core: Core, key: str, act: Callable[[], int]) -> None:

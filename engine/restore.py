@@ -3,7 +3,8 @@
 All disks are written under hidden names in their pools first, complete and durable; only then does
 each get its own name, by link(2), so an existing volume is never overwritten and a half-written one
 never seen. If any step fails, all that was made is removed. What a kill leaves behind lies in
-`<pool>/.vmkeep-restores/`, unlocked, where `clear_leftovers` finds it.
+`<pool>/.vmkeep-restores/`, unlocked, where `clear_leftovers` finds it, and by which `unname_left`
+tells what had got its own name already.
 
 A crew of threads pulls runs (stretches of a pack) in the plan's order; each reads, checks,
 decompresses and writes its run. Only chunks that are not zero are written: the rest of the volume
@@ -16,7 +17,7 @@ import contextlib
 import logging
 import mmap
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from engine.crew import Stop, run_crew
@@ -52,9 +53,13 @@ def run_restore(
     *,
     backup: str,
     allow_damaged: bool = False,
+    complete: Callable[[], None] = lambda: None,
+    keep: contextlib.ExitStack | None = None,
 ) -> RestoreReport:
     """Makes all volumes, durably, or none. `backup`: the one that `disks` are of; it is held.
 
+    `complete` is called when all have their names; what it raises takes them back. So does a kill,
+    until `keep` is closed (see `unname_left`), or, without it, until the return.
     With `allow_damaged` what can't be read becomes zeros, and the report says where; else the first
     damage ends the restore. Either way the domain stores it anew with the next backup that has it.
     Raises Conflict("name_taken") when a volume is there already, PoolFull, PoolUnreachable,
@@ -77,8 +82,11 @@ def run_restore(
         for volume in volumes:
             ctx.check()
             volume.make_durable()
+        ctx.check()
         session.end()
-        _name_all(volumes)
+        _name_all(volumes, complete)
+        if keep is not None:
+            keep.enter_context(undo.pop_all())
     return RestoreReport(tuple(gap for gap in gaps if gap.size_bytes))
 
 
@@ -100,12 +108,13 @@ def _map_of(
         return None
 
 
-def _name_all(volumes: Sequence[RestoreTarget]) -> None:
+def _name_all(volumes: Sequence[RestoreTarget], complete: Callable[[], None]) -> None:
     """All get their names, or none keeps one."""
     with contextlib.ExitStack() as undo:
         for volume in volumes:
             undo.callback(volume.unname)
             volume.name()
+        complete()
         undo.pop_all()
 
 

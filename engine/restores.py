@@ -7,6 +7,7 @@ complete. A restore that fails leaves no volume; its VM stays, without disks, an
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from msgspec.structs import replace
 
 from engine.core import Core
 from engine.distrust import remember
-from engine.errors import Conflict, EngineError, Invalid, NotFound, PoolFull
+from engine.errors import Conflict, Invalid, NotFound, PoolFull
 from engine.ids import new_id, normal
 from engine.inventory import find, require_addable
 from engine.jobs import JobContext, new_job
@@ -24,7 +25,7 @@ from engine.model import BACKUP_DONE, Backup, Disk, DiskBackup, Pool, Vm
 from engine.qemu.header import VolumeFormat
 from engine.restore import Gaps, RestoreDisk, run_restore
 from engine.views import RestoreTarget, Scope
-from engine.volumes import bounded_volume_size, remove_volume, require_plain_name, volume_path
+from engine.volumes import bounded_volume_size, require_plain_name, volume_path
 from storage.domain import Domain
 
 log = logging.getLogger(__name__)
@@ -237,6 +238,8 @@ class _RestoreRun:
         self._core = core
         self._plan = plan
         self._job_uuid = job_uuid
+        # What is made is the VM's when that has been written down: till then a kill undoes it.
+        self._volumes = contextlib.ExitStack()
 
     def __call__(self, ctx: JobContext) -> tuple[str, ...]:
         core, row = self._core, self._plan.backup
@@ -256,22 +259,14 @@ class _RestoreRun:
             core.config.worker_count,
             backup=row.uuid,
             allow_damaged=self._allow_damaged,
+            # Without a machine they are nobody's, and go again.
+            complete=lambda: core.inventory.realize(self._plan.vm, row.label),
+            keep=self._volumes,
         )
-        self._realize()
         devices = {disk.source.disk_uuid: disk.source.target_device for disk in self._plan.disks}
         return tuple(
             line for gaps in report.gaps for line in _gap_lines(devices[gaps.disk_uuid], gaps)
         )
-
-    def _realize(self) -> None:
-        """The volumes are complete; without a machine they are nobody's, and go again."""
-        core, plan = self._core, self._plan
-        try:
-            core.inventory.realize(plan.vm, plan.backup.label)
-        except EngineError:
-            for planned in plan.disks:
-                remove_volume(planned.pool, planned.disk.volume_name)
-            raise
 
     def settle(self, error: Exception | None) -> None:
         core, vm = self._core, self._plan.vm
@@ -279,7 +274,8 @@ class _RestoreRun:
         remember(core.state, core.points, row.point_uuid, (row.cluster_uuid,))
         core.rooms.release(self._job_uuid)
         reason = "" if error is None else str(error) or type(error).__name__
-        core.inventory.end_action(vm.uuid, lambda now: after_restore(now, reason))
+        with self._volumes:
+            core.inventory.end_action(vm.uuid, lambda now: after_restore(now, reason))
         # The backup may have been deleted meanwhile: what only we still held is dead now.
         core.points.reclaim(self._plan.backup.point_uuid, 0)
 

@@ -259,7 +259,7 @@ class _DomainCheck:
             if not all(self._still_live("packs", self._names[number]) for number in packs):
                 return
             raise
-        places = dict(found.patches)
+        places = {found.base: found.base_place, **dict(found.patches)}
         for chunk in wrong:
             pack = self._names[places[chunk].number]
             self._watch.on_damage(Damage(self._cluster, pack=pack, chunk=chunk))

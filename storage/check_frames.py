@@ -75,10 +75,15 @@ class FrameCheck:
             self.details[chunk] = detail
 
     def unfit(self, found: Standing, path_of: Callable[[int], str]) -> list[bytes]:
-        """Those of a base's patches that don't give their chunks. All frames were read before."""
+        """Those of a base's patches that don't give their chunks; or the base, if that is damaged:
+        all frames were read before, but not all of them by this check, or with this outcome."""
         decoder, wrong = Decoder(), []
-        base = self._payload(path_of, found.base_place)
-        content = decoder.decode(base.codec, base.payload, base.raw_len)
+        try:
+            base = self._payload(path_of, found.base_place)
+            content = decoder.decode(base.codec, base.payload, base.raw_len)
+        except Damaged as error:
+            self._note(found.base, str(error))
+            return [found.base]
         for chunk, place in found.patches:
             try:
                 view = self._payload(path_of, place)

@@ -15,7 +15,8 @@ would be led astray by, or end the process at, is an error with a name; the rows
 The map grows when it is full. LMDB allows that only while the process has no transaction open, so
 the full transaction is rolled back, the map enlarged once no reader is inside, and the journal of
 this transaction replayed: nobody else can have written in between, as the writers' lock is held.
-Hence: never open a `read()` inside a `write()` block of the same thread.
+Hence: never open a `read()` inside a `write()` block of the same thread. Nor may LMDB's environment
+be closed, to be opened anew, before the readers have left.
 """
 
 from __future__ import annotations
@@ -178,16 +179,21 @@ class Store:
         self._gate = threading.Condition()
         self._readers = 0
         self._closed = False
+        self._names = [table.name for table in tables]
+        self._map_bytes = map_bytes
         with translated(f"state {path}"):
             os.makedirs(path, mode=0o700, exist_ok=True)
-            _require_sound(os.path.join(path, _DATA_FILE))
-            with lock_in_memory(path) as place:
-                self._env = lmdb.open(
-                    place, map_size=map_bytes, max_dbs=len(tables), max_readers=READERS
-                )
-            self._handles: dict[str, lmdb._Database] = {
-                table.name: self._env.open_db(table.name.encode()) for table in tables
-            }
+            self._open()
+
+    def _open(self) -> None:
+        _require_sound(os.path.join(self._path, _DATA_FILE))
+        with lock_in_memory(self._path) as place:
+            self._env = lmdb.open(
+                place, map_size=self._map_bytes, max_dbs=len(self._names), max_readers=READERS
+            )
+        self._handles: dict[str, lmdb._Database] = {
+            name: self._env.open_db(name.encode()) for name in self._names
+        }
 
     @contextlib.contextmanager
     def read(self) -> Iterator[ReadTxn]:
@@ -205,14 +211,29 @@ class Store:
         with self._writer, translated(f"state {self._path}"):
             if self._closed:
                 raise PointUnreachable(f"state {self._path} is closed")
-            change = WriteTxn(self, self._env.begin(write=True), self._handles)
+            change = WriteTxn(self, self._begin(), self._handles)
             try:
                 yield change
                 with InFlight(self._path):  # LMDB's writing; what comes before it computes
                     change.commit()
-            except BaseException:
+            except BaseException as error:
                 change.abort()
+                if isinstance(error, lmdb.Error):
+                    with contextlib.suppress(lmdb.Error, OSError, Damaged):
+                        self._begin().abort()
                 raise
+
+    def _begin(self) -> lmdb.Transaction:
+        """A write transaction. After a head page that could not be written LMDB refuses all else,
+        reads too, though the file is as it was: until it is opened anew. `_writer` is held."""
+        try:
+            return self._env.begin(write=True)
+        except lmdb.Error:
+            with self._gate:
+                self._gate.wait_for(lambda: self._readers == 0)
+                self._env.close()
+                self._open()
+                return self._env.begin(write=True)
 
     def begin_larger(self) -> lmdb.Transaction:
         """For WriteTxn only: doubles the map; the new write transaction. Waits for readers."""

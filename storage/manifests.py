@@ -23,7 +23,7 @@ from storage.bad_places import open_to_read
 from storage.chunks import CHUNK_ID_BYTES, ZERO_MARK
 from storage.errors import Damaged
 from storage.framing import DIGEST_BYTES
-from storage.fs import Fs
+from storage.fs import NO_FD, Fs
 from storage.sealed import (
     HEADER_BYTES,
     Header,
@@ -185,18 +185,26 @@ class ManifestReader:
         self.close()
 
     def close(self) -> None:
-        """Once; no pages after it."""
-        self._fs.close(self._fd)
+        """No pages after it. Nothing to do a second time."""
+        fd, self._fd = self._fd, NO_FD
+        if fd != NO_FD:
+            self._fs.close(fd)
 
     def pages(self) -> Iterator[tuple[int, bytes]]:
-        """(page number, page) of each page, ascending, read about 1 MiB at a time.
+        """(page number, page) of each page, ascending, read about 1 MiB at a time. Once.
 
         Each page matches its digest, decodes, and lies within the volume; Damaged otherwise.
+        The file is closed when the last has been read: who merges a long chain has all of its
+        manifests open at once, but few are longer than one read.
         """
+        left_bytes = len(self._rows)
         for rows in _batches(self._rows):
             start = rows[0].offset
             size_bytes = rows[-1].offset + rows[-1].entries * ENTRY_BYTES - start
             batch = read_exactly(self._fs, self._fd, size_bytes, start, self._path)
+            left_bytes -= len(rows) * ROW_BYTES
+            if not left_bytes:
+                self.close()
             for row in rows:
                 at = row.offset - start
                 yield row.page_no, self._checked(row, batch[at : at + row.entries * ENTRY_BYTES])

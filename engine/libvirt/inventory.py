@@ -41,6 +41,7 @@ from engine.seed import refer
 from engine.state import State
 from engine.views import HypervisorState
 from engine.volumes import volume_path
+from storage.errors import StorageError
 from storage.in_flight import InFlight
 
 log = logging.getLogger(__name__)
@@ -162,7 +163,8 @@ class LibvirtInventory(EmbeddedInventory):
         )
         with InFlight(watch.name):
             made = _patiently(lambda: define(watch.connection()))
-            with contextlib.suppress(LibvirtFault):  # it is defined: the next look sees it
+            # It is defined, and has its volumes: the next look sees it.
+            with contextlib.suppress(LibvirtFault, StorageError):
                 self._put([self._row(watch.name, seen) for seen in [look_at(made)] if seen])
 
     def _host_of(self, vm: Vm) -> Watch:

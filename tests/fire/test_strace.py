@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,3 +51,53 @@ def test_a_fault_from_below(facts: Facts, verb: str, below: str, fault: str, end
     if ends == 1:
         assert "storage.errors.PointUnreachable" in ended.errors
     judge(facts, verb, ended.told)
+
+
+_STATE = """
+import sys
+from storage.errors import StorageError
+from storage.kv import Store, Table
+import msgspec
+class Row(msgspec.Struct):
+    number: int
+table = Table("t", Row)
+store = Store(sys.argv[1], [table])
+kept = []
+for number in range(5):
+    try:
+        with store.write() as change:
+            change.put(table, str(number), Row(number))
+        kept.append(str(number))
+    except StorageError as error:
+        print(type(error).__name__)
+    with store.read() as state:
+        assert [key for key, _ in state.rows(table)] == kept
+store.close()
+again = Store(sys.argv[1], [table])
+with again.read() as state:
+    assert [key for key, _ in state.rows(table)] == kept
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (f"{HEAD}:error=EIO:when=4", ["PointUnreachable"]),
+        (f"{HEAD}:error=ENOSPC:when=5", ["PointFull"]),
+        (f"{HEAD}:error=EIO:when=5..8", ["PointUnreachable"] * 2),
+        (f"{SYNC}:error=EIO:when=3", ["PointUnreachable"]),
+    ],
+)
+def test_the_state_goes_on_after_a_head_page_that_could_not_be_written(
+    tmp_path: Path, fault: str, told: list[str]
+) -> None:
+    """Not just the next writes were refused: reads, too, and so each call of the API."""
+    if shutil.which("strace") is None:
+        pytest.skip("needs strace")
+    state = tmp_path / "state"
+    state.mkdir()
+    calls = ["-e", f"trace={fault.partition(':')[0]}", "-e", f"inject={fault}"]
+    command = ["strace", "-f", "-o", "/dev/null", "-P", f"{state}/data.mdb", *calls]
+    command += [sys.executable, "-c", _STATE, str(state)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout.split()) == (0, told), ended.stderr

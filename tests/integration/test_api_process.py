@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
 import re
@@ -13,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
@@ -38,15 +41,28 @@ def own_logging() -> Iterator[None]:
     logging.getLogger("aiohttp.server").setLevel(logging.NOTSET)
 
 
-def _serve(data: Path, *, files: int = 1024, **environment: str) -> subprocess.Popen[str]:
-    code = "import sys; from api.server import run; sys.exit(run(sys.argv[1], '127.0.0.1:0'))"
-    return subprocess.Popen(
-        ["prlimit", f"--nofile={files}:", sys.executable, "-u", "-c", code, str(data)],
+@contextlib.contextmanager
+def _serve(
+    data: Path,
+    *,
+    listen: str = "127.0.0.1:0",
+    config: str = "",
+    files: int = 1024,
+    **environment: str,
+) -> Iterator[subprocess.Popen[str]]:
+    code = "import sys; from api.server import run; sys.exit(run(*sys.argv[1:]))"
+    python = ["prlimit", f"--nofile={files}:", sys.executable, "-u", "-c", code]
+    with subprocess.Popen(
+        [*python, str(data), listen, config],
         stdout=subprocess.PIPE,
         text=True,
         cwd=ROOT,
         env=os.environ | environment,
-    )
+    ) as server:
+        try:
+            yield server
+        finally:
+            server.kill()
 
 
 def _told(server: subprocess.Popen[str], last: str) -> list[str]:
@@ -96,8 +112,36 @@ def test_it_opens_as_many_files_as_it_may(tmp_path: Path) -> None:
     with _serve(tmp_path / "data", files=256) as server:
         _told(server, "backup point")
         found = resource.prlimit(server.pid, resource.RLIMIT_NOFILE)
-        server.terminate()
     assert found == (most, hard)
+
+
+OURS = ["127.0.0.1:8080", "[::1]:8080", "LOCALHOST", "localhost.:8080", "web.localhost", "host7"]
+CONFIGURED = "backup.example"
+OTHERS = ["evil.example:8080", "127.0.0.1.evil.example", "evil.localhost.example", "[", "x.y."]
+
+
+def test_a_name_that_was_made_to_lead_to_loopback_is_refused(tmp_path: Path) -> None:
+    """By its Host alone: for a browser such a page is of our origin. On a network any name is."""
+    config = tmp_path / "vmkeep.toml"
+    config.write_text('[api]\nhost_names = ["Backup.Example"]\n')
+    with _serve(tmp_path / "data", config=str(config)) as server:
+        port = int(_told(server, "vmkeep")[0].rpartition(":")[2])
+        for name in [*OURS, CONFIGURED, socket.gethostname()]:
+            assert _scode(port, "GET", "/v1/compute/list", name) == 0, name
+        for name in OTHERS:
+            assert _scode(port, "GET", "/v1/compute/list", name) == 40301, name
+            assert _scode(port, "POST", "/v1/compute/delete", name) == 40301, name
+    with _serve(tmp_path / "data", listen="0.0.0.0:0") as server:
+        port = int(_told(server, "vmkeep")[0].rpartition(":")[2])
+        assert _scode(port, "GET", "/v1/compute/list", OTHERS[0]) == 0
+
+
+def _scode(port: int, method: str, path: str, host: str) -> int:
+    with contextlib.closing(HTTPConnection("127.0.0.1", port, timeout=30)) as http:
+        http.request(method, path, headers={"Host": host, "Origin": f"http://{host}"})
+        scode = json.loads(http.getresponse().read())["scode"]
+    assert isinstance(scode, int)
+    return scode
 
 
 @pytest.mark.usefixtures("own_logging")

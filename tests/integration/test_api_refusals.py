@@ -51,6 +51,7 @@ NOT_BY_A_REQUEST = {
     "backup_already_on_point": "inside jobs: tests of storage",
     "point_not_ready": "while a point is being opened: tests of the engine",
     "point_unsafe_mount": "needs NFS: unit tests of mounts",
+    "foreign_host": "of a service on loopback: test_api_process",
     "already_running": "before there is a server: test_api_process",
     "config_invalid": "before there is a server: test_api_process",
 }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from msgspec.structs import replace
@@ -68,6 +70,16 @@ def test_an_incremental_builds_on_the_newest(rig: EngineRig) -> None:
     full = rig.back_up(vm, full=True)
     assert full.label.full
     assert full.parent == ""
+
+
+def test_after_a_clock_that_was_ahead_backups_build_on_each_other(rig: EngineRig) -> None:
+    vm = rig.make_vm("web", disk_bytes(MIB, 1))
+    with mock.patch.object(rig.engine, "_core", dataclasses.replace(rig.core, clock=lambda: 4e9)):
+        ahead = rig.back_up(vm)
+    assert ahead.label.create_time == 4_000_000_000
+    chain = [ahead, *(rig.back_up(vm) for _ in range(3))]
+    assert [one.parent for one in chain] == ["", *(one.uuid for one in chain[:-1])]
+    assert rig.listed()[0] == ahead.uuid
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2), (1, 2, 0)])

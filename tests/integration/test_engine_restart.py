@@ -164,26 +164,46 @@ def test_a_commit_that_we_did_not_live_to_note_counts(tmp_path: Path) -> None:
         assert rig.engine.vm(vm.uuid).action == ""
 
 
-@pytest.mark.parametrize("began", [True, False])
-def test_a_restored_vm_that_we_did_not_live_to_note_is_undone(tmp_path: Path, began: bool) -> None:
-    """What has the name of a volume whose restore has not begun is somebody else's."""
-    with EngineRig(tmp_path / "data", ONE_JOB) as rig:
-        vm = rig.make_vm("web", disk_bytes(MIB, 1))
-        backup = rig.back_up(vm)
-        rig.occupy()
-        copy, job = rig.ask_restore(backup, "copy", volumes=["copy.raw"])
-        volume = rig.volume(rig.engine.vm(copy).disks[0])
-        volume.write_bytes(disk_bytes(MIB, 1))
-        # As after a kill: nobody settled anything.
-        state = rig.core.state
-        vms, jobs = state.vms.values(), state.jobs.values()
-        if began:
-            jobs = [replace(row, started_at=1.0 if row.uuid == job else 0.0) for row in jobs]
-        rig.engine.stop()
-        rig.engine = _started_with(rig, vms, jobs)
-        assert rig.engine.vm(copy).state == "restore_failed"
-        assert volume.exists() != began
-        assert rig.volume(rig.engine.vm(vm.uuid).disks[0]).exists()
+# argv: the data directory, the inventory's call that it dies in.
+KILLED_LATE = """
+import os, signal, sys
+from pathlib import Path
+from engine.views import Scope
+from tests.engine_rig import EngineRig
+
+rig = EngineRig(Path(sys.argv[1]))
+backup = rig.engine.backup(Scope(), rig.listed()[0])
+setattr(rig.core.inventory, sys.argv[2], lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+rig.succeed(rig.ask_restore(backup, "copy", volumes=["copy.raw"])[1])
+"""
+
+
+@pytest.mark.parametrize("last", ["realize", "end_action"])
+@pytest.mark.parametrize("theirs", [False, True])
+def test_a_restored_vm_that_we_did_not_live_to_note_is_undone(
+    tmp_path: Path, last: str, theirs: bool
+) -> None:
+    """But for what somebody has put in a volume's place meanwhile."""
+    with EngineRig(tmp_path / "data") as rig:
+        web = rig.make_vm("web", disk_bytes(MIB, 1))
+        rig.back_up(web)
+        pool = rig.pool_path
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED_LATE, str(tmp_path / "data"), last],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL
+    copy = pool / "copy.raw"
+    assert copy.read_bytes() == disk_bytes(MIB, 1)
+    if theirs:
+        copy.unlink()
+        copy.write_bytes(disk_bytes(MIB, 1))
+    with EngineRig(tmp_path / "data") as rig:
+        (vm,) = (vm for vm in rig.engine.vms(ANYWHERE) if vm.name == "copy")
+        assert (vm.state, vm.disks) == ("restore_failed", ())
+        assert files_below(pool) == [str(copy)] * theirs + [str(pool / "web-0.raw")]
 
 
 def _started_with(rig: EngineRig, vms: list[Vm], jobs: list[Job]) -> Engine:

@@ -22,6 +22,7 @@ PUBLISHED = {
     40002: "disk_not_in_backup",
     40003: "usd_type_not_offered",
     40300: "foreign_origin",
+    40301: "foreign_host",
     40400: "route_not_found",
     40401: "cluster_not_found",
     40402: "tenant_not_found",

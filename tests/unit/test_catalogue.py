@@ -114,21 +114,26 @@ def test_the_newest_is_the_last_that_came_of_those_finished(state: State) -> Non
     assert newest.uuid == "a"
 
 
-def test_of_one_second_the_newest_is_what_was_committed_last_after_a_restart_too(
+def test_the_newest_is_what_was_committed_last_after_a_restart_and_by_any_clock(
     state: State,
 ) -> None:
     catalogue = Catalogue(state)
-    there = [replace(row("a", 10), seq=3), replace(row("z", 10), seq=4)]
-    catalogue.put_all(there)
+    ahead, then = replace(row("a", 99), seq=3), replace(row("z", 10), seq=4)
+    imported = [replace(row("m", 9), seq=5), replace(row("l", 8), seq=5)]
+
+    def newest(catalogue: Catalogue) -> str:
+        found = catalogue.newest("c", "p", "v")
+        return found.uuid if found else ""
+
+    catalogue.put_all([ahead, then])
     for now in (catalogue, Catalogue(state)):
-        now.sync("c", "p", ["a", "z"], lambda: there)
-        newest = now.newest("c", "p", "v")
-        assert newest is not None
-        assert newest.uuid == "z"
+        now.sync("c", "p", ["a", "z"], lambda: [ahead, then])
+        assert newest(now) == "z"
     catalogue.put(row("b", 10))
-    newest = catalogue.newest("c", "p", "v")
-    assert newest is not None
-    assert newest.uuid == "b"
+    assert newest(catalogue) == "b"
+    catalogue.put(replace(row("b", 10), seq=2))
+    catalogue.put_all(imported)
+    assert newest(catalogue) == "m"
 
 
 def test_the_newest_of_each_vm(state: State) -> None:

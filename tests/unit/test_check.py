@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from storage.check import Finding, check_point
+from storage.check import Damage, Finding, NoReads, check_point
 from storage.chunks import FRAME_HEADER_BYTES
 from storage.domain import Domain
 from storage.errors import Damaged
@@ -23,11 +24,15 @@ from tests.store import (
     CHUNK,
     Saved,
     cluster,
+    edited,
+    files,
     image_of,
     load,
+    mixed,
     new_point,
     new_uuid,
     open_domain,
+    patches,
     save,
     write_disk,
 )
@@ -257,3 +262,42 @@ def test_memory_does_not_grow_with_the_point(point: Point, domain: Domain) -> No
         more(40)
     assert check_point(point.path, deep=True).chunks == 31 * 40
     assert peak() < before + MIB // 4
+
+
+def test_a_chain_of_more_manifests_than_files_may_be_open(point: Point, domain: Domain) -> None:
+    saved = [save(domain, image_of(1, 2))]
+    for number in range(3, 63):
+        saved.append(save(domain, image_of(1, number), saved[-1]))
+    domain.forget([one.backup for one in saved[:-1]])
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    open_now = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + 30, limits[1]))
+    try:
+        assert findings(point) == []
+        domain.rebuild()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert load(domain, saved[-1]) == image_of(1, 62)
+
+
+def test_a_base_that_goes_bad_after_it_was_read_is_a_finding(point: Point, domain: Domain) -> None:
+    """Or that a verify which went on where it was interrupted did not read again."""
+    (base,) = mixed(1)
+    first = save(domain, base)
+    (pack,) = (f"{domain.paths.root}/{name}" for name in files(domain, "packs"))
+    second = save(domain, edited(base, 3), first)
+    assert patches(domain)
+
+    class Reads(NoReads):
+        def skip(self, _pack: str) -> bool:
+            return True
+
+    flip(pack, 200)
+    damaged: list[Damage] = []
+    report = check_point(point.path, deep=True, reads=Reads(), on_damage=damaged.append)
+    assert {(found.kind, found.path) for found in report.findings} == {("chunk", pack)}
+    assert {backup for found in report.findings for backup in found.backups} == {
+        first.backup,
+        second.backup,
+    }
+    assert [domain.paths.pack(found.pack) for found in damaged] == [pack]

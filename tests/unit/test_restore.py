@@ -19,6 +19,7 @@ import pytest
 
 from engine.errors import Cancelled, Conflict, PoolFull, PoolUnreachable
 from engine.jobs import JobContext
+from engine.new_volume import unname_left
 from engine.restore import RestoreDisk, run_restore
 from engine.snapshot import RESTORES, clear_leftovers
 from storage import tables
@@ -324,6 +325,48 @@ def test_what_a_killed_restore_leaves_is_cleared(tmp_path: Path) -> None:
     assert sorted(os.listdir(pool)) == [RESTORES, "v"]
     assert clear_leftovers(str(pool)) == 1
     assert sorted(os.listdir(pool)) == ["v"]
+
+
+def test_the_names_of_a_restore_that_goes_on_are_left_alone(rig: Rig) -> None:
+    """Another service has the same pool, and a killed restore of a volume of the same name."""
+    made = rig.back_up(volume(rig, "v", b"x" * MIB))
+    path = str(rig.pool / "n")
+    left: list[bool] = []
+    run_restore(
+        rig.domain,
+        [RestoreDisk(made.disks["vda"], path)],
+        JobContext(),
+        2,
+        backup=made.backup,
+        complete=lambda: left.append(unname_left(path)),
+    )
+    assert left == [False]
+    assert Path(path).read_bytes() == b"x" * MIB
+    assert names(rig) == ["n", "v"]
+
+
+def test_a_link_in_the_place_of_the_hidden_names_says_nothing(tmp_path: Path) -> None:
+    theirs, pool = tmp_path / "theirs", tmp_path / "pool"
+    theirs.mkdir()
+    pool.mkdir()
+    (theirs / "a").write_bytes(b"x")
+    os.link(theirs / "a", pool / "n")
+    (pool / RESTORES).symlink_to(theirs)
+    assert not unname_left(str(pool / "n"))
+    assert (pool / "n").read_bytes() == b"x"
+
+
+def test_what_fails_when_all_is_named_takes_the_names_back(rig: Rig) -> None:
+    made = rig.back_up(volume(rig, "v", b"1"), volume(rig, "w", b"2"))
+    disks = [RestoreDisk(made.disks[t], str(rig.pool / f"n-{t}")) for t in ("vda", "vdb")]
+
+    def refused() -> None:
+        assert names(rig) == [RESTORES, "n-vda", "n-vdb", "v", "w"]
+        raise Conflict("name_taken", "no machine")
+
+    with pytest.raises(Conflict, match="no machine"):
+        run_restore(rig.domain, disks, JobContext(), 2, backup=made.backup, complete=refused)
+    assert names(rig) == ["v", "w"]
 
 
 def test_a_running_restore_is_safe_from_clear_leftovers(rig: Rig) -> None:
