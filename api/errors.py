@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine.errors import EngineError
-from storage.errors import StorageError
+from storage.errors import StorageError, shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,5 +151,5 @@ def row_of(error: BaseException) -> ErrorRow:
 def desc_of(error: BaseException) -> str:
     """The particulars for the caller: of a defect of ours its type only, its text may tell more."""
     if isinstance(error, ApiError | EngineError | StorageError):
-        return str(error).encode(errors="replace").decode()  # a path need not be Unicode
+        return shown(str(error))
     return type(error).__name__

@@ -37,7 +37,7 @@ from storage.check_report import (
     Watch,
 )
 from storage.chunks import ZERO_MARK
-from storage.errors import Damaged, PointNewerFormat, StorageError, translated
+from storage.errors import Damaged, PointNewerFormat, StorageError, shown, translated
 from storage.fold import fold
 from storage.fs import Fs, OsFs
 from storage.listing import backup_rows
@@ -94,7 +94,7 @@ def check_point(
         with translated(root):
             if fs.stat(os.path.join(root, name)).kind != "directory":
                 where = os.path.join(root, name)
-                report.findings.append(Finding("label", where, "is no domain's directory"))
+                report.add(Finding("label", where, "is no domain's directory"))
                 continue
         report.domains += 1
         with tempfile.TemporaryDirectory(prefix="vmkeep-check-") as scratch:
@@ -120,7 +120,8 @@ class _DomainCheck:
         self._fs = fs
         self._point = point
         self._paths = paths
-        self._cluster = os.path.basename(paths.root)
+        self._name = os.path.basename(paths.root)
+        self._cluster = shown(self._name)
         self._view = view
         self._report = report
         self._watch = watch
@@ -156,7 +157,7 @@ class _DomainCheck:
     def _fold(self) -> bool:
         """Folds all records, which proves the chain; False when they can't be followed."""
         try:
-            if self._point.cluster(self._cluster) is None and self._records.newest_name():
+            if self._point.cluster(self._name) is None and self._records.newest_name():
                 self._found("label", self._paths.label, "is not there; its owner makes it anew")
         except StorageError as error:
             self._found("label", self._paths.label, str(error))

@@ -3,9 +3,10 @@ nobody."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 from storage import orphans, tables
 from storage.bad_places import BadPlace
@@ -42,8 +43,7 @@ class HarmlessCheck:
 
     def check_heartbeats(self) -> None:
         with translated(self._paths.hosts):
-            for host in orphans.names_in(self._fs, self._paths.hosts):
-                path = os.path.join(self._paths.hosts, host)
+            for path in self._files("heartbeat", self._paths.hosts):
                 try:
                     check_beat(self._fs, path)
                 except FileNotFoundError:
@@ -54,8 +54,8 @@ class HarmlessCheck:
     def check_checkpoints(self) -> None:
         """Reads each whole, and holds it against its name."""
         with translated(self._paths.checkpoints):
-            for name in orphans.names_in(self._fs, self._paths.checkpoints):
-                path = os.path.join(self._paths.checkpoints, name)
+            for path in self._files("checkpoint", self._paths.checkpoints):
+                name = os.path.basename(path)
                 seq = name[:16]
                 try:
                     digest = file_digest(self._fs, path, self._report, self._watch)
@@ -88,6 +88,16 @@ class HarmlessCheck:
                 path = os.path.join(self._paths.root, table, name)
                 if self._is_there(path):
                     self._found("orphan", path, "belongs to nobody; the next gc removes it")
+
+    def _files(self, kind: str, directory: str) -> Iterator[str]:
+        """The files in there. What somebody has planted instead of one is found."""
+        for name in orphans.names_in(self._fs, directory):
+            path = os.path.join(directory, name)
+            with contextlib.suppress(FileNotFoundError):
+                if self._fs.stat(path).kind == "file":
+                    yield path
+                else:
+                    self._found(kind, path, "is no file")
 
     def _is_there(self, path: str) -> bool:
         with translated(path):

@@ -21,6 +21,14 @@ class StorageError(Exception):
     code: ClassVar[str] = "storage_failed"
     retryable: ClassVar[bool] = False
 
+    def __str__(self) -> str:
+        return shown(super().__str__())
+
+
+def shown(text: str) -> str:
+    """A text with a file's name in it, as it may be kept and sent: the name need not be Unicode."""
+    return text.encode(errors="backslashreplace").decode()
+
 
 class PointUnreachable(StorageError):
     """The point's directory, or the server behind it, does not answer or is not there."""

@@ -10,10 +10,12 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from engine.errors import Conflict, EngineError
 from engine.sources import open_volume
+from engine.views import Maintenance
 from storage import bundles, tables
 from storage.bundling import Bundling
 from storage.check import check_point
@@ -22,12 +24,13 @@ from storage.errors import Damaged, FileGone, PointUnreachable, StorageError
 from storage.heartbeats import Observer, read_beat
 from storage.log import record_path
 from storage.point import ClusterLabel, Point
-from tests.engine_rig import ANYWHERE, EngineRig, disk_bytes
+from tests.engine_rig import ANYWHERE, ONE_JOB, PATIENCE_S, EngineRig, disk_bytes
 from tests.store import Saved, cluster, files, image_of, live_files, load, new_point, open_domain
 from tests.store import save as save_image
 
 Plant = Callable[[Path], None]
 IMAGE = image_of(1, 2, 3)
+MIB = 1 << 20
 
 
 def _device(path: Path) -> None:
@@ -256,6 +259,8 @@ def test_as_a_heartbeat(point: Point, domain: Domain, label: ClusterLabel, kind:
     plant(Path(domain.paths.hosts, "host-2"), kind)
     assert read_beat(domain, "host-2") is None
     assert Observer(patience_s=600).end_dead_sessions(domain, 0.0) == 0
+    found = check_point(point.path, deep=False).findings
+    assert [(one.kind, Path(one.path).name) for one in found] == [("heartbeat", "host-2")]
     other.abort(session.id)
     session._sealer.shutdown()
 
@@ -307,3 +312,29 @@ def test_a_volume_name_that_is_taken_by_something_else(tmp_path: Path, kind: str
             rig.ask_restore(backup, "copy", volumes=["planted"])
         assert os.lstat(path) == before
         assert [vm.name for vm in rig.engine.vms(ANYWHERE)] == ["web"]
+
+
+def test_names_that_are_not_unicode(tmp_path: Path) -> None:
+    """A job that had to tell of one never ended, and its thread was gone."""
+    with EngineRig(tmp_path / "data", ONE_JOB) as rig:
+        rig.back_up(rig.make_vm("vm", disk_bytes(MIB, 1)))
+        domains = rig.data / "point" / "domains"
+        shutil.copytree(domains / rig.cluster_uuid, os.fsdecode(bytes(domains) + b"/\xfe-copy"))
+        for directory, _, _ in list(os.walk(domains)):
+            Path(os.fsdecode(os.fsencode(directory) + b"/\xff-file")).touch()
+            Path(os.fsdecode(os.fsencode(directory) + b"/\xff-directory")).mkdir()
+        jobs: list[Maintenance] = ["verify", "gc", "verify"]
+        found = [
+            rig.ended(rig.engine.start_maintenance(kind, rig.point_uuid, True)) for kind in jobs
+        ]
+        assert [job.state for job in found] == ["failed", "succeeded", "failed"]
+        assert any("label: " in line and r"\udcfe-copy" in line for line in found[0].result)
+        assert any("heartbeat: " in line and r"\udcff-file" in line for line in found[0].result)
+        assert any("orphan: " in line for line in found[0].result)
+        msgspec.json.encode(found)
+        msgspec.json.encode(check_point(str(domains.parent), deep=True))
+        assert len(rig.engine.remote_backups(rig.cluster_uuid, rig.point_uuid)) >= 1
+        rig.restart()
+        assert {job.uuid for job in rig.engine.jobs()} >= {job.uuid for job in found}
+        rig.core.points.look_again(rig.point_uuid, PATIENCE_S)
+        assert rig.engine.point(rig.point_uuid).state == "online"

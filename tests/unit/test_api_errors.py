@@ -12,7 +12,7 @@ import storage.errors
 from api.envelope import failed, succeeded
 from api.errors import BY_NAME, ERRORS, INTERNAL, ApiError, desc_of, row_of
 from api.schemas import Empty
-from engine.errors import Conflict, ConflictCode, EngineError, Invalid, NotFound, Thing
+from engine.errors import Conflict, ConflictCode, EngineError, Invalid, NotFound, PoolFull, Thing
 from storage.errors import PointFull, StorageError
 
 # What clients were told once holds for ever: a change here breaks them.
@@ -138,8 +138,9 @@ def test_a_defect_tells_its_type_only() -> None:
     assert desc_of(KeyError("/etc/secret")) == "KeyError"
 
 
-def test_a_path_that_is_no_unicode_can_be_told() -> None:
-    assert desc_of(PointFull("/srv/\udcff")) == "/srv/?"
+@pytest.mark.parametrize("kind", [PointFull, PoolFull])
+def test_a_path_that_is_no_unicode_can_be_told(kind: type[Exception]) -> None:
+    assert desc_of(kind("/srv/\udcff")) == r"/srv/\udcff"
 
 
 def test_success_is_the_documents_envelope() -> None:
