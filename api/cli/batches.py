@@ -99,7 +99,7 @@ def _batch(bodies: Iterable[Request]) -> BatchRequest:
 def _items_of(path: Path) -> BatchRequest:
     try:
         return msgspec.json.decode(path.read_bytes(), type=BatchRequest)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise click.UsageError(f"{path}: {error}") from error
 
 

@@ -38,7 +38,7 @@ def pick(client: Client, what: str, wanted: str, listing: Listing) -> str:
     if _is_uuid(wanted):
         return wanted
     rows = listing(client)
-    fits = [row for row in rows if row.name == wanted]
+    fits = [row for row in rows if wanted and row.name == wanted]  # jobs have no names
     if not fits and len(wanted) >= PREFIX_MIN:
         fits = [row for row in rows if row.uuid.startswith(wanted.lower())]
     if not fits:

@@ -155,6 +155,22 @@ def test_names_and_prefixes_stand_for_uuids(wanted: str, row: int) -> None:
     assert names.pick(NOWHERE, "VM", wanted, lambda _: ROWS) == ROWS[row].uuid
 
 
+def test_nothing_stands_for_nothing() -> None:
+    """As when a variable in a script is not set: it was the one job, which has no name."""
+    with pytest.raises(Failure, match="no job ''"):
+        names.pick(NOWHERE, "job", "", lambda _: [Named(ROWS[0].uuid, "")])
+
+
+@pytest.mark.parametrize(
+    "content", [b'{"items": [{"a": "\xff"}]}', b'{"items": [{"a": %s' % (b"[" * 5000), b"[]"]
+)
+def test_a_file_that_is_no_batch_is_wrong_usage(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "items").write_bytes(content)
+    ran = CliRunner().invoke(cli, ["backup", "batch-create", "--file", str(tmp_path / "items")])
+    assert ran.exit_code == USAGE
+    assert "items: " in ran.output
+
+
 def test_a_whole_uuid_asks_nobody() -> None:
     def listing(_: Client) -> list[Named]:
         raise AssertionError("asked")
