@@ -40,9 +40,11 @@ class Rooms:
             device = _device(pool)
             devices[device] += need
             pools[device] = pool
+        # Before the lock, for which all others would wait with a pool that does not answer.
+        free = {device: pool_room(pool)[1] for device, pool in pools.items()}
         with self._lock:
             for device, need in devices.items():
-                self._require(pools[device], device, need)
+                self._require(pools[device], device, need, free[device])
             self._claims[key] = _Claim(devices, left)
 
     def release(self, key: str) -> None:
@@ -50,11 +52,10 @@ class Rooms:
         with self._lock:
             self._claims.pop(key, None)
 
-    def _require(self, pool: Pool, device: int, need: int) -> None:
+    def _require(self, pool: Pool, device: int, need: int, free: int) -> None:
         promised = sum(
             int(claim.needs.get(device, 0) * claim.left()) for claim in self._claims.values()
         )
-        _, free = pool_room(pool)
         if need > free - promised:
             raise PoolFull(
                 f"pool {pool.name} has {max(free - promised, 0)} bytes left; {need} are needed"

@@ -24,7 +24,8 @@ from engine.config import (
 from engine.distrust import remember
 from engine.errors import NotFound, PoolUnreachable
 from engine.jobs import JobContext
-from engine.model import BACKUP_DONE, BACKUP_FAILED, Backup, Vm
+from engine.model import BACKUP_DONE, BACKUP_FAILED, Backup, Pool, Vm
+from engine.rooms import Rooms
 from engine.views import NewDisk, RestoreTarget, Scope
 from storage.check import check_point
 from storage.errors import PointUnreachable
@@ -181,6 +182,33 @@ def test_a_pool_that_hangs_holds_up_no_vm_of_another(
                 found.result(PATIENCE_S / 6)
             create("big", f"other{len(vms)}")
         assert [vm.name for vm in rig.engine.vms(ANYWHERE)] == ["other1", "other2", "there"]
+
+
+def test_a_pool_that_hangs_at_last_holds_up_no_restore_into_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After it was looked at, and before it is asked for its room."""
+    rooms, answers, asked = Rooms(), threading.Event(), threading.Event()
+    slow, fast = (Pool(uuid=name, name=name, path=str(tmp_path / name)) for name in ("slow", "f"))
+    for pool in (slow, fast):
+        Path(pool.path).mkdir()
+    statvfs = os.statvfs
+
+    def hanging(path: str) -> object:
+        if path == slow.path:
+            asked.set()
+            answers.wait(PATIENCE_S)
+        return statvfs(path)
+
+    monkeypatch.setattr("engine.volumes.os.statvfs", hanging)
+    with ThreadPoolExecutor(2) as threads:
+        claim = threads.submit(rooms.claim, "a", {slow: 1})
+        assert asked.wait(PATIENCE_S)
+        try:
+            threads.submit(rooms.claim, "b", {fast: 1}).result(PATIENCE_S / 6)
+        finally:
+            answers.set()
+        claim.result(PATIENCE_S)
 
 
 def _hanging(
