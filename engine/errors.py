@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
+from storage.errors import shown
+
 Thing: TypeAlias = Literal[
     "cluster",
     "tenant",
@@ -61,6 +63,9 @@ class EngineError(Exception):
 
     code: str = "engine_failed"
     retryable: bool = False
+
+    def __str__(self) -> str:
+        return shown(super().__str__())
 
 
 class NotFound(EngineError):

@@ -32,7 +32,7 @@ from engine.history import shortened
 from engine.model import Job, JobKind, Progress
 from engine.progress import Counters, Speedometer, to_progress
 from engine.state import State
-from storage.errors import StorageError
+from storage.errors import StorageError, shown
 
 log = logging.getLogger(__name__)
 
@@ -367,10 +367,8 @@ class Jobs:
             log.exception("job_not_settled", extra={"job": active.job.uuid})
             error = error or unsettled
         row = self._finish_row(active.job, _reason_of(error), error)
-        self._record_end(
-            active,
-            replace(row, result=result or active.context.lines, progress=_last_progress(active)),
-        )
+        lines = tuple(map(shown, result or active.context.lines))
+        self._record_end(active, replace(row, result=lines, progress=_last_progress(active)))
 
     def _judge(self, active: _Active, error: Exception | None) -> Exception | None:
         """The error that counts: what a cancelled job raises follows from the cancelling."""
@@ -482,7 +480,7 @@ def _reason_of(error: Exception | None) -> str:
         return ""
     if isinstance(error, EngineError | StorageError):
         return str(error) or type(error).__name__
-    return f"{type(error).__name__}: {error}"
+    return shown(f"{type(error).__name__}: {error}")
 
 
 def _age(job: Job) -> tuple[float, str]:

@@ -228,4 +228,4 @@ async def test_an_error_with_a_path_that_is_not_unicode_is_logged(site: Site) ->
     answered = await asyncio.to_thread(partial(answer, site.engine, call, b"{}", "me"))
     assert answered.scode == 50302
     [row] = (await site.get("operation/list")).data["list"]
-    assert (row["what"], row["desc"]) == ("odd", "/srv/?: no answer")
+    assert (row["what"], row["desc"]) == ("odd", r"/srv/\udcff: no answer")

@@ -9,8 +9,8 @@ from typing import Literal
 import pytest
 
 from engine.config import Config, DiskConfig, PoolConfig, VmConfig
-from engine.model import Backup, Vm
-from engine.views import Scope
+from engine.model import BACKUP_FAILED, Backup, Vm
+from engine.views import BackupQuery, Scope
 from tests.engine_rig import EngineRig
 from tests.qemu.images import MIB, bitmaps, content, create, qemu_img, qemu_io
 from tests.qemu.test_stopped import running_vm
@@ -142,3 +142,17 @@ def test_a_pool_may_have_a_format_of_its_own(
         for disk in rig.engine.vm(vm_uuid).disks:
             assert disk.format == wanted
             qemu_img("compare", "-F", wanted, "-f", "raw", pool / "b", rig.volume(disk))
+
+
+def test_an_image_that_stands_on_a_name_that_is_not_unicode(rig: EngineRig) -> None:
+    """The backup fails by name; its job never ended, and its thread was gone."""
+    with (rig.pool_path / "b.qcow2").open("r+b") as image:
+        place = image.read(4096).index(b"template")
+        image.seek(place)
+        image.write(b"templat\xff")
+    _, job = rig.ask_backup(the_vm(rig))
+    ended = rig.ended(job)
+    assert ended.state == "failed"
+    assert r"templat\udcff: No such file" in ended.error
+    (backup,) = rig.engine.backups(BackupQuery()).rows
+    assert (backup.status, backup.error) == (BACKUP_FAILED, ended.error)

@@ -52,6 +52,19 @@ def test_a_job_succeeds_with_a_result_and_is_recorded(jobs: Jobs, state: State) 
     assert jobs.jobs() == [ended]
 
 
+def test_what_is_said_of_a_name_that_is_not_unicode_can_be_kept(jobs: Jobs, state: State) -> None:
+    """Else the job would never end, and the thread that had it would be gone."""
+
+    def crash(ctx: JobContext) -> tuple[str, ...]:
+        ctx.lines = ("found \udcff",)
+        raise RuntimeError("at \udcfe")
+
+    for _ in range(3):
+        ended = jobs.wait(jobs.submit(new_job("verify"), crash).uuid, PATIENCE_S)
+        assert (ended.error, ended.result) == (r"RuntimeError: at \udcfe", (r"found \udcff",))
+        assert state.jobs.get(ended.uuid) == ended
+
+
 def test_failures_give_their_reason(jobs: Jobs) -> None:
     def full(ctx: JobContext) -> tuple[str, ...]:
         ctx.lines = ("half done",)
