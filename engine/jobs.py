@@ -33,6 +33,7 @@ from engine.model import Job, JobKind, Progress
 from engine.progress import Counters, Speedometer, to_progress
 from engine.state import State
 from storage.errors import StorageError
+from storage.paths import spelled
 
 log = logging.getLogger(__name__)
 
@@ -366,11 +367,9 @@ class Jobs:
         except Exception as unsettled:
             log.exception("job_not_settled", extra={"job": active.job.uuid})
             error = error or unsettled
-        row = self._finish_row(active.job, _reason_of(error), error)
-        self._record_end(
-            active,
-            replace(row, result=result or active.context.lines, progress=_last_progress(active)),
-        )
+        row = self._finish_row(active.job, spelled(_reason_of(error)), error)
+        lines = tuple(map(spelled, result or active.context.lines))
+        self._record_end(active, replace(row, result=lines, progress=_last_progress(active)))
 
     def _judge(self, active: _Active, error: Exception | None) -> Exception | None:
         """The error that counts: what a cancelled job raises follows from the cancelling."""

@@ -94,7 +94,7 @@ def check_point(
         with translated(root):
             if fs.stat(os.path.join(root, name)).kind != "directory":
                 where = os.path.join(root, name)
-                report.findings.append(Finding("label", where, "is no domain's directory"))
+                report.add(Finding("label", where, "is no domain's directory"))
                 continue
         report.domains += 1
         with tempfile.TemporaryDirectory(prefix="vmkeep-check-") as scratch:

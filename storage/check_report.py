@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
+from storage.paths import spelled
 from storage.ranges import joined
 
 SHOWN_RANGES = 100
@@ -68,7 +69,8 @@ class CheckReport:
     def add(self, finding: Finding) -> None:
         """Lists the finding, while there is room; else counts it."""
         if len(self.findings) < MOST_FINDINGS:
-            self.findings.append(finding)
+            path, detail = spelled(finding.path), spelled(finding.detail)
+            self.findings.append(replace(finding, path=path, detail=detail))
         else:
             self.more += 1
 

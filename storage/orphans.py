@@ -138,7 +138,8 @@ def _sweep_session(
     directory = os.path.join(root, session)
     gone = 0
     for name in names:
-        if known and state.table(known).get(f"{session}/{name}".encode()) is not None:
+        # Not every name is Unicode.
+        if known and state.table(known).get(os.fsencode(f"{session}/{name}")) is not None:
             continue
         gone += _unlink(fs, os.path.join(directory, name))
     _remove_if_empty(fs, directory)

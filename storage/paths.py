@@ -13,6 +13,11 @@ from storage.manifests import ManifestReader
 from storage.packs import PackEntry, read_footer
 
 
+def spelled(text: str) -> str:
+    """The text with what no encoding takes spelled out: a name on a point need not be Unicode."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 class DomainPaths:
     """Absolute paths of one domain. A FileId (`session/n`) is a path below packs/ or manifests/."""
 
