@@ -154,9 +154,10 @@ class Keeper:
     def domain(self, cluster_uuid: str) -> Domain:
         """That cluster's domain; raises as `opened`, or NotFound for a cluster not managed."""
         opened = self.opened()
+        damage = opened.damaged.get(cluster_uuid)  # which a look may take away at any moment
+        if damage is not None:
+            raise _same(damage)
         found = opened.domains.get(cluster_uuid)
-        if cluster_uuid in opened.damaged:
-            raise _same(opened.damaged[cluster_uuid])
         if found is None:
             raise NotFound("cluster", cluster_uuid)
         return found

@@ -111,7 +111,8 @@ class View:
         self._reading = threading.local()
         self._readers = 0
         self._growing = False
-        self._panicked = False
+        self._writing = threading.Lock()
+        self._panicked = False  # LMDB refuses all, until it is opened anew
         with translated(f"view {path}", ViewDamaged):
             os.makedirs(path, mode=0o700, exist_ok=True)
             self._current = _open(path, scratch=scratch)
@@ -146,6 +147,7 @@ class View:
         with self._gate:
             self._replaced.append(self._current)
             self._current = opened
+            self._panicked = False
             self._close_unread()
         self.suspect = ""
         destroy(old)
@@ -153,8 +155,12 @@ class View:
     @contextlib.contextmanager
     def read(self) -> Iterator[ViewTables]:
         """The state after the last commit. Keep it short; never across a wait."""
-        with self._watched(), self._entered() as current, current.env.begin() as txn:
-            yield ViewTables(txn, current.databases)
+        with self._watched():
+            if self._panicked and not getattr(self._reading, "depth", 0):
+                with self._writing:
+                    self._revive()
+            with self._entered() as current, current.env.begin() as txn:
+                yield ViewTables(txn, current.databases)
 
     def ask(self, question: Callable[[ViewTables], ResultT]) -> ResultT:
         """`question` of the state after the last commit; asked once more, of the view made anew,
@@ -220,16 +226,16 @@ class View:
 
         `change` is run again, on the old state, when the map was too small for it.
         """
-        with self._watched():
+        with self._watched(), self._writing:
             while True:
-                if self._panicked:
-                    self._reopen()
+                self._revive()
                 try:
                     return self._changed(change)
                 except lmdb.MapFullError:
                     self.grow()
-                except lmdb.PanicError:
-                    self._panicked = True
+                except lmdb.Error:
+                    self._panicked = self._is_panicked()
+                    raise
 
     def _changed(self, change: Callable[[ViewTables], ResultT]) -> ResultT:
         txn = self._current.env.begin(write=True)
@@ -258,13 +264,21 @@ class View:
                 env = self._current.env
                 env.set_mapsize(env.info()["map_size"])  # which maps it anew
 
-    def _reopen(self) -> None:
-        """After a head page that could not be written LMDB refuses all else, though the file is
-        as it was: until it is opened anew."""
-        with self._unread():
-            self._current.close()
-            self._current = _open(self.path, scratch=self._scratch)
-            self._panicked = False
+    def _is_panicked(self) -> bool:
+        try:
+            self._current.env.begin().abort()
+        except lmdb.Error:
+            return True
+        return False
+
+    def _revive(self) -> None:
+        """After a head page that could not be written LMDB refuses all else, reads too, though the
+        file is as it was: until it is opened anew. `_writing` is held."""
+        if self._panicked:
+            with self._unread():
+                self._current.close()
+                self._current = _open(self.path, scratch=self._scratch)
+                self._panicked = False
 
     @contextlib.contextmanager
     def _unread(self) -> Iterator[None]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from engine.keeper import Keeper
 from engine.model import Backup, Vm
 from engine.views import EVERYWHERE
+from storage.errors import Damaged
 from storage.fs import OsFs
 from storage.packs import read_footer
 from tests.engine_rig import EngineRig
@@ -120,3 +123,24 @@ def test_an_incremental_does_not_build_on_what_is_known_to_be_damaged(hit: Hit) 
         assert rig.restore(backup, "healed") == contents
         third = rig.back_up(vm)
         assert "changes found by: sda scan, sdb scan" in third.label.notes
+
+
+class Mended(dict[str, Damaged]):
+    """What was damaged is found whole between two looks at it."""
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(key) and bool(self.pop(str(key)))
+
+
+def test_a_domain_that_was_just_mended_is_not_an_error_of_its_own(hit: Hit) -> None:
+    rig, _, _, _ = hit
+    with rig:
+        points = rig.core.points
+        keeper = Keeper(points.state(rig.point_uuid).point, points._around)
+        keeper._looks = 1  # its thread is not started, so nobody else changes what it has
+        damaged = Mended({rig.cluster_uuid: Damaged("a record is missing")})
+        keeper._opened = replace(points.opened(rig.point_uuid), damaged=damaged)
+        with pytest.raises(Damaged):
+            keeper.domain(rig.cluster_uuid)
+        damaged.clear()
+        assert keeper.domain(rig.cluster_uuid) is points.domain(rig.point_uuid, rig.cluster_uuid)

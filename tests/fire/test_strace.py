@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from storage.view import View
 from tests.fire.below import CALLS, DATA, KILL, injected
 from tests.fire.script import Facts, prepare
 from tests.fire.sweep import judge
@@ -92,12 +93,53 @@ def test_the_state_goes_on_after_a_head_page_that_could_not_be_written(
     tmp_path: Path, fault: str, told: list[str]
 ) -> None:
     """Not just the next writes were refused: reads, too, and so each call of the API."""
+    _require_told(_STATE, tmp_path / "state", fault, told)
+
+
+def _require_told(script: str, directory: Path, fault: str, told: list[str]) -> None:
+    """The script ends well and says this, when LMDB's calls on the file there meet the fault."""
     if shutil.which("strace") is None:
         pytest.skip("needs strace")
-    state = tmp_path / "state"
-    state.mkdir()
+    directory.mkdir(exist_ok=True)
     calls = ["-e", f"trace={fault.partition(':')[0]}", "-e", f"inject={fault}"]
-    command = ["strace", "-f", "-o", "/dev/null", "-P", f"{state}/data.mdb", *calls]
-    command += [sys.executable, "-c", _STATE, str(state)]
+    command = ["strace", "-f", "-o", "/dev/null", "-P", f"{directory}/data.mdb", *calls]
+    command += [sys.executable, "-c", script, str(directory)]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout.split()) == (0, told), ended.stderr
+
+
+_VIEW = """
+import sys
+from storage.errors import StorageError
+from storage.view import View
+view = View(sys.argv[1], b"mine")
+kept = {}
+for number in range(5):
+    key = b"%d" % number
+    try:
+        view.update(lambda state: state.table("chunks").put(key, bytes(16)))
+        kept[key] = bytes(16)
+    except StorageError as error:
+        print(type(error).__name__)
+    with view.read() as state:
+        assert dict(state.table("chunks").scan()) == kept
+view.close(seal=True)
+with View(sys.argv[1], b"mine").read() as state:
+    assert dict(state.table("chunks").scan()) == kept
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (f"{HEAD}:error=EIO:when=1", ["PointUnreachable"]),
+        (f"{HEAD}:error=ENOSPC:when=1..4", ["PointFull"] * 2),
+        (f"{SYNC}:error=EIO:when=3", ["PointUnreachable"]),
+    ],
+)
+def test_a_view_is_read_after_a_head_page_that_could_not_be_written(
+    tmp_path: Path, fault: str, told: list[str]
+) -> None:
+    """It was opened anew by the next update; but who looks at a point reads first."""
+    View(str(tmp_path / "view"), b"mine").close()
+    _require_told(_VIEW, tmp_path / "view", fault, told)

@@ -243,6 +243,34 @@ def test_where_sessions_keep_their_files(
     assert load(open_domain(point, label), saved) == IMAGE
 
 
+def test_a_file_whose_name_is_no_unicode(point: Point, domain: Domain, saved: Saved) -> None:
+    session = os.path.dirname(os.path.join(domain.paths.root, min(files(domain, "packs"))))
+    Path(os.fsdecode(os.fsencode(session) + b"/\xff")).touch()
+    Path(os.fsdecode(os.fsencode(point.path) + b"/domains/\xfe")).touch()
+    report = check_point(point.path, deep=True)
+    assert sorted(os.path.basename(found.path) for found in report.findings) == [
+        "\\udcfe",
+        "\\udcff",
+    ]
+    assert msgspec.json.encode(report)
+    domain.reclaim(copy_budget_bytes=1)
+    assert load(domain, saved) == IMAGE
+    assert sorted(os.listdir(session)) == ["00000000"]
+
+
+@pytest.mark.parametrize("root", ["packs", "manifests", "tmp"])
+def test_a_domain_is_opened_though_a_file_has_no_unicode_name(
+    point: Point, domain: Domain, label: ClusterLabel, saved: Saved, root: str
+) -> None:
+    directory = Path(domain.paths.root, root, "ab" * 16)
+    directory.mkdir()
+    Path(os.fsdecode(os.fsencode(directory) + b"/\xff")).touch()
+    domain.close()
+    again = open_domain(point, label)
+    assert load(again, saved) == IMAGE
+    assert not directory.exists()
+
+
 def test_an_abort_follows_no_link(domain: Domain, tmp_path: Path) -> None:
     (tmp_path / "treasure").mkdir()
     (tmp_path / "treasure" / "00000000").write_text("mine")
