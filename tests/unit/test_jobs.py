@@ -82,23 +82,6 @@ def test_failures_give_their_reason(jobs: Jobs) -> None:
     assert three.state == "succeeded"
 
 
-def test_what_a_job_says_need_not_be_unicode(jobs: Jobs, state: State) -> None:
-    """The name of a file, say. Its thread would die of it, and the job never end."""
-
-    def finds(_ctx: JobContext) -> tuple[str, ...]:
-        return ("orphan: \udcff",)
-
-    def fails(_ctx: JobContext) -> tuple[str, ...]:
-        raise PointFull("\udcff")
-
-    for _ in range(3):  # more than there are threads
-        for handler in (finds, fails):
-            queued = jobs.submit(new_job("verify"), handler)
-            ended = jobs.wait(queued.uuid, PATIENCE_S)
-            assert state.jobs.get(queued.uuid) == ended
-            assert [*ended.result, ended.error][0].endswith("\\udcff")
-
-
 def test_no_more_than_the_limit_run_and_all_get_their_turn(jobs: Jobs) -> None:
     lock, together = threading.Lock(), [0, 0]
     both = threading.Barrier(2)
