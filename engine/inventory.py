@@ -101,6 +101,10 @@ class Inventory(Protocol):
         """The VM, now in `action`. NotFound, HypervisorAway, Conflict(vm_busy) if it was in one."""
         ...
 
+    def note(self, uuid: str, change: Callable[[Vm], Vm]) -> None:
+        """Applies `change`, durably; the VM stays in its action. One that is gone is no error."""
+        ...
+
     def end_action(self, uuid: str, change: Callable[[Vm], Vm] = ...) -> None:
         """Clears the action and applies `change`. A VM that is gone is no error."""
         ...
@@ -184,11 +188,14 @@ class EmbeddedInventory:
             self._state.vms.put_in(txn, vm)
         return vm
 
-    def end_action(self, uuid: str, change: Callable[[Vm], Vm] = _unchanged) -> None:
+    def note(self, uuid: str, change: Callable[[Vm], Vm]) -> None:
         with self._state.store.write() as txn:
             vm = self._state.vms.get_in(txn, uuid)
             if vm is not None:
-                self._state.vms.put_in(txn, replace(change(vm), action=""))
+                self._state.vms.put_in(txn, change(vm))
+
+    def end_action(self, uuid: str, change: Callable[[Vm], Vm] = _unchanged) -> None:
+        self.note(uuid, lambda vm: replace(change(vm), action=""))
 
     def end_all_actions(self, change: Callable[[Vm], Vm]) -> list[Vm]:
         with self._state.store.write() as txn:

@@ -1,6 +1,6 @@
 """A volume in the making: a hidden file in its pool that gets its name when it is durable.
 
-It keeps its hidden name, too, until the restore has been noted as done. So after a kill a volume is
+It keeps its hidden name, too, until its VM has been noted as restored. So after a kill a volume is
 the restore's if a hidden name is the same file, which nobody else's is (`unname_left`).
 
 Written with O_DIRECT where the file system has it. A restore writes each byte once and reads none

@@ -1,10 +1,10 @@
 """What a start does about what the last process left: nothing stays in the middle of anything.
 
 Jobs that were queued or running are failed, backups in progress get status 2, VMs lose their
-action. A VM that was being restored is failed, and its volumes are removed: those that the restore
-has made, and not what somebody else has put there under their names. Sessions on the points are
-aborted when the points are opened. A backup whose COMMIT made it is found there then, and counts as
-done after all.
+action. A VM that was being restored, and is not noted as complete, is failed, and its volumes are
+removed: those that the restore has made, and not what somebody else has put there under their
+names. Sessions on the points are aborted when the points are opened. A backup whose COMMIT made it
+is found there then, and counts as done after all.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def recover(core: Core) -> None:
     jobs = core.jobs.recover()
     backups = core.catalogue.fail_running(RESTARTED)
     for vm in core.inventory.vms():
-        if vm.action == "restoring" and not vm.host:
+        if vm.action == "restoring" and vm.state == "restoring" and not vm.host:
             _bounded(core, f"undo {vm.uuid}", partial(_remove_volumes, core, vm))
     vms = core.inventory.end_all_actions(_ended)
     kept = _settled_baselines(core)

@@ -54,12 +54,11 @@ def run_restore(
     backup: str,
     allow_damaged: bool = False,
     complete: Callable[[], None] = lambda: None,
-    keep: contextlib.ExitStack | None = None,
 ) -> RestoreReport:
     """Makes all volumes, durably, or none. `backup`: the one that `disks` are of; it is held.
 
-    `complete` is called when all have their names; what it raises takes them back. So does a kill,
-    until `keep` is closed (see `unname_left`), or, without it, until the return.
+    `complete` is called when all have their names; what it raises takes them back, and so does a
+    kill before it returns (see `unname_left`).
     With `allow_damaged` what can't be read becomes zeros, and the report says where; else the first
     damage ends the restore. Either way the domain stores it anew with the next backup that has it.
     Raises Conflict("name_taken") when a volume is there already, PoolFull, PoolUnreachable,
@@ -85,8 +84,6 @@ def run_restore(
         ctx.check()
         session.end()
         _name_all(volumes, complete)
-        if keep is not None:
-            keep.enter_context(undo.pop_all())
     return RestoreReport(tuple(gap for gap in gaps if gap.size_bytes))
 
 

@@ -7,7 +7,6 @@ complete. A restore that fails leaves no volume; its VM stays, without disks, an
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -238,8 +237,6 @@ class _RestoreRun:
         self._core = core
         self._plan = plan
         self._job_uuid = job_uuid
-        # What is made is the VM's when that has been written down: till then a kill undoes it.
-        self._volumes = contextlib.ExitStack()
 
     def __call__(self, ctx: JobContext) -> tuple[str, ...]:
         core, row = self._core, self._plan.backup
@@ -259,14 +256,19 @@ class _RestoreRun:
             core.config.worker_count,
             backup=row.uuid,
             allow_damaged=self._allow_damaged,
-            # Without a machine they are nobody's, and go again.
-            complete=lambda: core.inventory.realize(self._plan.vm, row.label),
-            keep=self._volumes,
+            complete=self._complete,
         )
         devices = {disk.source.disk_uuid: disk.source.target_device for disk in self._plan.disks}
         return tuple(
             line for gaps in report.gaps for line in _gap_lines(devices[gaps.disk_uuid], gaps)
         )
+
+    def _complete(self) -> None:
+        """The volumes become the VM's: without a machine, or a note of it, they go again."""
+        inventory, plan = self._core.inventory, self._plan
+        inventory.realize(plan.vm, plan.backup.label)
+        if not inventory.vm(plan.vm.uuid).host:  # what a hypervisor has has been noted
+            inventory.note(plan.vm.uuid, lambda now: after_restore(now, ""))
 
     def settle(self, error: Exception | None) -> None:
         core, vm = self._core, self._plan.vm
@@ -274,8 +276,7 @@ class _RestoreRun:
         remember(core.state, core.points, row.point_uuid, (row.cluster_uuid,))
         core.rooms.release(self._job_uuid)
         reason = "" if error is None else str(error) or type(error).__name__
-        with self._volumes:
-            core.inventory.end_action(vm.uuid, lambda now: after_restore(now, reason))
+        core.inventory.end_action(vm.uuid, lambda now: after_restore(now, reason))
         # The backup may have been deleted meanwhile: what only we still held is dead now.
         core.points.reclaim(self._plan.backup.point_uuid, 0)
 
@@ -296,9 +297,9 @@ def _gap_lines(device: str, gaps: Gaps) -> list[str]:
 def after_restore(vm: Vm, reason: str) -> Vm:
     """The VM once its restore has ended; `reason` is "" for success.
 
-    One that a hypervisor has is complete: it was defined last of all.
+    One that a hypervisor has is complete: it was defined last of all. What is noted stays.
     """
-    if vm.host:
+    if vm.host or vm.state != "restoring":
         return vm
     if not reason:
         return replace(vm, state="stopped", last_error="")

@@ -13,9 +13,8 @@ import pytest
 from msgspec.structs import replace
 
 from engine.errors import AlreadyRunning, Conflict
-from engine.model import BACKUP_DONE, BACKUP_FAILED, Job, Vm
+from engine.model import BACKUP_DONE, BACKUP_FAILED
 from engine.service import Engine
-from engine.state import State
 from storage.check import check_point
 from tests.engine_rig import ANYWHERE, ONE_JOB, PATIENCE_S, EngineRig, disk_bytes, files_below
 
@@ -178,7 +177,7 @@ rig.succeed(rig.ask_restore(backup, "copy", volumes=["copy.raw"])[1])
 """
 
 
-@pytest.mark.parametrize("last", ["realize", "end_action"])
+@pytest.mark.parametrize("last", ["realize", "note"])
 @pytest.mark.parametrize("theirs", [False, True])
 def test_a_restored_vm_that_we_did_not_live_to_note_is_undone(
     tmp_path: Path, last: str, theirs: bool
@@ -188,13 +187,7 @@ def test_a_restored_vm_that_we_did_not_live_to_note_is_undone(
         web = rig.make_vm("web", disk_bytes(MIB, 1))
         rig.back_up(web)
         pool = rig.pool_path
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED_LATE, str(tmp_path / "data"), last],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-        timeout=PATIENCE_S,
-        check=False,
-    )
-    assert killed.returncode == -signal.SIGKILL
+    assert _killed_in(tmp_path / "data", last) == -signal.SIGKILL
     copy = pool / "copy.raw"
     assert copy.read_bytes() == disk_bytes(MIB, 1)
     if theirs:
@@ -206,13 +199,26 @@ def test_a_restored_vm_that_we_did_not_live_to_note_is_undone(
         assert files_below(pool) == [str(copy)] * theirs + [str(pool / "web-0.raw")]
 
 
-def _started_with(rig: EngineRig, vms: list[Vm], jobs: list[Job]) -> Engine:
-    """Starts again, from a state with these rows."""
-    state = State(str(rig.data / "state"))
-    state.vms.put_all(vms)
-    state.jobs.put_all(jobs)
-    state.close()
-    return Engine.start(str(rig.data), rig.config)
+def test_a_restored_vm_that_was_noted_is_kept_by_a_kill(tmp_path: Path) -> None:
+    with EngineRig(tmp_path / "data") as rig:
+        rig.back_up(rig.make_vm("web", disk_bytes(MIB, 1)))
+        pool = rig.pool_path
+    assert _killed_in(tmp_path / "data", "end_action") == -signal.SIGKILL
+    with EngineRig(tmp_path / "data") as rig:
+        (vm,) = (vm for vm in rig.engine.vms(ANYWHERE) if vm.name == "copy")
+        assert (vm.state, vm.action, vm.last_error) == ("stopped", "", "")
+        assert rig.volume(vm.disks[0]).read_bytes() == disk_bytes(MIB, 1)
+        assert files_below(pool) == [str(pool / "copy.raw"), str(pool / "web-0.raw")]
+
+
+def _killed_in(data: Path, call: str) -> int:
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED_LATE, str(data), call],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    return killed.returncode
 
 
 def test_a_lost_state_brings_the_backups_back_as_another_clusters(tmp_path: Path) -> None:
