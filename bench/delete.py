@@ -18,10 +18,10 @@ from bench.lab import Lab
 from bench.results import Figure, Result, Series
 from bench.runner import alone
 from bench.states import HastyFs, label_of
-from storage.chunks import Encoder
-from storage.domain import Domain
+from storage.domain.domain import Domain
+from storage.domain.session import NewBackup
+from storage.format.chunks import Encoder
 from storage.point import ClusterLabel, Point
-from storage.session import NewBackup
 
 QUESTION = "How long does a delete take, and a gc, beside how many others?"
 

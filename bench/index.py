@@ -24,11 +24,11 @@ from bench.lab import Lab, say
 from bench.results import Figure, Result, Series
 from bench.runner import alone
 from bench.states import HastyFs, label_of
-from storage.chunks import CHUNK_ID_BYTES, CODEC_ZSTD, FRAME_HEADER_BYTES, Frame
-from storage.domain import Domain
-from storage.fs import NO_FD, Buffer, OsFs
+from storage.domain.domain import Domain
+from storage.domain.session import NewBackup
+from storage.files.fs import NO_FD, Buffer, OsFs
+from storage.format.chunks import CHUNK_ID_BYTES, CODEC_ZSTD, FRAME_HEADER_BYTES, Frame
 from storage.point import ClusterLabel, Point
-from storage.session import NewBackup
 
 QUESTION = "How fast is a view with millions of chunks?"
 

@@ -30,9 +30,9 @@ from pathlib import Path
 
 import zstandard
 
-from engine.pages import chunk_runs
-from engine.sources import allocated_ranges
-from storage.chunks import is_zero
+from engine.backup.pages import chunk_runs
+from engine.snapshot.sources import allocated_ranges
+from storage.format.chunks import is_zero
 
 GIB = 1 << 30
 CHUNK_BYTES = 1 << 20

@@ -28,10 +28,10 @@ from types import ModuleType
 from bench.lab import Cost, Lab, series, times, warm
 from bench.results import Figure, Note, Result, ratios
 from bench.runner import alone
+from engine.backup.pipeline import ITEM_BYTES
 from engine.nbd.client import NbdClient
 from engine.nbd.connection import NbdAddress
 from engine.nbd.source import CONNECTIONS
-from engine.pipeline import ITEM_BYTES
 
 QUESTION = "Is the NBD client as fast as libnbd?"
 

@@ -33,8 +33,8 @@ from bench.disks import sha256
 from bench.lab import descendants
 from bench.service import Service
 from bench.witness import Machine, Witness, Wrong, at_once
-from engine.snapshot import SNAPSHOTS
-from storage.check import check_point
+from engine.snapshot.snapshot import SNAPSHOTS
+from storage.check.check import check_point
 
 MIB = 1 << 20
 VOLUME_BYTES = MIB

@@ -39,7 +39,7 @@ from api.schemas_backup import (
 )
 from bench.service import Service
 from bench.witness import Witness, Wrong, at_once
-from storage.check import check_point
+from storage.check.check import check_point
 
 MIB = 1 << 20
 VOLUME_BYTES = 3 * MIB

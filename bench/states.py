@@ -11,15 +11,14 @@ from pathlib import Path
 
 import msgspec
 
-from engine.labels import encode_label
+from engine.catalogue.labels import encode_label
 from engine.model import BackupLabel, DiskBackup
-from storage.bundles import stretch_of
-from storage.domain import Domain
-from storage.fs import OsFs
-from storage.log import Log, record_path
-from storage.paths import DomainPaths
-from storage.point import ClusterLabel, Point
-from storage.record import (
+from storage.domain.domain import Domain
+from storage.domain.session import NewBackup
+from storage.files.fs import OsFs
+from storage.format.bundles import stretch_of
+from storage.format.paths import DomainPaths
+from storage.format.record import (
     FIRST_PREVIOUS,
     BackupSeal,
     Commit,
@@ -31,7 +30,8 @@ from storage.record import (
     encode_record,
     record_digest,
 )
-from storage.session import NewBackup
+from storage.log.log import Log, record_path
+from storage.point import ClusterLabel, Point
 
 BACKUPS_PER_RECORD = 1000
 VMS = 1000

@@ -19,12 +19,12 @@ from pathlib import Path
 import msgspec
 
 from bench.lab import Cost, measured, peak_bytes
-from engine.backup import BackupWork, DiskWork, run_backup
-from engine.backups import MOST_LENDERS
-from engine.jobs import JobContext
-from engine.restore import RestoreDisk, run_restore
-from engine.sources import DiskFile
-from storage.domain import Domain
+from engine.backup.backup import BackupWork, DiskWork, run_backup
+from engine.backup.backups import MOST_LENDERS
+from engine.jobs.jobs import JobContext
+from engine.restore.restore import RestoreDisk, run_restore
+from engine.snapshot.sources import DiskFile
+from storage.domain.domain import Domain
 from storage.point import ClusterLabel, Point
 
 CLUSTER = "00000000-0000-4000-8000-000000000001"

@@ -1,4 +1,14 @@
 """What a backup is: VMs, snapshots, jobs, the data path. Synchronous; runs in threads.
 
-Read first: service, then backup, restore, pipeline.
+    inventory  what there is to back up: clusters, tenants, pools, VMs and their volumes
+    snapshot   holding a VM's disks still, and knowing what changed on them since
+    backup     the verb, and its data path
+    restore    the verb, and its data path
+    points     attached backup points, each with a thread of its own; maintenance
+    catalogue  all backups of the managed clusters, in memory
+    jobs       long work: threads, progress, cancelling, a record that outlives the process
+    libvirt    domains of libvirt hosts as the inventory; live backups
+    qemu, nbd  qcow2 images, by way of qemu-nbd and our own NBD client
+
+Read first: service, then backup/backup, restore/restore, backup/pipeline.
 """

@@ -1,7 +1,7 @@
 """The configuration: one TOML file → one frozen Config, passed down from the composition root.
 
-Every member has a default; with none given there is the embedded default (engine/seed.py). A real
-installation lists its clusters, pools, points and VMs here:
+Every member has a default; with none given there is the embedded default
+(engine/inventory/seed.py). A real installation lists its clusters, pools, points and VMs here:
 
 ```toml
 [limits]

@@ -6,20 +6,20 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from engine.baselines import Baselines
-from engine.catalogue import Catalogue
+from engine.catalogue.catalogue import Catalogue
 from engine.config import Config
 from engine.errors import NotFound
 from engine.ids import normal
-from engine.inventory import Inventory
-from engine.jobs import Jobs
+from engine.inventory.inventory import Inventory
+from engine.inventory.scopes import covers
+from engine.jobs.jobs import Jobs
 from engine.model import Backup, Vm
-from engine.pinned import Pinned
-from engine.points import Points
+from engine.points.points import Points
 from engine.probes import Probes
-from engine.rooms import Rooms
-from engine.scopes import covers
-from engine.stalls import Stalls
+from engine.restore.rooms import Rooms
+from engine.snapshot.baselines import Baselines
+from engine.snapshot.pinned import Pinned
+from engine.snapshot.stalls import Stalls
 from engine.state import State
 from engine.views import Scope
 

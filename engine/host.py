@@ -6,7 +6,7 @@ DATA/
   host         the host's id: made once, names this host in every domain that it writes to
   state/       the state environment (engine/state.py)
   views/       views of the domains on NFS points, which can't hold an LMDB environment
-  seen/        the last record that was seen of each domain (storage.seen)
+  seen/        the last record that was seen of each domain (storage.log.seen)
   pool/ point/ the embedded default's pool and backup point
 ```
 """

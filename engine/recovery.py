@@ -15,13 +15,13 @@ from functools import partial
 
 from engine.core import Core
 from engine.errors import EngineError
-from engine.inventory import find
-from engine.jobs import RESTARTED
+from engine.inventory.inventory import find
+from engine.inventory.volumes import volume_path
+from engine.jobs.jobs import RESTARTED
 from engine.model import Disk, Vm
-from engine.new_volume import unname_left
-from engine.restores import after_restore
-from engine.snapshot import clear_leftovers
-from engine.volumes import volume_path
+from engine.restore.new_volume import unname_left
+from engine.restore.restores import after_restore
+from engine.snapshot.snapshot import clear_leftovers
 
 log = logging.getLogger(__name__)
 

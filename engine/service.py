@@ -1,8 +1,8 @@
 """The Engine: every verb that the API and the command line need, on one data directory.
 
 Synchronous and thread-safe. Verbs are quick, but for those that say "slow". Looking never touches a
-backup point. The verbs themselves are next door: engine/backups.py, restores.py, remote.py, vms.py,
-upkeep.py; this is where the parts are put together, started and stopped.
+backup point. The verbs themselves are next door: engine/backup/backups.py, restores.py, remote.py,
+vms.py, upkeep.py; this is where the parts are put together, started and stopped.
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-from engine import backups, remote, restores, upkeep, vms
-from engine.baselines import Baselines
-from engine.catalogue import Catalogue
+from engine.backup import backups
+from engine.catalogue.catalogue import Catalogue
 from engine.config import Config
 from engine.core import Core
 from engine.errors import Conflict, EngineError, Invalid, NotFound
-from engine.hangs import Hangs
 from engine.host import Host
 from engine.ids import normal
-from engine.inventory import EmbeddedInventory, Inventory, Places, pool_of
-from engine.jobs import Jobs
-from engine.keeper import Surroundings
+from engine.inventory import vms
+from engine.inventory.inventory import EmbeddedInventory, Inventory, Places, pool_of
+from engine.inventory.scopes import ranges
+from engine.inventory.seed import settle_places, settle_vms
+from engine.inventory.volumes import bounded_volume_size, pool_room, volume_path
+from engine.jobs.hangs import Hangs
+from engine.jobs.jobs import Jobs
 from engine.model import (
     Backup,
     Cluster,
@@ -41,14 +43,16 @@ from engine.model import (
     Zone,
 )
 from engine.oplog import OperationLog
-from engine.points import Points
+from engine.points import remote, upkeep
+from engine.points.keeper import Surroundings
+from engine.points.points import Points
 from engine.probes import Probes
 from engine.recovery import recover
-from engine.scopes import ranges
-from engine.seed import settle_places, settle_vms
-from engine.stalls import StallState
+from engine.restore import restores
+from engine.snapshot.baselines import Baselines
+from engine.snapshot.stalls import StallState
+from engine.snapshot.tending import Tending, tend
 from engine.state import State
-from engine.tending import Tending, tend
 from engine.views import (
     EVERYWHERE,
     BackupPage,
@@ -63,8 +67,7 @@ from engine.views import (
     Scope,
     TrackingState,
 )
-from engine.volumes import bounded_volume_size, pool_room, volume_path
-from storage.in_flight import longest_in_flight_s
+from storage.files.in_flight import longest_in_flight_s
 
 log = logging.getLogger(__name__)
 
@@ -197,11 +200,11 @@ class Engine:
         object_group: str,
         disks: Sequence[NewDisk],
     ) -> str:
-        """The VM's uuid. See engine.vms.create_vm."""
+        """The VM's uuid. See engine.inventory.vms.create_vm."""
         return vms.create_vm(self._core, scope, name, zone_uuid, object_group, disks)
 
     def delete_vm(self, uuid: str, delete_volumes: bool, scope: Scope = EVERYWHERE) -> None:
-        """See engine.vms.delete_vm."""
+        """See engine.inventory.vms.delete_vm."""
         vms.delete_vm(self._core, scope, uuid, delete_volumes)
 
     # Backups --------------------------------------------------------------------------------
@@ -226,13 +229,13 @@ class Engine:
         description: str,
         full: bool,
     ) -> tuple[str, str]:
-        """(backup, job). See engine.backups.create_backup."""
+        """(backup, job). See engine.backup.backups.create_backup."""
         return backups.create_backup(
             self._core, scope, vm_uuid, point_uuid, name, description, full
         )
 
     def delete_backup(self, scope: Scope, backup_uuid: str) -> None:
-        """Slow when it frees much. See engine.backups.delete_backup."""
+        """Slow when it frees much. See engine.backup.backups.delete_backup."""
         backups.delete_backup(self._core, scope, backup_uuid)
 
     def restore_backup(
@@ -246,7 +249,7 @@ class Engine:
         *,
         allow_damaged: bool = False,
     ) -> tuple[str, str]:
-        """(VM, job). See engine.restores.restore_backup."""
+        """(VM, job). See engine.restore.restores.restore_backup."""
         return restores.restore_backup(
             self._core,
             scope,
@@ -259,13 +262,13 @@ class Engine:
         )
 
     def remote_backups(self, cluster_uuid: str, point_uuid: str) -> list[RemoteBackup]:
-        """Slow. See engine.remote.remote_backups."""
+        """Slow. See engine.points.remote.remote_backups."""
         return remote.remote_backups(self._core, cluster_uuid, point_uuid)
 
     def import_backups(
         self, cluster_uuid: str, wanted: Sequence[tuple[str, str]]
     ) -> list[RemoteBackup]:
-        """Slow. See engine.remote.import_backups."""
+        """Slow. See engine.points.remote.import_backups."""
         return remote.import_backups(self._core, cluster_uuid, wanted)
 
     # Hosts and tracking ---------------------------------------------------------------------
@@ -309,7 +312,7 @@ class Engine:
         return self._core.points.state(normal(uuid))
 
     def create_point(self, name: str, kind: str, path: str) -> str:
-        """The point's uuid. Slow. See engine.points.Points.attach."""
+        """The point's uuid. Slow. See engine.points.points.Points.attach."""
         self._core.jobs.refuse_if_stopping()
         return self._core.points.attach(name, kind, path).uuid
 
@@ -333,7 +336,7 @@ class Engine:
             raise Conflict("point_in_use", f"a job works on backup point {point_uuid}")
 
     def start_maintenance(self, kind: Maintenance, point_uuid: str, deep: bool) -> str:
-        """The job's uuid. See engine.upkeep."""
+        """The job's uuid. See engine.points.upkeep."""
         return upkeep.start_maintenance(self._core, kind, point_uuid, deep)
 
     # Jobs and the operation log -------------------------------------------------------------
@@ -355,7 +358,7 @@ class Engine:
         return self._core.jobs.wait(normal(uuid), timeout_s)
 
     def subscribe_jobs(self, callback: Callable[[Job], None]) -> Callable[[], None]:
-        """See engine.jobs.Jobs.subscribe: called from engine threads, has to be quick."""
+        """See engine.jobs.jobs.Jobs.subscribe: called from engine threads, has to be quick."""
         return self._core.jobs.subscribe(callback)
 
     def log_operation(

@@ -27,7 +27,7 @@ from engine.model import (
     Vm,
     Zone,
 )
-from storage.kv import ReadTxn, Store, Table, WriteTxn
+from storage.lmdb_env.kv import ReadTxn, Store, Table, WriteTxn
 
 RowT = TypeVar("RowT", bound=Row)
 

@@ -13,9 +13,8 @@ from typing import Annotated
 
 import msgspec
 
-from storage import imports, tables
-from storage.chunks import MAX_CHUNK_BYTES, MIN_CHUNK_BYTES, ChunkHasher, is_chunk_size
-from storage.domain import Domain
+from storage.domain import imports
+from storage.domain.domain import Domain
 from storage.errors import (
     Damaged,
     PointNotEmpty,
@@ -24,16 +23,18 @@ from storage.errors import (
     StorageError,
     translated,
 )
-from storage.framing import decode_body, decode_object, encode_object
-from storage.fs import Fs, OsFs, Room
-from storage.listing import BackupRow
-from storage.mounts import MountKind
-from storage.paths import DomainPaths
-from storage.publish import discard, make_dirs, put_if_absent
-from storage.rebuild import Host, open_view
-from storage.record import Digest32, Uuid
-from storage.seen import Seen
-from storage.tables import BoundedTables
+from storage.files.fs import Fs, OsFs, Room
+from storage.files.mounts import MountKind
+from storage.files.publish import discard, make_dirs, put_if_absent
+from storage.format.chunks import MAX_CHUNK_BYTES, MIN_CHUNK_BYTES, ChunkHasher, is_chunk_size
+from storage.format.framing import decode_body, decode_object, encode_object
+from storage.format.paths import DomainPaths
+from storage.format.record import Digest32, Uuid
+from storage.log.rebuild import Host, open_view
+from storage.log.seen import Seen
+from storage.view import tables
+from storage.view.listing import BackupRow
+from storage.view.tables import BoundedTables
 
 POINT_MAGIC = b"VKPO"
 DOMAIN_MAGIC = b"VKDO"
@@ -186,8 +187,8 @@ class Point:
 
         `host` is this data directory's id; one process at a time may use it. `view_dir` takes the
         view when the point is on NFS. `seen_path` is a file of the host's, off the point, by which
-        an older copy of the point is told (storage.seen); "" for none. Folds the log, aborts what
-        this host left open, clears its files. May take long after the view was lost. Raises
+        an older copy of the point is told (storage.log.seen); "" for none. Folds the log, aborts
+        what this host left open, clears its files. May take long after the view was lost. Raises
         StorageErrors; nothing is half open.
         """
         paths = DomainPaths(self.path, label.cluster_uuid)

@@ -21,11 +21,11 @@ from aiohttp import web
 
 from api.app import make_runner
 from engine.config import Config, Limits
-from engine.freeze import FreezeHook
 from engine.model import Job
 from engine.service import Engine
-from engine.snapshot import CloneLimits, Snapshot, take_snapshot
-from engine.sources import DiskFile
+from engine.snapshot.freeze import FreezeHook
+from engine.snapshot.snapshot import CloneLimits, Snapshot, take_snapshot
+from engine.snapshot.sources import DiskFile
 
 MIB = 1 << 20
 JOB_TIMEOUT_S = 60.0
@@ -192,7 +192,7 @@ class Gate:
 
     def __init__(self) -> None:
         self._places = threading.Semaphore(0)
-        self._patch = mock.patch("engine.backup.take_snapshot", self._take_snapshot)
+        self._patch = mock.patch("engine.backup.backup.take_snapshot", self._take_snapshot)
 
     def open(self) -> None:
         self._places.release()

@@ -9,11 +9,11 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from storage import tables
-from storage.bundling import Bundling
+from storage.domain.bundling import Bundling
+from storage.domain.heartbeats import Observer, beat
+from storage.domain.leftovers import Leftovers
 from storage.errors import NotOnPoint
-from storage.heartbeats import Observer, beat
-from storage.leftovers import Leftovers
+from storage.view import tables
 from tests.crash_world import World
 from tests.store import CHUNK, Saved, edited, image_of, new_uuid, patches, write_disk
 

@@ -20,14 +20,16 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 from unittest import mock
 
-from storage import bundles, gc, growing, session
-from storage import log as storage_log
-from storage.check import CheckReport, check_point
-from storage.domain import Domain
+from storage.check.check import CheckReport, check_point
+from storage.domain import gc, session
+from storage.domain.domain import Domain
+from storage.domain.reader import MAX_RUN_BYTES, plan_reads
+from storage.domain.session import NewBackup
 from storage.errors import NotOnPoint, PointUnreachable
+from storage.files import growing
+from storage.format import bundles
+from storage.log import log as storage_log
 from storage.point import ClusterLabel, Point
-from storage.reader import MAX_RUN_BYTES, plan_reads
-from storage.session import NewBackup
 from tests.simdisk import Disk
 from tests.simfs import SimFs
 from tests.store import CHUNK, Saved, dump, new_uuid, write_disk

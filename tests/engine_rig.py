@@ -10,7 +10,7 @@ from types import TracebackType
 
 from engine.config import Config, Limits
 from engine.core import Core
-from engine.jobs import JobContext, new_job
+from engine.jobs.jobs import JobContext, new_job
 from engine.model import Backup, Disk, Job, Vm
 from engine.service import Engine
 from engine.views import BackupQuery, NewDisk, RestoreTarget, Scope

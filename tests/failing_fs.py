@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from storage.fs import Buffer, OsFs
+from storage.files.fs import Buffer, OsFs
 
 
 class FailingFs(OsFs):

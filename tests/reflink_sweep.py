@@ -22,10 +22,10 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
-from engine import sampling
-from engine.baselines import Baselines
-from engine.pages import PAGE_CHUNKS
-from engine.snapshot import SNAPSHOTS, clear_leftovers
+from engine.backup import sampling
+from engine.backup.pages import PAGE_CHUNKS
+from engine.snapshot.baselines import Baselines
+from engine.snapshot.snapshot import SNAPSHOTS, clear_leftovers
 from tests.rig import found_by, write_at
 from tests.tracking_rig import (
     CHUNK,

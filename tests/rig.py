@@ -10,13 +10,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from engine.backup import BackupResult, BackupWork, DiskWork
-from engine.backup import run_backup as run
-from engine.freeze import NO_HOOK, FreezeHook
-from engine.jobs import JobContext
-from engine.restore import RestoreDisk, run_restore
-from engine.sources import DiskFile
-from engine.tracking import Tracker
+from engine.backup.backup import BackupResult, BackupWork, DiskWork
+from engine.backup.backup import run_backup as run
+from engine.jobs.jobs import JobContext
+from engine.restore.restore import RestoreDisk, run_restore
+from engine.snapshot.freeze import NO_HOOK, FreezeHook
+from engine.snapshot.sources import DiskFile
+from engine.snapshot.tracking import Tracker
 from storage.point import ClusterLabel, Point
 
 DEFAULT_CHUNK_BYTES = 1 << 20

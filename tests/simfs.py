@@ -1,4 +1,4 @@
-"""A simulated file system behind storage.fs.Fs: it can lose power, and fail at any call.
+"""A simulated file system behind storage.files.fs.Fs: it can lose power, and fail at any call.
 
 `SimFs` is one machine's view of a tests.simdisk.Disk. `watch(call)` runs before each call that
 changes something, durably or not: the crash sweep takes its crash images there. `fault` names one
@@ -13,8 +13,8 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from storage.fs import Buffer, FileStat, Room
-from storage.mounts import MountKind
+from storage.files.fs import Buffer, FileStat, Room
+from storage.files.mounts import MountKind
 from tests.simdisk import Directory, Disk, File, Node
 
 CAPACITY_BYTES = 64 << 20

@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import os
 
-from storage.fs import NO_FD
+from storage.files.fs import NO_FD
 from tests.simdisk import Directory, Disk, File, Node
 from tests.simfs import Open, SimFs
 

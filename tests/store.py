@@ -10,15 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from storage import tables
-from storage.chunks import ZERO_MARK, Encoder, Frame
-from storage.domain import Domain
-from storage.fs import Fs
-from storage.patches import PatchEncoder
+from storage.domain.domain import Domain
+from storage.domain.reader import MAX_RUN_BYTES, plan_chunks, plan_reads
+from storage.domain.session import NewBackup, Session
+from storage.files.fs import Fs
+from storage.format.chunks import ZERO_MARK, Encoder, Frame
+from storage.format.patches import PatchEncoder
 from storage.point import ClusterLabel, Point
-from storage.reader import MAX_RUN_BYTES, plan_chunks, plan_reads
-from storage.session import NewBackup, Session
-from storage.tables import unpack_chunk_row
+from storage.view import tables
+from storage.view.tables import unpack_chunk_row
 
 CHUNK = 64 << 10
 PACK = 1 << 20

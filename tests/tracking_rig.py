@@ -9,10 +9,10 @@ import struct
 import subprocess
 from pathlib import Path
 
-from engine.baselines import Baselines
 from engine.model import Baseline
+from engine.snapshot.baselines import Baselines
+from engine.snapshot.tracking import Tracker
 from engine.state import State
-from engine.tracking import Tracker
 from tests.rig import Made, Rig
 
 CHUNK = 64 << 10

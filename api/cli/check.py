@@ -12,10 +12,10 @@ from rich.progress import Progress
 
 from api.cli.exits import BROKEN, FAILED, Failure
 from api.cli.screen import Screen
-from engine.packreads import PackReads
+from engine.points.packreads import PackReads
+from engine.points.verify import report_lines
 from engine.state import State
-from engine.verify import report_lines
-from storage.check import CheckReport, NoReads, Reads, check_point
+from storage.check.check import CheckReport, NoReads, Reads, check_point
 from storage.errors import StorageError
 from storage.point import Point
 

@@ -1,8 +1,8 @@
 """Freezing a guest's file systems through its agent.
 
-We ask libvirt ourselves, which takes a few hundredths of a second; the watchdog of engine/freeze.py
-has a command (thaw.py) for when we can't any more. When libvirt answers neither (it hangs), nobody
-else can reach the agent: then a thread goes on until it does.
+We ask libvirt ourselves, which takes a few hundredths of a second; the watchdog of
+engine/snapshot/freeze.py has a command (thaw.py) for when we can't any more. When libvirt answers
+neither (it hangs), nobody else can reach the agent: then a thread goes on until it does.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from functools import partial
 from pathlib import Path
 
 from engine.errors import EngineError, NotFound
-from engine.freeze import NO_HOOK, FreezeHook
 from engine.libvirt.binding import NO_SUCH_DOMAIN, OPERATION_INVALID, LibvirtFault, code_of
 from engine.libvirt.domains import DomainFacts
 from engine.libvirt.ending import LATER_PAUSE_S, LATER_TIMEOUT_S, FindDomain
 from engine.libvirt.setup import LiveSetup
 from engine.model import Vm
+from engine.snapshot.freeze import NO_HOOK, FreezeHook
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from engine.libvirt.domains import read_domain
 from engine.libvirt.jobxml import record_xml, redefinition, tracked_by
 from engine.libvirt.media import has_bitmaps
 from engine.qemu.bitmaps import bitmaps_of
-from engine.sources import BITMAP_PREFIX
+from engine.snapshot.sources import BITMAP_PREFIX
 
 log = logging.getLogger(__name__)
 

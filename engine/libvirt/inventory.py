@@ -23,8 +23,9 @@ from msgspec.structs import replace
 
 from engine.config import Config, LibvirtHost
 from engine.errors import ConfigInvalid, Conflict, EngineError, HypervisorAway, NotFound
-from engine.hold import Held, Hold, HoldWish, Resting
-from engine.inventory import EmbeddedInventory, Places, find, pool_of
+from engine.inventory.inventory import EmbeddedInventory, Places, find, pool_of
+from engine.inventory.seed import refer
+from engine.inventory.volumes import volume_path
 from engine.libvirt.binding import NO_SUCH_DOMAIN, Domain, LibvirtFault, code_of, require_libvirt
 from engine.libvirt.directories import Directories
 from engine.libvirt.domains import read_domain
@@ -37,12 +38,11 @@ from engine.libvirt.setup import LiveSetup
 from engine.libvirt.watch import DomainSeen, Sight, Watch, look_at
 from engine.model import BackupLabel, Disk, Pool, Vm, VmAction
 from engine.probes import Probes
-from engine.seed import refer
+from engine.snapshot.hold import Held, Hold, HoldWish, Resting
 from engine.state import State
 from engine.views import HypervisorState
-from engine.volumes import volume_path
 from storage.errors import StorageError
-from storage.in_flight import InFlight
+from storage.files.in_flight import InFlight
 
 log = logging.getLogger(__name__)
 

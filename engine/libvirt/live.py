@@ -30,8 +30,6 @@ from engine.errors import (
     NotFound,
     ScratchFull,
 )
-from engine.freeze import Freeze, frozen
-from engine.hold import HoldWish
 from engine.libvirt import checkpoints
 from engine.libvirt.agent import agent_hook
 from engine.libvirt.binding import (
@@ -53,9 +51,11 @@ from engine.libvirt.setup import LiveSetup
 from engine.model import Vm
 from engine.nbd.connection import NbdAddress
 from engine.nbd.source import NbdSource
-from engine.snapshot import SnapshotFacts
-from engine.sources import DiskSource, VolumeSource
-from storage.in_flight import InFlight
+from engine.snapshot.freeze import Freeze, frozen
+from engine.snapshot.hold import HoldWish
+from engine.snapshot.snapshot import SnapshotFacts
+from engine.snapshot.sources import DiskSource, VolumeSource
+from storage.files.in_flight import InFlight
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ def begin_live(
 
 
 class LiveBackup:
-    """A Held. See engine/hold.py and the module."""
+    """A Held. See engine/snapshot/hold.py and the module."""
 
     def __init__(self, job: _Job, sources: dict[str, NbdSource], facts: SnapshotFacts) -> None:
         self.facts = facts

@@ -1,4 +1,4 @@
-"""A domain that does not run: its disks are read as they lie (engine/snapshot.py).
+"""A domain that does not run: its disks are read as they lie (engine/snapshot/snapshot.py).
 
 Its qcow2 images record changes for the next backup in bitmaps that have the names that a live
 backup's checkpoint would have given them. libvirt has a checkpoint's name for the bitmaps of all
@@ -12,14 +12,14 @@ that disk (`identity_of`). A label names it only if the image recorded from that
 
 from __future__ import annotations
 
-from engine.hold import HoldWish, Resting
 from engine.libvirt.binding import Domain
 from engine.libvirt.checkpoints import name_for, prefix_of
 from engine.libvirt.domains import DomainFacts
 from engine.libvirt.machine import machine_of
 from engine.libvirt.media import identity_with, medium_of
 from engine.libvirt.setup import LiveSetup
-from engine.sources import BitmapPlan
+from engine.snapshot.hold import HoldWish, Resting
+from engine.snapshot.sources import BitmapPlan
 
 
 def resting_domain(domain: Domain, facts: DomainFacts, setup: LiveSetup, wish: HoldWish) -> Resting:

@@ -17,11 +17,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from engine.config import LibvirtRule
 from engine.ids import normal
-from engine.inventory import Places, PlaceT, default_of
+from engine.inventory.inventory import Places, PlaceT, default_of
+from engine.inventory.volumes import name_fault
 from engine.libvirt.domains import DomainDisk, PoolFacts
 from engine.libvirt.watch import DomainSeen, Sight
 from engine.model import Disk, Pool, Vm
-from engine.volumes import name_fault
 
 log = logging.getLogger(__name__)
 

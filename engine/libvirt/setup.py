@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class LiveSetup:
-    """`host` tells our checkpoints from another service's. The freeze limits: engine/freeze.py.
+    """`host` tells our checkpoints from another service's. Freezing: engine/snapshot/freeze.py.
 
     `tpm_directory`: engine/libvirt/tpm.py.
     """

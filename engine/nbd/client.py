@@ -20,8 +20,8 @@ from engine.nbd.connection import Connection, NbdAddress
 from engine.nbd.exchange import Exchange, Request
 from engine.nbd.handshake import negotiate
 from engine.nbd.protocol import ExportFacts, Extent
-from storage.fs import Buffer
-from storage.in_flight import InFlight
+from storage.files.fs import Buffer
+from storage.files.in_flight import InFlight
 
 # Less is more system calls, more falls out of the processor's caches (bench/nbd.py).
 REQUEST_BYTES = 512 << 10
@@ -59,7 +59,7 @@ class NbdClient:
 
         `timeout_s` bounds the connecting, and then every single wait for the server. More than one
         of `connections` only to a server that lets as many in: another one may leave us waiting.
-        `place`: the path of the file that is served, if it is known, for storage.in_flight.
+        `place`: the path of the file that is served, if it is known, for storage.files.in_flight.
         Raises DiskServerLost, DiskServerRefused (no such export, it wants TLS), DiskServerBroken.
         """
         name = f"{address} {export!r}" if export else str(address)

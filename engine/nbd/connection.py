@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from engine.errors import DiskServerLost
 from engine.nbd.protocol import DEFAULT_PORT
-from storage.fs import Buffer
+from storage.files.fs import Buffer
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from engine.errors import DiskServerBroken, DiskServerLost, DiskServerRefused, E
 from engine.nbd import protocol
 from engine.nbd.connection import Connection
 from engine.nbd.protocol import ChunkHead, Extent
-from storage.fs import Buffer
+from storage.files.fs import Buffer
 
 # QEMU works on 16 requests of a connection at a time. More bytes under way were slower, as the
 # server's buffers fall out of the processor's caches (bench/nbd.py).

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from engine.nbd.client import NbdClient
 from engine.nbd.connection import NbdAddress
 from engine.nbd.protocol import BASE_ALLOCATION, STATE_DIRTY, STATE_ZERO, Extent
-from engine.sources import FoundBy
+from engine.snapshot.sources import FoundBy
 
 CONNECTIONS = 2  # a third gained nothing (bench/nbd.py)
 _MOST_KEPT_RANGES = 1 << 20

@@ -13,7 +13,7 @@ import msgspec
 
 from engine.errors import DiskServerBroken
 from engine.qemu.process import run_qemu_img
-from engine.sources import BITMAP_PREFIX
+from engine.snapshot.sources import BITMAP_PREFIX
 
 
 class _Bitmap(msgspec.Struct, frozen=True):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from engine.errors import DiskServerRefused
-from engine.sources import open_volume, pool_errors
+from engine.snapshot.sources import open_volume, pool_errors
 
 VolumeFormat: TypeAlias = Literal["raw", "qcow2"]
 

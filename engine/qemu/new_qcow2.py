@@ -16,9 +16,9 @@ from types import TracebackType
 
 from engine.errors import DiskServerLost, DiskServerRefused, PoolFull
 from engine.nbd.client import NbdClient
-from engine.new_volume import NewVolume
 from engine.qemu.process import QemuNbd, image_options, run_qemu_img
-from engine.sources import pool_errors
+from engine.restore.new_volume import NewVolume
+from engine.snapshot.sources import pool_errors
 
 # How NBD and QEMU's last words put it.
 _NO_ROOM = ("ENOSPC", os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))

@@ -18,7 +18,7 @@ from typing import IO, TypeVar
 
 from engine.errors import DiskServerLost, DiskServerRefused
 from engine.nbd.connection import NbdAddress
-from storage.in_flight import InFlight
+from storage.files.in_flight import InFlight
 
 OpenT = TypeVar("OpenT")
 

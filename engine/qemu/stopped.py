@@ -38,7 +38,7 @@ from engine.nbd.source import CONNECTIONS, NbdSource
 from engine.qemu.bitmaps import add_bitmap, bitmaps_of, remove_bitmap
 from engine.qemu.header import chain_below, read_header
 from engine.qemu.process import QemuNbd, image_options
-from engine.sources import (
+from engine.snapshot.sources import (
     DiskFile,
     FoundBy,
     Mark,

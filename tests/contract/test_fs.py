@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from storage.fs import Fs, OsFs
+from storage.files.fs import Fs, OsFs
 from tests.failing_fs import open_below
 from tests.simfs import SimFs
 from tests.simnfs import NfsClient, machines

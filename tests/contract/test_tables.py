@@ -1,4 +1,4 @@
-"""What every implementation of storage.tables.Tables promises, and that they agree."""
+"""What every implementation of storage.view.tables.Tables promises, and that they agree."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage.errors import ViewDamaged
-from storage.tables import TABLE_NAMES, MemoryTables, Table
-from storage.view import View
+from storage.view.tables import TABLE_NAMES, MemoryTables, Table
+from storage.view.view import View
 
 Change = Callable[[Table], None]
 KEYS = st.binary(min_size=1, max_size=6)

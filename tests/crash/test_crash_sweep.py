@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from storage.domain.session import Session
 from storage.errors import StorageError
-from storage.session import Session
 from tests import crash_sweep
 from tests.crash_scripts import FULL, SCRIPTS
 from tests.crash_sweep import Proved, Tally, crash, sweep

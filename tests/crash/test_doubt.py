@@ -10,8 +10,8 @@ from unittest import mock
 import pytest
 
 from storage.errors import PointFull, PointUnreachable
-from storage.log import record_path
-from storage.tables import Tables
+from storage.log.log import record_path
+from storage.view.tables import Tables
 from tests.crash_scripts import CHANGED, FULL
 from tests.crash_world import Chance, World, repeatable
 from tests.simdisk import Choice, Disk

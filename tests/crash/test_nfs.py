@@ -6,11 +6,11 @@ import random
 
 import pytest
 
-from storage import tables
-from storage.check import CheckReport, check_point
-from storage.domain import Domain
+from storage.check.check import CheckReport, check_point
+from storage.domain.domain import Domain
 from storage.errors import StorageError
 from storage.point import Point
+from storage.view import tables
 from tests.crash_scripts import noise, random_script
 from tests.crash_sweep import crash, faults_of
 from tests.crash_world import PACK_BYTES, PATH, Chance, World, repeatable

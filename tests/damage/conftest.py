@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from storage import bundles
+from storage.format import bundles
 from tests.damage.site import RECORDS_PER_BUNDLE, Site, make_site
 
 

@@ -14,13 +14,13 @@ from unittest import mock
 
 import pytest
 
-from storage import bundles
-from storage.bundling import Bundling
-from storage.domain import Domain
+from storage.domain.bundling import Bundling
+from storage.domain.domain import Domain
+from storage.domain.heartbeats import beat
+from storage.domain.reader import MAX_RUN_BYTES, plan_reads
 from storage.errors import ChunkDamaged, StorageError
-from storage.heartbeats import beat
+from storage.format import bundles
 from storage.point import ClusterLabel, Point
-from storage.reader import MAX_RUN_BYTES, plan_reads
 from tests.store import CHUNK, Saved, cluster, edited, open_domain, patches, save
 
 HOST = "host-1"

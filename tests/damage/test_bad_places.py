@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from engine.model import Backup, Vm
-from storage.check import check_point
-from storage.domain import Domain
+from storage.check.check import check_point
+from storage.domain.domain import Domain
+from storage.domain.reader import MAX_RUN_BYTES, plan_reads
 from storage.errors import ChunkDamaged, Damaged, PointUnreachable
-from storage.fs import Buffer, OsFs
-from storage.packs import read_footer
-from storage.reader import MAX_RUN_BYTES, plan_reads
+from storage.files.fs import Buffer, OsFs
+from storage.format.packs import read_footer
 from tests.damage.site import Image, Site, readable
 from tests.engine_rig import PATIENCE_S, EngineRig
 from tests.rig import random_bytes

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from engine.config import parse_config
-from engine.points import Points
+from engine.points.points import Points
 from engine.service import Engine
 from engine.views import Maintenance
 from storage.errors import Damaged

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from engine.keeper import Keeper
 from engine.model import Backup, Vm
+from engine.points.keeper import Keeper
 from engine.views import EVERYWHERE
 from storage.errors import Damaged
-from storage.fs import OsFs
-from storage.packs import read_footer
+from storage.files.fs import OsFs
+from storage.format.packs import read_footer
 from tests.engine_rig import EngineRig
 from tests.rig import random_bytes
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from engine.packreads import PackReads
+from engine.points.packreads import PackReads
 from engine.state import State
-from storage import check_report
-from storage.check import Cancelled, check_point
+from storage.check import report as check_report
+from storage.check.check import Cancelled, check_point
 from tests.damage.site import Site
 
 

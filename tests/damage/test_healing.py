@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from storage.check import CheckReport, Damage, check_point
-from storage.check_view import check_view
-from storage.domain import Domain
+from storage.check.against_rebuild import check_view
+from storage.check.check import CheckReport, Damage, check_point
+from storage.domain.domain import Domain
 from storage.errors import Damaged
-from storage.fs import OsFs
-from storage.packs import read_footer
+from storage.files.fs import OsFs
+from storage.format.packs import read_footer
 from storage.point import Point
 from tests.damage.site import Site, look, readable
 from tests.store import Saved, dump, open_domain, save

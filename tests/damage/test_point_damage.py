@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from storage.check import CheckReport, check_point
+from storage.check.check import CheckReport, check_point
 from storage.errors import Damaged, StorageError
-from storage.fs import OsFs
-from storage.packs import FRAME_HEADER_BYTES, read_footer
+from storage.files.fs import OsFs
+from storage.format.packs import FRAME_HEADER_BYTES, read_footer
 from tests.damage import site as sites
 from tests.damage.site import Site, damaged, readable
 

@@ -17,13 +17,13 @@ from pathlib import Path
 
 import pytest
 
-from storage import tables
-from storage.check import check_point
-from storage.domain import Domain
+from storage.check.check import check_point
+from storage.domain.domain import Domain
 from storage.errors import ViewDamaged
-from storage.lmdb_pages import require_sound_pages
-from storage.view import View
-from storage.view_tables import ViewTables
+from storage.lmdb_env.pages import require_sound_pages
+from storage.view import tables
+from storage.view.view import View
+from storage.view.view_tables import ViewTables
 from tests.damage import site as sites
 from tests.damage.site import HOST, Site, readable
 from tests.store import dump, load, save

@@ -12,17 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from storage import orphans
-from storage.chunks import ZERO_MARK
+from storage.domain import orphans
 from storage.errors import ViewDamaged
-from storage.fs import OsFs
-from storage.index import Index
-from storage.lmdb_pages import _Walk, require_sound_pages
-from storage.manifests import encode_page
-from storage.paths import DomainPaths, FileContents
-from storage.tables import page_key
-from storage.view import View
-from storage.view_tables import ViewTables
+from storage.files.fs import OsFs
+from storage.format.chunks import ZERO_MARK
+from storage.format.manifests import encode_page
+from storage.format.paths import DomainPaths, FileContents
+from storage.lmdb_env.pages import _Walk, require_sound_pages
+from storage.view.index import Index
+from storage.view.tables import page_key
+from storage.view.view import View
+from storage.view.view_tables import ViewTables
 from tests.damage.site import Site
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")

@@ -29,9 +29,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from storage.domain import Domain
+from storage.domain.domain import Domain
 from storage.errors import StorageError
-from storage.listing import BackupRow
+from storage.view.listing import BackupRow
 from tests.fire.loops import enter_own_mounts, mount, unmount
 from tests.fire.site import Site, changed, noise
 from tests.store import Saved, load, require_rebuilt_alike, save

@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from storage.domain import Domain
-from storage.fs import Buffer, FileStat, OsFs, Room
+from storage.domain.domain import Domain
+from storage.files.fs import Buffer, FileStat, OsFs, Room
 from storage.point import ClusterLabel, Point
 from tests.fire.site import HOST, changed, noise
 from tests.store import PACK, Saved, load, save

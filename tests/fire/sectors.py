@@ -27,12 +27,12 @@ from api.client import ServerUnreachable
 from bench.service import Service
 from bench.witness import Witness
 from engine.config import Config, Limits, PointConfig
-from engine.extents import extent_map
 from engine.model import Backup, Vm
 from engine.service import Engine
-from storage.check import check_point
-from storage.fs import OsFs
-from storage.packs import read_footer
+from engine.snapshot.extents import extent_map
+from storage.check.check import check_point
+from storage.files.fs import OsFs
+from storage.format.packs import read_footer
 from tests.engine_rig import PATIENCE_S, EngineRig
 from tests.nfs.guest.run import Result
 from tests.rig import random_bytes, write_at

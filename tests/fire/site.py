@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from storage.check import CheckReport, check_point
-from storage.domain import Domain
-from storage.fs import Fs, OsFs
+from storage.check.check import CheckReport, check_point
+from storage.domain.domain import Domain
+from storage.files.fs import Fs, OsFs
 from storage.point import ClusterLabel, Point
 from tests.store import CHUNK, PACK, Saved, cluster, load, save
 

@@ -22,8 +22,8 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-from storage.check import check_point
-from storage.domain import Domain
+from storage.check.check import check_point
+from storage.domain.domain import Domain
 from storage.errors import StorageError
 from tests.fire.script import (
     FULL,

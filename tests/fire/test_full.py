@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from engine.config import Config, Limits, PointConfig
-from storage.ballast import BALLAST_BYTES, ballast_size
 from storage.errors import PointFull
-from storage.lock_file import READERS
-from storage.view import View
+from storage.files.ballast import BALLAST_BYTES, ballast_size
+from storage.lmdb_env.lock_file import READERS
+from storage.view.view import View
 from tests.conftest import LoopFs
 from tests.engine_rig import ANYWHERE, EngineRig
 from tests.fire.hog import filled, free_bytes

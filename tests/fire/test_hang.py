@@ -15,14 +15,14 @@ import pytest
 
 from api.metrics import Metrics
 from engine.config import Config, DiskConfig, Limits, PointConfig, PoolConfig, VmConfig
-from engine.jobs import JobContext
+from engine.jobs.jobs import JobContext
 from engine.model import Job
 from engine.nbd.source import NbdSource
 from engine.views import NewDisk, RestoreTarget
-from storage.growing import GrowingFile
-from storage.in_flight import InFlight, in_flight, longest_in_flight_s
-from storage.log import Log
-from storage.record import Commit, Record
+from storage.files.growing import GrowingFile
+from storage.files.in_flight import InFlight, in_flight, longest_in_flight_s
+from storage.format.record import Commit, Record
+from storage.log.log import Log
 from tests.conftest import LoopFs
 from tests.engine_rig import ANYWHERE, PATIENCE_S, EngineRig
 from tests.fire.test_point_lost import on_first_batch

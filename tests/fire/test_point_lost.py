@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from engine.config import Config, Limits, PointConfig, PoolConfig
-from engine.jobs import JobContext
+from engine.jobs.jobs import JobContext
 from engine.model import BACKUP_FAILED
 from engine.views import NewDisk, RestoreTarget
-from storage.check import check_point
+from storage.check.check import check_point
 from storage.errors import Damaged, StorageError
+from storage.log.seen import Seen
 from storage.point import Point
-from storage.seen import Seen
 from tests.conftest import LoopFs
 from tests.engine_rig import ANYWHERE, PATIENCE_S, EngineRig, files_below
 from tests.fire.hog import filled

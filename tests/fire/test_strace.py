@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from storage.view import View
+from storage.view.view import View
 from tests.fire.below import CALLS, DATA, KILL, injected
 from tests.fire.script import Facts, prepare
 from tests.fire.sweep import judge
@@ -57,7 +57,7 @@ def test_a_fault_from_below(facts: Facts, verb: str, below: str, fault: str, end
 _STATE = """
 import sys
 from storage.errors import StorageError
-from storage.kv import Store, Table
+from storage.lmdb_env.kv import Store, Table
 import msgspec
 class Row(msgspec.Struct):
     number: int
@@ -111,7 +111,7 @@ def _require_told(script: str, directory: Path, fault: str, told: list[str]) -> 
 _VIEW = """
 import sys
 from storage.errors import StorageError
-from storage.view import View
+from storage.view.view import View
 view = View(sys.argv[1], b"mine")
 kept = {}
 for number in range(5):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from storage.fs import OsFs
+from storage.files.fs import OsFs
 from tests.fire.script import PAST, VERBS, image, prepare
 from tests.fire.sweep import FAULTS, sweep
 from tests.store import cluster, load

@@ -13,7 +13,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from storage.framing import FORMAT
+from storage.format.framing import FORMAT
 from storage.point import ClusterLabel, Point
 from tests.store import CHUNK, image_of, load, open_domain, patches, save
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from storage.check import check_point
+from storage.check.check import check_point
 from storage.point import Point
 from tests.golden.make import CLUSTER, HERE, images
 from tests.store import Saved, load, open_domain, save

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from storage.domain import Domain
+from storage.domain.domain import Domain
 from storage.point import Point
 from tests.hostile.forger import Forger
 from tests.store import cluster, new_point, open_domain

@@ -7,9 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from storage.log import record_path
-from storage.point import ClusterLabel
-from storage.record import (
+from storage.format.record import (
     FIRST_PREVIOUS,
     BackupSeal,
     Commit,
@@ -20,6 +18,8 @@ from storage.record import (
     Record,
     record_digest,
 )
+from storage.log.log import record_path
+from storage.point import ClusterLabel
 from tests import forging
 from tests.store import new_uuid
 

@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 
-from storage.adopted import AdoptedPacks
-from storage.domain import Domain
+from storage.domain.adopted import AdoptedPacks
+from storage.domain.domain import Domain
+from storage.domain.imports import ATTEMPTS
+from storage.domain.reader import ChunkReader
+from storage.domain.session import Session
 from storage.errors import Damaged, Refused
-from storage.fs import Fs
-from storage.imports import ATTEMPTS
-from storage.manifests import encode_page
-from storage.packs import read_maker
+from storage.files.fs import Fs
+from storage.format.manifests import encode_page
+from storage.format.packs import read_maker
 from storage.point import Point
-from storage.reader import ChunkReader
-from storage.session import Session
 from tests import forging
 from tests.hostile.forger import Forger
 from tests.store import (
@@ -93,7 +93,7 @@ def test_packs_of_our_own_are_not_asked_who_made_them(
         asked.append(path)
         return read_maker(fs, path)
 
-    monkeypatch.setattr("storage.adopted.read_maker", noting)
+    monkeypatch.setattr("storage.domain.adopted.read_maker", noting)
     save(mine, image_of(1, 2))
     assert load(mine, save(mine, image_of(2, 1))) == image_of(2, 1)
     assert asked == []

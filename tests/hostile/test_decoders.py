@@ -18,18 +18,16 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.labels import UNREADABLE_NAME, decode_label, encode_label
+from engine.catalogue.labels import UNREADABLE_NAME, decode_label, encode_label
 from engine.model import BackupLabel, DiskBackup
-from storage.chunks import MAX_CHUNK_BYTES, ChunkHasher, Decoder, Encoder
+from storage.domain.heartbeats import Heartbeat, check_beat
 from storage.errors import Damaged, PointNewerFormat, Refused
-from storage.fs import Buffer, OsFs
-from storage.heartbeats import Heartbeat, check_beat
-from storage.listing import BackupRow, DiskRow
-from storage.manifests import ManifestReader, decode_page, encode_page
-from storage.packs import MAX_PACK_ROWS, FrameView, parse_frame, read_footer, require_entry
-from storage.patches import patched
-from storage.point import ClusterLabel, Point, PointLabel
-from storage.record import (
+from storage.files.fs import Buffer, OsFs
+from storage.format.chunks import MAX_CHUNK_BYTES, ChunkHasher, Decoder, Encoder
+from storage.format.manifests import ManifestReader, decode_page, encode_page
+from storage.format.packs import MAX_PACK_ROWS, FrameView, parse_frame, read_footer, require_entry
+from storage.format.patches import patched
+from storage.format.record import (
     BackupSeal,
     Checkpoint,
     Commit,
@@ -43,6 +41,8 @@ from storage.record import (
     decode_record,
     encode_record,
 )
+from storage.point import ClusterLabel, Point, PointLabel
+from storage.view.listing import BackupRow, DiskRow
 from tests import forging
 from tests.forging import CHUNK_SIZE
 from tests.hostile.mutating import mutants, only_named, peak_bytes

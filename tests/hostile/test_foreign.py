@@ -11,16 +11,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from engine.labels import UNREADABLE_NAME
-from storage import tables
-from storage.bundles import RECORDS_PER_BUNDLE
-from storage.domain import Domain
+from engine.catalogue.labels import UNREADABLE_NAME
+from storage.domain.domain import Domain
 from storage.errors import Damaged, NotOnPoint, StorageError
-from storage.listing import BackupRow
-from storage.log import Log, record_path
-from storage.manifests import encode_page
-from storage.point import ClusterLabel, Point
-from storage.record import (
+from storage.format.bundles import RECORDS_PER_BUNDLE
+from storage.format.manifests import encode_page
+from storage.format.record import (
     LABEL_LIMIT_BYTES,
     Abort,
     BackupSeal,
@@ -30,6 +26,10 @@ from storage.record import (
     Forget,
     Record,
 )
+from storage.log.log import Log, record_path
+from storage.point import ClusterLabel, Point
+from storage.view import tables
+from storage.view.listing import BackupRow
 from tests import forging
 from tests.engine_rig import EngineRig, disk_bytes
 from tests.hostile.forger import HUGE, Forger, S, opened

@@ -14,16 +14,17 @@ import msgspec
 import pytest
 
 from engine.errors import Conflict, EngineError
-from engine.sources import open_volume
+from engine.snapshot.sources import open_volume
 from engine.views import Maintenance
-from storage import bundles, tables
-from storage.bundling import Bundling
-from storage.check import check_point
-from storage.domain import Domain
+from storage.check.check import check_point
+from storage.domain.bundling import Bundling
+from storage.domain.domain import Domain
+from storage.domain.heartbeats import Observer, read_beat
 from storage.errors import Damaged, FileGone, PointUnreachable, StorageError
-from storage.heartbeats import Observer, read_beat
-from storage.log import record_path
+from storage.format import bundles
+from storage.log.log import record_path
 from storage.point import ClusterLabel, Point
+from storage.view import tables
 from tests.engine_rig import ANYWHERE, ONE_JOB, PATIENCE_S, EngineRig, disk_bytes
 from tests.store import Saved, cluster, files, image_of, live_files, load, new_point, open_domain
 from tests.store import save as save_image

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from storage.fs import OsFs
-from storage.packs import read_footer
+from storage.files.fs import OsFs
+from storage.format.packs import read_footer
 from tests.api_site import MIB, Site, serving
 
 

@@ -21,7 +21,7 @@ import pytest
 from api.cli.check import check_and_tell
 from api.cli.screen import Screen
 from bench.service import Service
-from storage.check_frames import FrameCheck
+from storage.check.frames import FrameCheck
 
 ROOT = Path(__file__).parent.parent.parent
 MIB = 1 << 20

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from bench.service import Service
-from engine.baselines import Baselines
 from engine.model import Baseline
+from engine.snapshot.baselines import Baselines
 from engine.state import State
 from tests.integration.test_cli import Command
 

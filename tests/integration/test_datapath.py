@@ -18,12 +18,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine.backup import run_backup
+from engine.backup.backup import run_backup
 from engine.errors import Conflict
-from engine.freeze import FreezeHook
-from engine.jobs import JobContext
+from engine.jobs.jobs import JobContext
+from engine.snapshot.freeze import FreezeHook
+from storage.domain.session import NewBackup, Session
 from storage.errors import ChunkMissing, NotOnPoint
-from storage.session import NewBackup, Session
 from tests.conftest import LoopFs
 from tests.rig import Made, Rig, allocated_bytes, random_bytes, sparse, write_at
 

@@ -21,15 +21,15 @@ from engine.config import (
     PoolConfig,
     TenantConfig,
 )
-from engine.distrust import remember
 from engine.errors import NotFound, PoolUnreachable
-from engine.jobs import JobContext
+from engine.jobs.jobs import JobContext
 from engine.model import BACKUP_DONE, BACKUP_FAILED, Backup, Pool, Vm
-from engine.rooms import Rooms
+from engine.points.distrust import remember
+from engine.restore.rooms import Rooms
 from engine.views import NewDisk, RestoreTarget, Scope
-from storage.check import check_point
+from storage.check.check import check_point
+from storage.domain.session import NewBackup, Session
 from storage.errors import PointUnreachable
-from storage.session import NewBackup, Session
 from tests.conftest import LoopFs
 from tests.engine_rig import ANYWHERE, PATIENCE_S, EngineRig, disk_bytes, files_below
 from tests.rig import random_bytes, write_at
@@ -168,10 +168,10 @@ def test_a_pool_that_hangs_holds_up_no_vm_of_another(
             vms.append(rig.engine.create_vm(ANYWHERE, name, "", "", [disk]))
 
         create("slow", "there")
-        monkeypatch.setattr("engine.vms.POOL_TIMEOUT_S", 0.1)
+        monkeypatch.setattr("engine.inventory.vms.POOL_TIMEOUT_S", 0.1)
         for name in ("statvfs", "lstat"):
             patch = _hanging(getattr(os, name), str(tmp_path / "slow"), answers)
-            monkeypatch.setattr(f"engine.volumes.os.{name}", patch)
+            monkeypatch.setattr(f"engine.inventory.volumes.os.{name}", patch)
         undo.callback(answers.set)
         for act in (
             lambda: create("slow", "new"),
@@ -200,7 +200,7 @@ def test_a_pool_that_hangs_at_last_holds_up_no_restore_into_another(
             answers.wait(PATIENCE_S)
         return statvfs(path)
 
-    monkeypatch.setattr("engine.volumes.os.statvfs", hanging)
+    monkeypatch.setattr("engine.inventory.volumes.os.statvfs", hanging)
     with ThreadPoolExecutor(2) as threads:
         claim = threads.submit(rooms.claim, "a", {slow: 1})
         assert asked.wait(PATIENCE_S)
@@ -257,7 +257,7 @@ def test_a_volume_that_can_not_be_removed_is_named_and_keeps_no_other(
                 raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
             unlink(path)
 
-        monkeypatch.setattr("engine.volumes.os.unlink", failing)
+        monkeypatch.setattr("engine.inventory.volumes.os.unlink", failing)
         said = r"^the VM is deleted, but not its volumes vm-1\.raw \(pool default: Operation not"
         with pytest.raises(PoolUnreachable, match=said):
             rig.engine.delete_vm(vm.uuid, delete_volumes=True)
@@ -297,7 +297,7 @@ def test_a_backup_whose_commit_got_no_answer_is_there_all_the_same(
 
         with monkeypatch.context() as patch:
             patch.setattr(Session, "commit", unanswered)
-            patch.setattr("engine.backups.remember", looking)
+            patch.setattr("engine.backup.backups.remember", looking)
             backup, job = rig.ask_backup(rig.make_vm("web", content))
             assert rig.ended(job).state == "failed"
         row = rig.engine.backup(ANYWHERE, backup)

@@ -13,20 +13,20 @@ from typing import Any
 import msgspec
 import pytest
 
-from engine import keeper
+from engine.catalogue.labels import UNREADABLE_NAME
 from engine.config import Config, parse_config
 from engine.errors import Conflict, EngineError, Invalid, NotFound
-from engine.labels import UNREADABLE_NAME
 from engine.model import Backup
+from engine.points import keeper
 from engine.service import Engine
 from engine.views import BackupQuery, Scope
-from storage import bundles
-from storage.domain import Domain
+from storage.domain.domain import Domain
+from storage.domain.leftovers import Leftovers
+from storage.domain.session import NewBackup
 from storage.errors import Damaged, PointNotEmpty, PointUnreachable, StorageError
-from storage.leftovers import Leftovers
-from storage.listing import BackupRow
+from storage.format import bundles
 from storage.point import ClusterLabel, Point
-from storage.session import NewBackup
+from storage.view.listing import BackupRow
 from tests.engine_rig import ANYWHERE, ONE_JOB, PATIENCE_S, EngineRig, disk_bytes, files_below
 
 MIB = 1 << 20
@@ -446,7 +446,7 @@ def test_no_configuration_is_the_embedded_default(tmp_path: Path) -> None:
 
 
 def test_a_point_that_hangs_hinders_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.keeper.HUNG_AFTER_S", 0.0)
+    monkeypatch.setattr("engine.points.keeper.HUNG_AFTER_S", 0.0)
     with EngineRig(tmp_path / "a") as rig:
         point = attach(rig, tmp_path / "shared")
         backup = back_up_to(rig, point, disk_bytes(MIB, 1), "web")

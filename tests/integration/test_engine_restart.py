@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from engine.errors import AlreadyRunning, Conflict
 from engine.model import BACKUP_DONE, BACKUP_FAILED
 from engine.service import Engine
-from storage.check import check_point
+from storage.check.check import check_point
 from tests.engine_rig import ANYWHERE, ONE_JOB, PATIENCE_S, EngineRig, disk_bytes, files_below
 
 MIB = 1 << 20

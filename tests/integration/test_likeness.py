@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from engine.backup import run_backup
-from engine.jobs import JobContext
-from engine.likeness import find_lender
-from engine.sources import VolumeSource, open_volume
-from storage.check import check_point
+from engine.backup.backup import run_backup
+from engine.backup.likeness import find_lender
+from engine.jobs.jobs import JobContext
+from engine.snapshot.sources import VolumeSource, open_volume
+from storage.check.check import check_point
 from tests.engine_rig import ANYWHERE, EngineRig
 from tests.rig import Made, Rig, random_bytes, write_at
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from engine.model import BACKUP_FAILED, Job
-from engine.packreads import BATCH_PACKS
-from storage import tables
-from storage.check import check_point
+from engine.points.packreads import BATCH_PACKS
+from storage.check.check import check_point
 from storage.point import ClusterLabel, Point
+from storage.view import tables
 from tests.api_site import Gate
 from tests.engine_rig import ANYWHERE, ONE_JOB, PATIENCE_S, EngineRig
 from tests.rig import random_bytes

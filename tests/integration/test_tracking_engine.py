@@ -15,10 +15,10 @@ from api.routes import CALLS
 from api.schemas_companion import ComputeInspectQuery
 from engine.config import Clone, Config, Freeze, PoolConfig, Tracking
 from engine.model import Baseline, Vm
-from engine.pinned import Pinned
 from engine.probes import Probes
-from engine.snapshot import SNAPSHOTS
-from engine.tending import tend
+from engine.snapshot.pinned import Pinned
+from engine.snapshot.snapshot import SNAPSHOTS
+from engine.snapshot.tending import tend
 from engine.views import Scope
 from tests.conftest import LoopFs
 from tests.engine_rig import ANYWHERE, EngineRig
@@ -129,7 +129,7 @@ def test_a_look_that_takes_long_is_not_taken_often(monkeypatch: pytest.MonkeyPat
         looked.append(row)
         return 7
 
-    monkeypatch.setattr("engine.pinned.pinned_bytes", look)
+    monkeypatch.setattr("engine.snapshot.pinned.pinned_bytes", look)
     pinned, row = Pinned(lambda: next(now_s)), Baseline("v", "sda", "", file="/baseline")
     for count in (1, 1, 1, 2):
         pinned.look([row], Probes())
@@ -148,8 +148,8 @@ def test_of_a_pool_that_hangs_one_is_looked_at(monkeypatch: pytest.MonkeyPatch) 
             answer.wait()
         return 7
 
-    monkeypatch.setattr("engine.pinned.pinned_bytes", look)
-    monkeypatch.setattr("engine.pinned.LOOK_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("engine.snapshot.pinned.pinned_bytes", look)
+    monkeypatch.setattr("engine.snapshot.pinned.LOOK_TIMEOUT_S", 0.5)
     files = ("/hung/1", "/hung/2", "/well/1")
     rows = [Baseline("v", "sda", "", file=file) for file in files]
     pinned = Pinned()
@@ -224,8 +224,8 @@ def test_an_alert_stands_until_an_operator_turns_tracking_on(
     rig.back_up(vm)
     change(rig, vm)
     with monkeypatch.context() as patch:
-        patch.setattr("engine.tracking.differences", lambda *_: [])
-        patch.setattr("engine.sampling.FEWEST_CHUNKS", 1000)
+        patch.setattr("engine.snapshot.tracking.differences", lambda *_: [])
+        patch.setattr("engine.backup.sampling.FEWEST_CHUNKS", 1000)
         rig.back_up(vm)
     (state,) = rig.engine.tracking()
     assert "was not seen" in state.off

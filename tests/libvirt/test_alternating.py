@@ -45,8 +45,8 @@ def lab(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 @pytest.fixture(autouse=True)
 def bare(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sample is another cover: these tests go without it."""
-    monkeypatch.setattr("engine.sampling.FEWEST_CHUNKS", 0)
-    monkeypatch.setattr("engine.sampling.SHARE", 0.0)
+    monkeypatch.setattr("engine.backup.sampling.FEWEST_CHUNKS", 0)
+    monkeypatch.setattr("engine.backup.sampling.SHARE", 0.0)
 
 
 def test_in_turn_each_reads_what_changed(lab: Lab) -> None:

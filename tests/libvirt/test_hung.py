@@ -11,12 +11,12 @@ import pytest
 from msgspec.structs import replace
 
 from api.metrics import Metrics
-from engine import freeze
 from engine.config import Freeze, Limits
 from engine.errors import HypervisorAway
 from engine.libvirt import inventory, watch
 from engine.libvirt.scratch import ScratchWatch
 from engine.model import Job
+from engine.snapshot import freeze
 from tests.engine_rig import ANYWHERE, PATIENCE_S, EngineRig
 from tests.libvirt.host import Host
 from tests.libvirt.lab import NAME, Lab, make_lab, paused_reading

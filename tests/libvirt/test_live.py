@@ -91,7 +91,7 @@ def test_without_an_answering_agent_it_is_crash_consistent(lab: Lab) -> None:
 
 _KILLED_WHILE_FROZEN = """
 import os, signal, sys, msgspec
-from engine.freeze import frozen
+from engine.snapshot.freeze import frozen
 from engine.libvirt.agent import agent_hook
 from engine.libvirt.binding import connect
 from engine.libvirt.domains import read_domain

@@ -1,6 +1,6 @@
 """The model's log: a node for each folded state, an edge for each record that was ever appended.
 
-Edges are folded by the real storage.fold, once each, and everything that can be asserted of a
+Edges are folded by the real storage.log.fold, once each, and everything that can be asserted of a
 state without its disk is asserted there. Two logs of one length that fold to the same tables, but
 for the record numbers in their rows, are one node: so orders of independent records meet again.
 Numbers stay part of it, or a record prepared before another one could seem to fit after it.
@@ -16,11 +16,9 @@ from typing import TypeAlias
 import msgspec
 from blake3 import blake3
 
-from storage import tables
+from storage.domain.gc import GcPlan, plan_gc
 from storage.errors import StorageError
-from storage.fold import Garbage, fold
-from storage.gc import GcPlan, plan_gc
-from storage.record import (
+from storage.format.record import (
     FIRST_PREVIOUS,
     Abort,
     Commit,
@@ -35,7 +33,9 @@ from storage.record import (
     file_id,
     record_digest,
 )
-from storage.tables import TABLE_NAMES, MemoryTables
+from storage.log.fold import Garbage, fold
+from storage.view import tables
+from storage.view.tables import TABLE_NAMES, MemoryTables
 from tests.model import invariants
 from tests.model.files import DiskContents, Files
 

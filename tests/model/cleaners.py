@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import cast
 
-from storage import orphans
+from storage.domain import orphans
 from storage.errors import SessionEnded, StorageError
-from storage.fs import Fs
-from storage.record import Abort
+from storage.files.fs import Fs
+from storage.format.record import Abort
 from tests.model.chain import Edge
 from tests.model.invariants import must
 from tests.model.world import Local, Model, Step, World, to, unlink_steps
@@ -16,7 +16,7 @@ from tests.model.writers import DONE
 
 
 class UnlinkNotes:
-    """Stands for the Fs that storage.orphans unlinks through; notes what was to go."""
+    """Stands for the Fs that storage.domain.orphans unlinks through; notes what was to go."""
 
     def __init__(self) -> None:
         self.gone: list[str] = []
@@ -32,7 +32,7 @@ class UnlinkNotes:
 
 
 def orphans_of(model: Model, domain: int, number: int, listed: int) -> int:
-    """Which of the listed files the real storage.orphans would unlink, judged by a node."""
+    """Which of the listed files the real storage.domain.orphans would unlink, judged by a node."""
     state = model.chains[domain].nodes[number].state
     if not model.rules.spares_open_sessions:
         state = state.copy()
@@ -47,7 +47,7 @@ def orphans_of(model: Model, domain: int, number: int, listed: int) -> int:
 
 
 class Sweeper:
-    """storage.orphans.sweep, at any time: list, read the log to its end, judge, unlink."""
+    """storage.domain.orphans.sweep, at any time: list, read the log to its end, judge, unlink."""
 
     domain = 0
 

@@ -1,16 +1,17 @@
-"""The step machine of gc, as storage.gc and storage.session do it."""
+"""The step machine of gc, as storage.domain.gc and storage.domain.session do it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from storage import gc, tables
+from storage.domain import gc
+from storage.domain.gc import GcPlan
+from storage.domain.session import FoldedChain
 from storage.errors import StorageError
-from storage.gc import GcPlan
-from storage.record import Abort, Op
-from storage.session import FoldedChain
-from storage.tables import MemoryTables, unpack_chunk_row
+from storage.format.record import Abort, Op
+from storage.view import tables
+from storage.view.tables import MemoryTables, unpack_chunk_row
 from tests.model.chain import Edge
 from tests.model.drafts import Draft
 from tests.model.files import File, Pages
@@ -19,8 +20,8 @@ from tests.model.world import Local, Model, Step, World, to, unlink_steps
 from tests.model.writers import DONE, opening
 
 if TYPE_CHECKING:
-    from storage.domain import Domain
-    from storage.session import Session
+    from storage.domain.domain import Domain
+    from storage.domain.session import Session
 
 
 class Run(NamedTuple):
@@ -109,7 +110,7 @@ class Gc:
         return self._early(world, run) if then == "retire" else to(world, self, Local(then, (run,)))
 
     def _fold(self, world: World, run: Run) -> World:
-        """Writes long chains anew, with the real storage.gc._fold_chains."""
+        """Writes long chains anew, with the real storage.domain.gc._fold_chains."""
         state = self.model.view(world, self).state
         sink = _ManifestSink(state)
         domain, session = cast("Domain", sink), cast("Session", sink)
@@ -194,7 +195,7 @@ def _pack_of(row: bytes) -> int:
 
 
 class _ManifestSink:
-    """Stands for the domain and the session that storage.gc._fold_chain wants."""
+    """Stands for the domain and the session that storage.domain.gc._fold_chain wants."""
 
     def __init__(self, state: MemoryTables) -> None:
         self.view = SnapshotView(state)

@@ -1,13 +1,13 @@
-"""The op builders of storage.session.Session, the real ones, without a session's threads."""
+"""The op builders of storage.domain.session.Session, the real ones, without a session's threads."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from storage.fold import Garbage
-from storage.record import FileSeal, Op
-from storage.session import FoldedChain, NewBackup, Session, _SealedManifest
-from storage.tables import Tables
+from storage.domain.session import FoldedChain, NewBackup, Session, _SealedManifest
+from storage.format.record import FileSeal, Op
+from storage.log.fold import Garbage
+from storage.view.tables import Tables
 
 
 class Draft(Session):

@@ -11,10 +11,10 @@ from typing import NamedTuple, TypeAlias
 
 from blake3 import blake3
 
-from storage.chunks import CODEC_PATCH, CODEC_RAW
 from storage.errors import Damaged, FileGone
-from storage.packs import PackEntry
-from storage.record import FileSeal, file_id
+from storage.format.chunks import CODEC_PATCH, CODEC_RAW
+from storage.format.packs import PackEntry
+from storage.format.record import FileSeal, file_id
 
 STORED_BYTES = 1 << 20
 HEADER_BYTES = 64
@@ -116,7 +116,7 @@ def _digest(kind: str, session: str, n: int, parts: Sequence[bytes]) -> bytes:
 
 
 class DiskContents:
-    """storage.index.Contents over the files of one domain, all of them or those on a disk."""
+    """storage.view.index.Contents over the files of one domain, all of them or those on a disk."""
 
     def __init__(self, files: Files, domain: int, disk: int = -1) -> None:
         self._files = files

@@ -11,23 +11,23 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar, cast
 
-from storage import tables
-from storage.chunks import ZERO_MARK
+from storage.domain.maps import DiskMap
 from storage.errors import StorageError
-from storage.index import Contents
-from storage.log import Log
-from storage.manifests import decode_page
-from storage.maps import DiskMap
-from storage.rebuild import fill
-from storage.record import Record, Retire
-from storage.tables import TABLE_NAMES, MemoryTables, Tables, unpack_chunk_row
-from storage.view import View
+from storage.format.chunks import ZERO_MARK
+from storage.format.manifests import decode_page
+from storage.format.record import Record, Retire
+from storage.log.log import Log
+from storage.log.rebuild import fill
+from storage.view import tables
+from storage.view.index import Contents
+from storage.view.tables import TABLE_NAMES, MemoryTables, Tables, unpack_chunk_row
+from storage.view.view import View
 
 ResultT = TypeVar("ResultT")
 
 
 class SnapshotView:
-    """Stands for storage.view.View where real code wants one: one state, read only."""
+    """Stands for storage.view.view.View where real code wants one: one state, read only."""
 
     def __init__(self, state: MemoryTables) -> None:
         self._state = state
@@ -57,7 +57,7 @@ def retired_by_record(before: MemoryTables, after: MemoryTables, record: Record)
 
 
 class _EndedLog:
-    """Stands for storage.log.Log where all records were read already."""
+    """Stands for storage.log.log.Log where all records were read already."""
 
     def read_bundled(self, _seq: int, _previous: bytes) -> list[tuple[Record, bytes]]:
         return []

@@ -14,13 +14,14 @@ from unittest.mock import patch
 
 import msgspec
 
-from storage import gc, index, tables
-from storage.fold import _Step
-from storage.index import Index
-from storage.packs import PackEntry
-from storage.record import FileSeal, Rebase
-from storage.session import FoldedChain
-from storage.tables import ManifestState, SessionRow
+from storage.domain import gc
+from storage.domain.session import FoldedChain
+from storage.format.packs import PackEntry
+from storage.format.record import FileSeal, Rebase
+from storage.log.fold import _Step
+from storage.view import index, tables
+from storage.view.index import Index
+from storage.view.tables import ManifestState, SessionRow
 from tests.model import collector
 from tests.model.world import Rules
 

@@ -7,7 +7,7 @@ may be touched by that, and the disk must then hold exactly the live files.
 from __future__ import annotations
 
 from storage.errors import StorageError
-from storage.record import Abort, Op
+from storage.format.record import Abort, Op
 from tests.model.chain import Edge
 from tests.model.cleaners import orphans_of
 from tests.model.collector import Gc

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from storage.chunks import ZERO_MARK
+from storage.domain.session import NewBackup
 from storage.errors import StorageError
-from storage.manifests import encode_page
-from storage.record import Forget, Op, Open
-from storage.session import NewBackup
+from storage.format.chunks import ZERO_MARK
+from storage.format.manifests import encode_page
+from storage.format.record import Forget, Op, Open
 from tests.model.cleaners import Reaper, Sweeper
 from tests.model.collector import Gc
 from tests.model.drafts import Draft

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from unittest.mock import patch
 
-from storage import gc
+from storage.domain import gc
 from tests.model.recovery import Recovery
 from tests.model.scenarios import EVERYBODY, FULL, SMALL, Scenario, start
 from tests.model.world import Model, Rules, World

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import cast
 
-from storage import tables
-from storage.chunks import ZERO_MARK
+from storage.domain.maps import DiskMap
+from storage.domain.session import NewBackup
 from storage.errors import ChunkMissing, NotOnPoint, StorageError
-from storage.manifests import decode_page
-from storage.maps import DiskMap
-from storage.rebuild import manifest_chain, merged_pages
-from storage.record import Abort, Op
-from storage.session import NewBackup
-from storage.tables import MemoryTables, unpack_chunk_row
-from storage.view import View
+from storage.format.chunks import ZERO_MARK
+from storage.format.manifests import decode_page
+from storage.format.record import Abort, Op
+from storage.log.rebuild import manifest_chain, merged_pages
+from storage.view import tables
+from storage.view.tables import MemoryTables, unpack_chunk_row
+from storage.view.view import View
 from tests.model.chain import Edge
 from tests.model.drafts import Draft
 from tests.model.files import DiskContents, File, Pages
@@ -132,7 +132,7 @@ def _places(state: MemoryTables, chunks: Sequence[bytes]) -> tuple[tuple[bytes, 
 
 
 class Import:
-    """Domain 1 takes a backup of domain 0 over, as storage.imports does, in so many attempts.
+    """Domain 1 takes a backup of domain 0 over, as storage.domain.imports does, in some attempts.
 
     data: (attempt, the foreign node, chunks lacking, packs linked, number of the next pack).
     """

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, TypeAlias
 
 from storage.errors import FileGone, StorageError
-from storage.record import Op
-from storage.tables import MemoryTables
+from storage.format.record import Op
+from storage.view.tables import MemoryTables
 from tests.model.chain import Chain, Edge, Image, Names, Node
 from tests.model.files import File, Files
 from tests.model.invariants import must
@@ -132,7 +132,7 @@ class Model:
     def append(
         self, world: World, process: Process, build: Build, done: Done, refused: RefusedStep
     ) -> Iterator[Step]:
-        """The steps of storage.domain.Domain.append from this state on."""
+        """The steps of storage.domain.domain.Domain.append from this state on."""
         local = world.locals[process.place]
         what = f"{process.name}.{local.pc}"
         if local.phase == FREE:

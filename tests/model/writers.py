@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeAlias, cast
 
-from storage.chunks import ZERO_MARK
+from storage.domain.session import NewBackup
 from storage.errors import ChunkMissing, StorageError
-from storage.manifests import encode_page
-from storage.record import Forget, Op, Open, SessionKind
-from storage.session import NewBackup
-from storage.tables import MemoryTables, unpack_chunk_row
+from storage.format.chunks import ZERO_MARK
+from storage.format.manifests import encode_page
+from storage.format.record import Forget, Op, Open, SessionKind
+from storage.view.tables import MemoryTables, unpack_chunk_row
 from tests.model.chain import Edge
 from tests.model.drafts import Draft
 from tests.model.files import Pages

@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 from engine.nbd.source import NbdSource
-from engine.sources import DiskSource
+from engine.snapshot.sources import DiskSource
 from tests.nbd import fake
 from tests.nbd.fake import DONE, Asked, answering, data, fake_server, option_reply, simple, status
 from tests.nbd.servers import qemu_nbd, require

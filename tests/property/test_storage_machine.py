@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from storage import tables
-from storage.check import check_point
-from storage.domain import Domain
+from storage.check.check import check_point
+from storage.domain.domain import Domain
 from storage.point import ClusterLabel, Point
+from storage.view import tables
 from tests.store import (
     CHUNK,
     Saved,
@@ -135,7 +135,7 @@ class StorageMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_dead_stay_dead(self) -> None:
-        """So that what was proved once need not be proved again (storage.proof)."""
+        """So that what was proved once need not be proved again (storage.view.proof)."""
         for at, domain in enumerate(getattr(self, "domains", ())):
             rows = domain.view.ask(lambda state: dict(tables.packs.scan(state)))
             assert all(not row.live_chunks for pack, row in rows.items() if pack in self.dead[at])

@@ -10,7 +10,7 @@ import pytest
 
 from engine.errors import DiskServerRefused, EngineError, PoolUnreachable
 from engine.qemu.header import Qcow2Header, chain_below, parse_header, read_header
-from engine.sources import open_volume
+from engine.snapshot.sources import open_volume
 from tests.qemu.images import MIB, create, qemu_img
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from engine.errors import Conflict, EngineError, PoolFull
-from engine.new_volume import NewVolume
 from engine.qemu.new_qcow2 import NewQcow2
+from engine.restore.new_volume import NewVolume
 from tests.conftest import LoopFs
 from tests.qemu.images import MIB, content, qemu_img
 from tests.rig import random_bytes

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from engine.errors import Conflict, DiskServerRefused, EngineError
-from engine.freeze import NO_HOOK
 from engine.qemu.process import image_options
 from engine.qemu.stopped import Qcow2Source
-from engine.snapshot import take_snapshot
-from engine.sources import BitmapPlan, DiskFile
+from engine.snapshot.freeze import NO_HOOK
+from engine.snapshot.snapshot import take_snapshot
+from engine.snapshot.sources import BitmapPlan, DiskFile
 from tests.nbd.servers import require
 from tests.qemu.images import MIB, bitmaps, content, create, qemu_img, qemu_io
 
@@ -139,7 +139,7 @@ class TestOthers:
         code = (
             "import os, signal, sys\n"
             "from engine.qemu.stopped import Qcow2Source\n"
-            "from engine.sources import DiskFile\n"
+            "from engine.snapshot.sources import DiskFile\n"
             "source = Qcow2Source(DiskFile('vda', sys.argv[1], 'qcow2'))\n"
             "print(source._server._process.pid, flush=True)\n"
             "os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -283,7 +283,7 @@ class TestBitmaps:
         assert self.back_up(image, "vmkeep-2", "vmkeep-3") is None
 
     def test_it_shrank_and_grew_again(self, image: Path) -> None:
-        """QEMU's bitmap says nothing of it: engine/sampling.py reads the chunk that was cut."""
+        """QEMU's bitmap says nothing of it; engine/backup/sampling.py reads the chunk."""
         qemu_io(image, "write -P 3 5M 64k")
         self.back_up(image, "", "vmkeep-1")
         qemu_img("resize", "-q", "-f", "qcow2", "--shrink", image, str(5 * MIB + 512))

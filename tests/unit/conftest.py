@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from engine.state import State
-from storage.domain import Domain
+from storage.domain.domain import Domain
 from storage.point import ClusterLabel, Point
 from tests.rig import Rig
 from tests.store import CHUNK, cluster, new_point, open_domain

@@ -9,13 +9,13 @@ from api.logs import JsonLines, TextLines
 
 
 def _record(message: str, **fields: object) -> logging.LogRecord:
-    logger = logging.getLogger("engine.jobs")
+    logger = logging.getLogger("engine.jobs.jobs")
     return logger.makeRecord(logger.name, logging.INFO, "file", 1, message, (), None, extra=fields)
 
 
 def test_text_is_one_line_with_fields() -> None:
     line = TextLines().format(_record("job_ended", job="j", state="failed"))
-    assert line.endswith("Z INFO engine.jobs job_ended job=j state=failed")
+    assert line.endswith("Z INFO engine.jobs.jobs job_ended job=j state=failed")
 
 
 def test_a_callers_text_forges_no_line_and_no_escape() -> None:

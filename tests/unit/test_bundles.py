@@ -1,4 +1,4 @@
-"""storage.bundles: one is read instead of its records only if it is what the log says; else it
+"""storage.format.bundles: one is read for its records only if it is what the log says; else it
 costs time, and nothing else."""
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from unittest import mock
 import msgspec
 import pytest
 
-from storage import bundles
-from storage.bundling import Bundling
-from storage.check import check_point
-from storage.domain import Domain
+from storage.check.check import check_point
+from storage.domain.bundling import Bundling
+from storage.domain.domain import Domain
 from storage.errors import Damaged
-from storage.fs import OsFs, Room
-from storage.log import record_path
+from storage.files.fs import OsFs, Room
+from storage.format import bundles
+from storage.format.record import Record, record_digest
+from storage.log.log import record_path
 from storage.point import ClusterLabel, Point
-from storage.record import Record, record_digest
 from tests import forging
 from tests.failing_fs import FailingFs
 from tests.store import Saved, cluster, dump, image_of, load, new_uuid, open_domain, save
@@ -102,7 +102,7 @@ def test_full_stretches_get_a_bundle_each_and_once(domain: Domain, bundled: list
 
 def test_it_goes_on_where_it_was(domain: Domain, saved: list[Saved]) -> None:
     bundling = Bundling()
-    with mock.patch("storage.bundling.STRETCHES_PER_CALL", 1):
+    with mock.patch("storage.domain.bundling.STRETCHES_PER_CALL", 1):
         assert [bundling.go_on(domain) for _ in range(3)] == [1, 1, 0]
     save(domain, image_of(9))
     assert bundling.go_on(domain) == 1

@@ -1,4 +1,4 @@
-"""engine.catalogue: what is known of backups, and how it follows the domains."""
+"""engine.catalogue.catalogue: what is known of backups, and how it follows the domains."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import random
 import pytest
 from msgspec.structs import replace
 
-from engine.catalogue import Catalogue
+from engine.catalogue.catalogue import Catalogue
 from engine.errors import NotFound
+from engine.inventory.scopes import Range
 from engine.model import (
     BACKUP_DONE,
     BACKUP_FAILED,
@@ -18,7 +19,6 @@ from engine.model import (
     Cluster,
     Namespace,
 )
-from engine.scopes import Range
 from engine.state import State
 from engine.views import BackupQuery
 

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from storage.check import Damage, Finding, NoReads, check_point
-from storage.chunks import FRAME_HEADER_BYTES
-from storage.domain import Domain
+from storage.check.check import Damage, Finding, NoReads, check_point
+from storage.domain.domain import Domain
+from storage.domain.session import NewBackup
 from storage.errors import Damaged
-from storage.fs import OsFs
-from storage.log import record_path
+from storage.files.fs import OsFs
+from storage.format.chunks import FRAME_HEADER_BYTES
+from storage.log.log import record_path
 from storage.point import Point
-from storage.session import NewBackup
 from tests.failing_fs import HookFs
 from tests.hostile.mutating import peak_bytes
 from tests.store import (

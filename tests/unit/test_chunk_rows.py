@@ -1,4 +1,4 @@
-"""storage.chunk_rows: the same answers, and the same table in the end, as without it."""
+"""storage.view.chunk_rows: the same answers, and the same table in the end, as without it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from storage import chunk_rows
-from storage.chunk_rows import ChunkRows
-from storage.tables import MemoryTable
+from storage.view import chunk_rows
+from storage.view.chunk_rows import ChunkRows
+from storage.view.tables import MemoryTable
 
 
 @pytest.mark.parametrize("most", [1, 7, 1000])

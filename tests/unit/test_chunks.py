@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest, xxh3_128_hexdigest
 
-from storage.chunks import (
+from storage.errors import Damaged
+from storage.files.fs import Buffer
+from storage.format.chunks import (
     MAX_CHUNK_BYTES,
     ZERO_MARK,
     ChunkHasher,
@@ -21,8 +23,6 @@ from storage.chunks import (
     is_zero,
     make_frame,
 )
-from storage.errors import Damaged
-from storage.fs import Buffer
 from tests.forging import frame
 from tests.vectors import colliding_chunks
 

@@ -1,4 +1,4 @@
-"""engine.crew: its threads give way to the process's others, and none outlives the call."""
+"""engine.jobs.crew: its threads give way to the process's others, and none outlives the call."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 
-from engine.crew import NICER_BY, Stop, run_crew
+from engine.jobs.crew import NICER_BY, Stop, run_crew
 
 
 def _niceness() -> int:

@@ -12,9 +12,9 @@ import pytest
 from blake3 import blake3
 from msgspec.structs import replace
 
-from storage import tables
-from storage.chunks import Encoder
-from storage.domain import Domain
+from storage.domain.domain import Domain
+from storage.domain.heartbeats import Observer, beat
+from storage.domain.session import NewBackup
 from storage.errors import (
     AlreadyOnPoint,
     ChunkMissing,
@@ -25,12 +25,12 @@ from storage.errors import (
     PointUnreachable,
     SessionEnded,
 )
-from storage.fs import OsFs
-from storage.heartbeats import Observer, beat
-from storage.log import record_path
+from storage.files.fs import OsFs
+from storage.format.chunks import Encoder
+from storage.log.log import record_path
+from storage.log.rebuild import checkpoint_name, manifest_chain
 from storage.point import ClusterLabel, Point, is_point
-from storage.rebuild import checkpoint_name, manifest_chain
-from storage.session import NewBackup
+from storage.view import tables
 from tests.store import (
     CHUNK,
     cluster,
@@ -275,7 +275,7 @@ def test_a_view_comes_back_from_a_checkpoint_and_the_tail(
     before = dump(domain)
     domain.close()
     shutil.rmtree(domain.view.path)
-    with caplog.at_level("INFO", logger="storage.rebuild"):
+    with caplog.at_level("INFO", logger="storage.log.rebuild"):
         again = open_domain(point, label)
     assert "view_from_checkpoint" in caplog.text
     assert dump(again) == before
@@ -313,7 +313,7 @@ def test_a_checkpoint_that_no_record_announces_is_not_opened(
     forged[2 * 4096 :] = random.Random(1).randbytes(len(forged) - 2 * 4096)
     path.unlink()
     path.with_name(checkpoint_name(int(name[:16], 16), blake3(forged).digest())).write_bytes(forged)
-    with caplog.at_level("INFO", logger="storage.rebuild"):
+    with caplog.at_level("INFO", logger="storage.log.rebuild"):
         again = open_domain(point, label)
     assert "checkpoint_unannounced" in caplog.text
     assert dump(again) == before

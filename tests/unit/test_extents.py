@@ -1,4 +1,4 @@
-"""engine.extents: comparing maps, with what no file system at hand shows on demand."""
+"""engine.snapshot.extents: comparing maps, with what no file system at hand shows on demand."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from engine.extents import Extent, differences, extent_map
+from engine.snapshot.extents import Extent, differences, extent_map
 from tests.conftest import LoopFs
 from tests.rig import write_at
 from tests.tracking_rig import KEEP_SIZE, fallocate

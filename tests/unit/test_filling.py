@@ -1,4 +1,4 @@
-"""storage.filling against the rules of the index, said over dictionaries. See also invariant I8 in
+"""storage.view.filling against the rules of the index, over dictionaries. See also invariant I8 in
 the model (tests/model), the state machine (tests/property) and tests/damage."""
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage import filling as filling_module
-from storage.chunks import CODEC_PATCH, CODEC_ZSTD, ZERO_MARK
-from storage.filling import Filling
-from storage.packs import FRAME_HEADER_BYTES, PackEntry
-from storage.tables import LOST_PACK, ChunkRow, unpack_chunk_row
+from storage.format.chunks import CODEC_PATCH, CODEC_ZSTD, ZERO_MARK
+from storage.format.packs import FRAME_HEADER_BYTES, PackEntry
+from storage.view import filling as filling_module
+from storage.view.filling import Filling
+from storage.view.tables import LOST_PACK, ChunkRow, unpack_chunk_row
 
 CHUNKS = [bytes([number]) * 32 for number in range(1, 13)]
 NOWHERE = PackEntry(0, 0, 0, 0, 0, b"", 0)

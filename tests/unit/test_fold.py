@@ -8,11 +8,9 @@ from collections.abc import Sequence
 import msgspec
 import pytest
 
-from storage import tables
 from storage.errors import AlreadyOnPoint, Damaged, NotOnPoint, Refused, SessionEnded
-from storage.fold import Garbage, fold
-from storage.framing import encode_object
-from storage.record import (
+from storage.format.framing import encode_object
+from storage.format.record import (
     HOLDS_LIMIT,
     MAGIC,
     Abort,
@@ -32,7 +30,9 @@ from storage.record import (
     file_id,
     record_digest,
 )
-from storage.tables import MemoryTables
+from storage.log.fold import Garbage, fold
+from storage.view import tables
+from storage.view.tables import MemoryTables
 from tests.store import new_uuid
 
 A, B, C = (letter * 32 for letter in "abc")
@@ -291,7 +291,7 @@ def test_a_rebase_finds_what_stands_on_the_disk_also_behind_those_that_have_gone
 def test_so_many_build_on_one_disk_and_no_more(
     state: State, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("storage.fold.CHILDREN_LIMIT", 2)
+    monkeypatch.setattr("storage.log.fold.CHILDREN_LIMIT", 2)
     parent, disk = new_uuid(), new_uuid()
     state.backup(A, parent, [disk])
     for session in ("1" * 32, "2" * 32):

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.errors import Damaged, PointNewerFormat
-from storage.framing import decode_object, encode_object
+from storage.format.framing import decode_object, encode_object
 from tests.forging import small_object
 
 BODY = b"\x81\xa1k\xa1v"

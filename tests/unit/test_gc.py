@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 
-from storage import gc
-from storage.chunks import CODEC_RAW, Encoder, Frame, make_frame
-from storage.domain import Domain
+from storage.domain import gc
+from storage.domain.domain import Domain
+from storage.domain.session import NewBackup, Session
 from storage.errors import PointFull, Refused
-from storage.fold import Garbage
-from storage.fs import OsFs, Room
-from storage.patches import PatchEncoder
+from storage.files.fs import OsFs, Room
+from storage.format.chunks import CODEC_RAW, Encoder, Frame, make_frame
+from storage.format.patches import PatchEncoder
+from storage.format.record import file_id
+from storage.log.fold import Garbage
 from storage.point import ClusterLabel, Point
-from storage.record import file_id
-from storage.session import NewBackup, Session
 from tests.store import (
     CHUNK,
     Saved,

@@ -1,4 +1,4 @@
-"""storage.growing: the same bytes whichever way they are written, and nothing left after errors."""
+"""storage.files.growing: the same bytes whichever way they are written, nothing left by errors."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from storage.fs import NO_FD, Buffer, OsFs
-from storage.growing import STAGE_BYTES, GrowingFile
+from storage.files.fs import NO_FD, Buffer, OsFs
+from storage.files.growing import STAGE_BYTES, GrowingFile
 from tests.failing_fs import open_below
 from tests.rig import random_bytes
 

@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 
-from storage import rebuild
-from storage.chunks import Encoder
-from storage.domain import Domain
+from storage.domain.domain import Domain
+from storage.domain.heartbeats import Observer, beat
+from storage.domain.reader import MAX_RUN_BYTES, plan_reads
+from storage.domain.session import UNSEALED_PACKS_LIMIT, NewBackup
 from storage.errors import Damaged, PointFull, StorageError
-from storage.fs import Buffer, OsFs
-from storage.heartbeats import Observer, beat
+from storage.files.fs import Buffer, OsFs
+from storage.format.chunks import Encoder
+from storage.format.record import Op
+from storage.log import rebuild
 from storage.point import ClusterLabel, Point
-from storage.reader import MAX_RUN_BYTES, plan_reads
-from storage.record import Op
-from storage.session import UNSEALED_PACKS_LIMIT, NewBackup
-from storage.tables import Tables
+from storage.view.tables import Tables
 from tests.failing_fs import FailingFs, HookFs, open_below
 from tests.store import (
     CHUNK,

@@ -1,4 +1,4 @@
-"""storage.index: new references, of our own records and of others', beside what is lost."""
+"""storage.view.index: new references, of our own records and of others', beside what is lost."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from storage import tables
 from storage.errors import ChunkMissing
-from storage.index import Index
-from storage.manifests import encode_page
-from storage.packs import PackEntry
-from storage.tables import (
+from storage.format.manifests import encode_page
+from storage.format.packs import PackEntry
+from storage.view import tables
+from storage.view.index import Index
+from storage.view.tables import (
     LOST_PACK,
     ChunkRow,
     ManifestState,

@@ -1,4 +1,4 @@
-"""engine.inventory, seed, scopes, volumes, vms: what there is, and who may have it."""
+"""engine.inventory.inventory, seed, scopes, volumes, vms: what there is, and who may have it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,20 @@ from msgspec.structs import replace
 
 from engine.config import Config, parse_config
 from engine.errors import ConfigInvalid, Conflict, Invalid, NotFound, PoolUnreachable
-from engine.inventory import EmbeddedInventory, Places
+from engine.inventory.inventory import EmbeddedInventory, Places
+from engine.inventory.scopes import covers, landing, ranges
+from engine.inventory.seed import settle_places, settle_vms
+from engine.inventory.volumes import (
+    make_volume,
+    name_fault,
+    remove_volume,
+    volume_path,
+    volume_size,
+)
 from engine.model import BackupPoint, Disk, Vm
 from engine.probes import Probes
-from engine.scopes import covers, landing, ranges
-from engine.seed import settle_places, settle_vms
 from engine.state import State
 from engine.views import Scope
-from engine.volumes import make_volume, name_fault, remove_volume, volume_path, volume_size
 
 THREE = b"""
 [[clusters]]

@@ -1,4 +1,4 @@
-"""engine.jobs: one end for every job, settled once, before it can be seen."""
+"""engine.jobs.jobs: one end for every job, settled once, before it can be seen."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from engine.errors import Cancelled, Conflict, NotFound
-from engine.history import KEPT_RESULT_CHARS
-from engine.jobs import KEPT_JOBS, RESTARTED, STOPPED, Handler, JobContext, Jobs, new_job
+from engine.jobs.history import KEPT_RESULT_CHARS
+from engine.jobs.jobs import KEPT_JOBS, RESTARTED, STOPPED, Handler, JobContext, Jobs, new_job
 from engine.model import Job, JobState
 from engine.state import State
 from storage.errors import PointFull

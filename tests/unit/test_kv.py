@@ -1,4 +1,4 @@
-"""storage.kv: typed rows, all or nothing, a map that grows."""
+"""storage.lmdb_env.kv: typed rows, all or nothing, a map that grows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from storage.errors import Damaged, PointUnreachable
-from storage.kv import Store, Table
+from storage.lmdb_env.kv import Store, Table
 
 
 class Sheep(msgspec.Struct, frozen=True):

@@ -1,4 +1,4 @@
-"""storage.leftovers: what dead hosts leave goes, and nothing of those that live."""
+"""storage.domain.leftovers: what dead hosts leave goes, and nothing of those that live."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from storage.domain import Domain
-from storage.heartbeats import Observer, beat
-from storage.leftovers import Leftovers
+from storage.domain.domain import Domain
+from storage.domain.heartbeats import Observer, beat
+from storage.domain.leftovers import Leftovers
 from storage.point import ClusterLabel, Point
 from tests.store import CHUNK, load, open_domain, save
 
 _CHILD = """
 import sys
-from storage.heartbeats import beat
+from storage.domain.heartbeats import beat
 from storage.point import ClusterLabel, Point
 from tests.store import CHUNK, open_domain, save
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import lmdb
 import pytest
 
-from storage.lock_file import is_occupied, lock_in_memory, occupy
-from storage.view import View
+from storage.lmdb_env.lock_file import is_occupied, lock_in_memory, occupy
+from storage.view.view import View
 
 
 def test_nothing_of_it_is_beside_the_data(tmp_path: Path) -> None:

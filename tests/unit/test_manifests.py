@@ -8,17 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.chunks import ZERO_MARK
 from storage.errors import Damaged, PointNewerFormat
-from storage.fs import OsFs
-from storage.manifests import (
+from storage.files.fs import OsFs
+from storage.format.chunks import ZERO_MARK
+from storage.format.manifests import (
     PAGE_ENTRIES,
     ManifestReader,
     ManifestWriter,
     decode_page,
     encode_page,
 )
-from storage.sealed import Seal
+from storage.format.sealed import Seal
 from tests import forging
 from tests.failing_fs import FailingFs, open_below
 from tests.forging import CHUNK_SIZE, DISK, SESSION

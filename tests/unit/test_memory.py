@@ -1,4 +1,4 @@
-"""storage.memory: buffers of whole huge pages."""
+"""storage.files.memory: buffers of whole huge pages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from storage.memory import large_buffer
+from storage.files.memory import large_buffer
 
 SIZE_BYTES = (4 << 20) + 1
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")

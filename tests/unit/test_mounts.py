@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from storage.errors import PointUnsafeMount
-from storage.mounts import check_mount, require_sound_mount
+from storage.files.mounts import check_mount, require_sound_mount
 
 ROOT = "22 1 254:1 / / rw,relatime shared:1 - ext4 /dev/vda1 rw,discard\n"
 GOOD = (

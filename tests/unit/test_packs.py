@@ -8,17 +8,17 @@ from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.chunks import ChunkHasher, Decoder, Encoder, Frame, make_frame
 from storage.errors import Damaged, PointNewerFormat, Refused
-from storage.fs import NO_FD, OsFs
-from storage.packs import (
+from storage.files.fs import NO_FD, OsFs
+from storage.format.chunks import ChunkHasher, Decoder, Encoder, Frame, make_frame
+from storage.format.packs import (
     FRAME_HEADER_BYTES,
     PackEntry,
     PackWriter,
     parse_frame,
     read_footer,
 )
-from storage.sealed import Seal
+from storage.format.sealed import Seal
 from tests import forging
 from tests.failing_fs import FailingFs, open_below
 from tests.forging import CHUNK_SIZE, SESSION
@@ -135,7 +135,7 @@ def test_the_writer_refuses_what_could_not_be_read(
     writer = PackWriter(OsFs(), f"{tmp_path}/tmp", SESSION, 7, CHUNK_SIZE)
     with pytest.raises(ValueError, match="65537"):
         writer.add(framed(bytes(CHUNK_SIZE + 1)))
-    monkeypatch.setattr("storage.packs.MAX_PACK_BYTES", 64 + 2 * (56 + 7 + 56) + 48)
+    monkeypatch.setattr("storage.format.packs.MAX_PACK_BYTES", 64 + 2 * (56 + 7 + 56) + 48)
     writer.add(framed(CONTENTS[1]))
     with pytest.raises(Refused, match="4 GiB"):
         writer.add_many([framed(CONTENTS[1])] * 2)

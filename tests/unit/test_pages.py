@@ -1,4 +1,4 @@
-"""engine.pages and engine.crew: which chunks are looked at, and the order of what comes out."""
+"""engine.backup.pages, engine.jobs.crew: which chunks are looked at, in which order they come."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.crew import Stop, run_crew
-from engine.pages import (
+from engine.backup.pages import (
     OPEN_PAGES,
     PAGE_CHUNKS,
     Item,
@@ -21,6 +20,7 @@ from engine.pages import (
     plan_changed,
     plan_pages,
 )
+from engine.jobs.crew import Stop, run_crew
 
 CHUNK = 64 << 10
 GONE = b"gone"

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from storage.check import check_point
-from storage.check_view import check_view
-from storage.chunks import Decoder, Encoder
-from storage.domain import Domain
+from storage.check.against_rebuild import check_view
+from storage.check.check import check_point
+from storage.domain.domain import Domain
+from storage.domain.session import NewBackup
 from storage.errors import ChunkMissing, Damaged, Refused
-from storage.patches import BLOCK_BYTES, PatchEncoder, changed_blocks, parse_patch, patched
+from storage.format.chunks import Decoder, Encoder
+from storage.format.patches import BLOCK_BYTES, PatchEncoder, changed_blocks, parse_patch, patched
 from storage.point import Point
-from storage.session import NewBackup
 from tests.store import (
     CHUNK,
     Saved,

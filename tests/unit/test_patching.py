@@ -1,4 +1,4 @@
-"""engine.patching: what a backup stores as patches, and what it does when it can't."""
+"""engine.backup.patching: what a backup stores as patches, and what it does when it can't."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.backup import BackupFacts, run_backup
-from storage.chunks import FRAME_HEADER_BYTES
-from storage.packs import read_footer
+from engine.backup.backup import BackupFacts, run_backup
+from storage.format.chunks import FRAME_HEADER_BYTES
+from storage.format.packs import read_footer
 from tests.rig import Made, Rig, random_bytes, write_at
 from tests.store import patches
 

@@ -1,4 +1,4 @@
-"""engine.pipeline: what one scan reads, compares, stores and counts. Against the real storage."""
+"""engine.backup.pipeline: what a scan reads, compares, stores and counts, with the real storage."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from engine.backup import run_backup
+from engine.backup.backup import run_backup
+from engine.backup.pages import PAGE_CHUNKS
+from engine.backup.pipeline import ITEM_BYTES, scan_disk, store_again
 from engine.errors import Cancelled, PoolUnreachable
-from engine.pages import PAGE_CHUNKS
-from engine.pipeline import ITEM_BYTES, scan_disk, store_again
-from engine.sources import DiskSource, VolumeSource, open_volume
-from storage.chunks import ZERO_MARK
-from storage.domain import Domain
+from engine.snapshot.sources import DiskSource, VolumeSource, open_volume
+from storage.domain.domain import Domain
+from storage.format.chunks import ZERO_MARK
 from tests.rig import Made, Rig, counts, random_bytes, sparse, write_at
 
 CHUNK = 64 << 10

@@ -1,4 +1,4 @@
-"""engine.probes and engine.rooms: what hangs holds one thread, and room is given away once."""
+"""engine.probes, engine.restore.rooms: what hangs holds one thread; room is given away once."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from engine.errors import PoolFull, PoolUnreachable
+from engine.inventory.volumes import pool_room
 from engine.model import Pool
 from engine.probes import Probes
-from engine.rooms import Rooms
-from engine.volumes import pool_room
+from engine.restore.rooms import Rooms
 
 
 def test_answers_and_errors_come_through() -> None:

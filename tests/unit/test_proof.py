@@ -1,4 +1,4 @@
-"""storage.proof: a large view is proved now and then; only what a proof called dead is retired."""
+"""storage.view.proof: a large view is proved now and then; what a proof called dead is retired."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import os
 
 import pytest
 
-from storage import proof, tables
-from storage.domain import Domain
-from storage.proof import REST, Proof
-from storage.view_tables import ViewTables
+from storage.domain.domain import Domain
+from storage.view import proof, tables
+from storage.view.proof import REST, Proof
+from storage.view.view_tables import ViewTables
 from tests.store import CHUNK, Saved, files, load, save
 
 

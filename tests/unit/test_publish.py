@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from storage.fs import OsFs
-from storage.publish import link_or_copy, make_dirs, publish, put_if_absent
+from storage.files.fs import OsFs
+from storage.files.publish import link_or_copy, make_dirs, publish, put_if_absent
 from tests.failing_fs import FailingFs, is_closed, open_below
 
 

@@ -6,8 +6,8 @@ import contextlib
 
 import pytest
 
-from storage.domain import Domain
-from storage.reader import MAX_RUN_BYTES, ReadRun, plan_chunks
+from storage.domain.domain import Domain
+from storage.domain.reader import MAX_RUN_BYTES, ReadRun, plan_chunks
 from tests.store import CHUNK, edited, image_of, mixed, patches, save
 
 

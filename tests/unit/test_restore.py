@@ -1,4 +1,4 @@
-"""engine.restore: exact, sparse, all or nothing. Against the real storage."""
+"""engine.restore.restore: exact, sparse, all or nothing. Against the real storage."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from pathlib import Path
 import pytest
 
 from engine.errors import Cancelled, Conflict, PoolFull, PoolUnreachable
-from engine.jobs import JobContext
-from engine.new_volume import unname_left
-from engine.restore import RestoreDisk, run_restore
-from engine.snapshot import RESTORES, clear_leftovers
-from storage import tables
+from engine.jobs.jobs import JobContext
+from engine.restore.new_volume import unname_left
+from engine.restore.restore import RestoreDisk, run_restore
+from engine.snapshot.snapshot import RESTORES, clear_leftovers
 from storage.errors import Damaged, NotOnPoint, SessionEnded
-from storage.fs import Buffer, OsFs
+from storage.files.fs import Buffer, OsFs
+from storage.view import tables
 from tests.conftest import LoopFs
 from tests.rig import Made, Rig, allocated_bytes, random_bytes, sparse, write_at
 
@@ -304,8 +304,8 @@ def test_a_restore_whose_session_was_aborted_fails_loudly(rig: Rig) -> None:
 _KILLED = """
 import os, signal, sys
 from pathlib import Path
-from engine.jobs import JobContext
-from engine.restore import RestoreDisk, run_restore
+from engine.jobs.jobs import JobContext
+from engine.restore.restore import RestoreDisk, run_restore
 from tests.rig import Rig
 class Dies(JobContext):
     def add(self, **counts):

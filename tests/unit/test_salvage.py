@@ -9,16 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from storage import salvage, tables
-from storage.check import check_point
-from storage.chunks import Encoder
-from storage.domain import Domain
+from storage.check.check import check_point
+from storage.domain import salvage
+from storage.domain.domain import Domain
+from storage.domain.heartbeats import Observer, beat
+from storage.domain.salvage import ChunkPlaces
+from storage.domain.session import NewBackup, Session
 from storage.errors import PointFull, SessionEnded
-from storage.fs import OsFs, Room
-from storage.heartbeats import Observer, beat
+from storage.files.fs import OsFs, Room
+from storage.format.chunks import Encoder
 from storage.point import ClusterLabel, Point
-from storage.salvage import ChunkPlaces
-from storage.session import NewBackup, Session
+from storage.view import tables
 from tests.store import (
     CHUNK,
     Saved,

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from engine.jobs import JobContext
-from engine.pages import PAGE_CHUNKS
-from engine.sampling import FEWEST_CHUNKS, Sample, try_unchanged
-from engine.sources import VolumeSource, open_volume
+from engine.backup.pages import PAGE_CHUNKS
+from engine.backup.sampling import FEWEST_CHUNKS, Sample, try_unchanged
+from engine.jobs.jobs import JobContext
+from engine.snapshot.sources import VolumeSource, open_volume
 from tests.rig import Made, Rig, counts, found_by, random_bytes, sparse, write_at
 
 CHUNK = 64 << 10

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from storage.errors import Damaged, PointNewerFormat, Refused
-from storage.fs import OsFs
-from storage.sealed import Header, Seal, SealedWriter, Table, read_table
+from storage.files.fs import OsFs
+from storage.format.sealed import Header, Seal, SealedWriter, Table, read_table
 from tests.failing_fs import FailingFs, open_below
 from tests.forging import CHUNK_SIZE, SESSION, Sealed, digest16
 
@@ -143,7 +143,7 @@ def test_the_writer_refuses_what_could_not_be_read(
     ):
         with pytest.raises(ValueError, match=r"bytes|chunk size"):
             SealedWriter(OsFs(), f"{tmp_path}/tmp", header, 8)
-    monkeypatch.setattr("storage.sealed.MAX_TABLE_BYTES", 20)
+    monkeypatch.setattr("storage.format.sealed.MAX_TABLE_BYTES", 20)
     writer = SealedWriter(OsFs(), f"{tmp_path}/tmp", HEADER, 8)
     with pytest.raises(ValueError, match="row of 7"):
         writer.add_row(bytes(7))

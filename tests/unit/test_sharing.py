@@ -1,4 +1,4 @@
-"""engine.sharing, and that the catalogue keeps little of a backup in memory and all of it in the
+"""engine.catalogue.sharing, and that the catalogue keeps little in memory and all of it in the
 state."""
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ import tracemalloc
 import msgspec
 from msgspec.structs import replace
 
-from engine.catalogue import Catalogue
+from engine.catalogue.catalogue import Catalogue
+from engine.catalogue.sharing import Sharing, without_machine
 from engine.model import Backup, DiskBackup, Machine
-from engine.sharing import Sharing, without_machine
 from engine.state import State
 from tests.unit.test_catalogue import row
 

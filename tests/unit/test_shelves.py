@@ -1,4 +1,4 @@
-"""engine.shelves, through the catalogue: what every filter finds, beside a look at all rows."""
+"""engine.catalogue.shelves, by way of the catalogue: what every filter finds, as all rows say."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import overload
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.catalogue import Catalogue
+from engine.catalogue.catalogue import Catalogue
+from engine.catalogue.shelves import Run, page_of, place_of
+from engine.inventory.scopes import Range
 from engine.model import BACKUP_DONE, BACKUP_FAILED, BACKUP_RUNNING, Backup, Cluster, Namespace
-from engine.scopes import Range
-from engine.shelves import Run, page_of, place_of
 from engine.state import State
 from engine.views import BackupQuery
 from tests.unit.test_catalogue import row

@@ -1,4 +1,4 @@
-"""engine.snapshot and engine.freeze, with real files, commands and file systems."""
+"""engine.snapshot: snapshots and freezes with real files, commands and file systems."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from engine.errors import Conflict, PoolUnreachable
-from engine.extents import count_extents
-from engine.freeze import NO_HOOK, FreezeHook, frozen
-from engine.snapshot import (
+from engine.snapshot.extents import count_extents
+from engine.snapshot.freeze import NO_HOOK, FreezeHook, frozen
+from engine.snapshot.snapshot import (
     RESTORES,
     SNAPSHOTS,
     CloneLimits,
@@ -25,7 +25,7 @@ from engine.snapshot import (
     clear_leftovers,
     take_snapshot,
 )
-from engine.sources import DiskFile, DiskSource
+from engine.snapshot.sources import DiskFile, DiskSource
 from tests.conftest import LoopFs
 from tests.failing_fs import open_below
 
@@ -315,7 +315,7 @@ class TestFreeze:
         command, journal = recorder(tmp_path)
         frozen_child = (
             "import sys\n"
-            "from engine.freeze import FreezeHook, frozen\n"
+            "from engine.snapshot.freeze import FreezeHook, frozen\n"
             f"with frozen(FreezeHook([{command!r}], 'u')):\n"
             "    print('frozen', flush=True)\n"
             "    sys.stdin.read()\n"

@@ -1,4 +1,4 @@
-"""engine.sources: allocation, reading, and finding out that somebody wrote."""
+"""engine.snapshot.sources: allocation, reading, and finding out that somebody wrote."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from engine.errors import Conflict, PoolFull, PoolUnreachable
-from engine.sources import (
+from engine.snapshot.sources import (
     VolumeSource,
     allocated_ranges,
     from_pool_error,

@@ -1,4 +1,4 @@
-"""engine.stage: what is put on a stage comes to its place on the disk, in few writes."""
+"""engine.restore.stage: what is put on a stage comes to its place on the disk, in few writes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine import stage as stage_module
-from engine.stage import Stage
+from engine.restore import stage as stage_module
+from engine.restore.stage import Stage
 
 CHUNK = 64 << 10
 SLOTS = 4

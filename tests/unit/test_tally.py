@@ -1,13 +1,13 @@
-"""storage.tally: the counts in memory are those of a scan, and no changed backup is overlooked."""
+"""storage.view.tally: the counts in memory are those of a scan; no changed backup is overlooked."""
 
 from __future__ import annotations
 
 import random
 from pathlib import Path
 
-from storage import tables
-from storage.domain import Domain
-from storage.tally import Tally
+from storage.domain.domain import Domain
+from storage.view import tables
+from storage.view.tally import Tally
 from tests.store import Saved, cluster, image_of, mixed, new_point, open_domain, save
 
 

@@ -1,11 +1,11 @@
-"""engine.texts, beside a look at each text."""
+"""engine.catalogue.texts, beside a look at each text."""
 
 from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.texts import Texts
+from engine.catalogue.texts import Texts
 
 words = st.text(alphabet="ab\n\0é日", max_size=6)
 

@@ -1,4 +1,4 @@
-"""engine.tracking: each way in which comparing clones could miss a change, on real file systems."""
+"""engine.snapshot.tracking: each way that comparing clones could miss a change, on real disks."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from engine import tracking
-from engine.baselines import Baselines, open_baseline
-from engine.extents import Extent, clone_into, extent_map
-from engine.snapshot import SNAPSHOTS, clear_leftovers
-from engine.sources import Origin, VolumeSource
+from engine.snapshot import tracking
+from engine.snapshot.baselines import Baselines, open_baseline
+from engine.snapshot.extents import Extent, clone_into, extent_map
+from engine.snapshot.snapshot import SNAPSHOTS, clear_leftovers
+from engine.snapshot.sources import Origin, VolumeSource
 from storage.errors import PointFull
 from tests.conftest import LoopFs
 from tests.rig import Made, found_by, random_bytes, write_at
@@ -86,8 +86,8 @@ def compared(rig: TrackedRig, parent: Made, place: Path) -> str:
 @pytest.fixture(autouse=True)
 def bare(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sample is another cover: these tests go without it."""
-    monkeypatch.setattr("engine.sampling.FEWEST_CHUNKS", 0)
-    monkeypatch.setattr("engine.sampling.SHARE", 0.0)
+    monkeypatch.setattr("engine.backup.sampling.FEWEST_CHUNKS", 0)
+    monkeypatch.setattr("engine.backup.sampling.SHARE", 0.0)
 
 
 class TestChanges:
@@ -424,7 +424,7 @@ def test_a_direct_read_keeps_none(tmp_path: Path) -> None:
 def test_one_miss_turns_tracking_off_for_good(
     rig: TrackedRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine.sampling.FEWEST_CHUNKS", 1000)
+    monkeypatch.setattr("engine.backup.sampling.FEWEST_CHUNKS", 1000)
     rig.next()
     write_at(rig.volume, 3 * CHUNK, b"changed")
     with monkeypatch.context() as patch:

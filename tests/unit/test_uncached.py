@@ -1,4 +1,4 @@
-"""storage.uncached: what is in no cache does not get there by being read."""
+"""storage.files.uncached: what is in no cache does not get there by being read."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from storage.fs import OsFs
-from storage.memory import large_buffer
-from storage.reader import MAX_RUN_BYTES, plan_reads
-from storage.uncached import LEAST_BYTES, PAGE_BYTES, is_cached, lead_bytes, read_once
+from storage.domain.reader import MAX_RUN_BYTES, plan_reads
+from storage.files.fs import OsFs
+from storage.files.memory import large_buffer
+from storage.files.uncached import LEAST_BYTES, PAGE_BYTES, is_cached, lead_bytes, read_once
 from tests.store import CHUNK, cluster, live_files, new_point, save
 
 FILE_BYTES = (6 << 20) + 4321

@@ -1,4 +1,4 @@
-"""engine.verify: the checker's report as a job sees it."""
+"""engine.points.verify: the checker's report as a job sees it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from engine.errors import Cancelled
-from engine.jobs import JobContext
-from engine.verify import report_lines, run_verify
+from engine.jobs.jobs import JobContext
+from engine.points.verify import report_lines, run_verify
 from storage.point import ClusterLabel
 from tests.rig import Made, Rig, random_bytes
 

@@ -10,10 +10,10 @@ from typing import Any, cast
 import lmdb
 import pytest
 
-from storage import view as view_module
 from storage.errors import Damaged, StorageError
-from storage.tables import Tables
-from storage.view import View, destroy
+from storage.view import view as view_module
+from storage.view.tables import Tables
+from storage.view.view import View, destroy
 
 
 @pytest.fixture

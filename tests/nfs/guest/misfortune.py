@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from storage.domain import Domain
+from storage.domain.domain import Domain
+from storage.domain.reader import plan_reads
 from storage.errors import PointFull
 from storage.point import Point
-from storage.reader import plan_reads
 from tests.engine_rig import ANYWHERE
 from tests.nfs.guest import server
 from tests.nfs.guest.ordinary import collect_garbage

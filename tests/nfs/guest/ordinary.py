@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 from engine.config import ClusterConfig, Config, Limits
-from storage.listing import BackupRow
+from storage.view.listing import BackupRow
 from tests.engine_rig import ANYWHERE, EngineRig
 from tests.nfs.guest import server
 from tests.nfs.guest.site import KIB, MIB, NfsRig, Site, clean, pack_files

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from engine.config import Config, Limits
-from storage.check import check_point
+from storage.check.check import check_point
 from tests.engine_rig import EngineRig
 
 KIB = 1 << 10

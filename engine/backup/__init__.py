@@ -1,0 +1,1 @@
+"""Backing up: backups (the verb and its job), backup (one run), pipeline (the data path)."""

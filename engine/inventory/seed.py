@@ -1,0 +1,276 @@
+"""Settles, at the start, what there is: from the configuration, else the embedded default.
+
+For each kind that the configuration lists, it lists all of that kind; a kind that it leaves out is
+the embedded default's single one. Uuids are the configured ones, or those that the thing of that
+name had before, or fresh: made once, and kept in the state. VMs and points that were made through
+the API stay beside the configured ones.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from typing import Protocol, TypeAlias, TypeVar
+
+from msgspec.structs import replace
+
+from engine.config import (
+    ClusterConfig,
+    Config,
+    DiskConfig,
+    NamespaceConfig,
+    ObjectGroupConfig,
+    PointConfig,
+    PoolConfig,
+    TenantConfig,
+    VmConfig,
+    ZoneConfig,
+)
+from engine.errors import ConfigInvalid, EngineError, Invalid
+from engine.ids import canonical, new_id
+from engine.inventory.inventory import DEFAULT_NAME, Places, PlaceT, default_of, require_addable
+from engine.inventory.volumes import directory_id, require_plain_name
+from engine.model import BackupPoint, Cluster, Disk, Namespace, ObjectGroup, Pool, Tenant, Vm, Zone
+from engine.probes import Probes
+from engine.state import Rows, State
+
+
+class _Wanted(Protocol):
+    @property
+    def uuid(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+
+
+SizeOf: TypeAlias = Callable[
+    [Pool, str, str], int | None
+]  # engine.inventory.volumes.volume_size, bounded
+_Directory: TypeAlias = str | tuple[int, int]  # a path, or which it is (engine.inventory.volumes)
+_Which: TypeAlias = Callable[[str], tuple[int, int] | None]
+WantedT = TypeVar("WantedT", bound=_Wanted)
+KnownT = TypeVar("KnownT", Cluster, Tenant, Namespace, Zone, ObjectGroup, Pool)
+
+
+def settle_places(state: State, config: Config, default_pool_path: str, probes: Probes) -> Places:
+    """What there is, as configured; recorded in the state. ConfigInvalid names what is wrong."""
+    clusters = _settle(
+        "clusters",
+        state.clusters,
+        config.clusters or (ClusterConfig(DEFAULT_NAME),),
+        lambda want, uuid: Cluster(uuid=uuid, name=want.name, mode=want.mode),
+    )
+    pools = _wanted_pools(config, default_pool_path)
+    _require_listed_once(config.points)
+    which = cache(partial(directory_id, probes))  # one that does not answer is waited for once
+    for points in (config.points, state.points.values()):
+        _require_apart(pools, points, which)
+    tenants = _settle(
+        "tenants",
+        state.tenants,
+        config.tenants or (TenantConfig(DEFAULT_NAME),),
+        lambda want, uuid: Tenant(uuid=uuid, name=want.name),
+    )
+    return Places(
+        clusters=clusters,
+        tenants=tenants,
+        namespaces=_settle(
+            "namespaces",
+            state.namespaces,
+            config.namespaces or (NamespaceConfig(DEFAULT_NAME),),
+            lambda want, uuid: Namespace(
+                uuid=uuid, name=want.name, tenant=refer(tenants, want.tenant, "tenant").uuid
+            ),
+        ),
+        zones=_settle(
+            "zones",
+            state.zones,
+            config.zones or (ZoneConfig(DEFAULT_NAME),),
+            lambda want, uuid: Zone(uuid=uuid, name=want.name),
+        ),
+        object_groups=_settle(
+            "object_groups",
+            state.object_groups,
+            config.object_groups or (ObjectGroupConfig(DEFAULT_NAME),),
+            lambda want, uuid: ObjectGroup(uuid=uuid, name=want.name),
+        ),
+        pools=_settle("pools", state.pools, pools, _pool),
+    )
+
+
+def settle_vms(state: State, config: Config, places: Places, size_of: SizeOf) -> None:
+    """Puts the configured VMs into the state, after recovery: none is in an action.
+
+    A VM that was known keeps its uuid and its last error. `size_of` must not hang.
+    """
+    known = {vm.uuid: vm for vm in state.vms.values()}
+    settled: set[str] = set()
+    for want in config.vms:
+        vm = _configured_vm(want, places, known, size_of)
+        if vm.uuid in settled:
+            raise ConfigInvalid(f"vms: {want.name!r} is listed twice")
+        settled.add(vm.uuid)
+        others = [other for other in known.values() if other.uuid != vm.uuid]
+        try:
+            require_addable(vm, others)
+        except EngineError as error:
+            raise ConfigInvalid(f"vms, {want.name}: {error}") from error
+        known[vm.uuid] = vm
+        state.vms.put(vm)
+
+
+def _settle(
+    kind: str,
+    rows: Rows[KnownT],
+    wanted: Sequence[WantedT],
+    make: Callable[[WantedT, str], KnownT],
+) -> tuple[KnownT, ...]:
+    known = rows.values()
+    settled: dict[str, KnownT] = {}
+    for want in wanted:
+        uuid = _uuid_for(kind, want, known)
+        if uuid in settled or any(row.name == want.name for row in settled.values()):
+            raise ConfigInvalid(f"{kind}: {want.name!r} is listed twice")
+        settled[uuid] = make(want, uuid)
+    rows.put_all(settled.values())
+    rows.delete(*(row.uuid for row in known if row.uuid not in settled))
+    return tuple(settled.values())
+
+
+def _uuid_for(kind: str, want: _Wanted, known: Sequence[KnownT]) -> str:
+    if want.uuid:
+        uuid = canonical(want.uuid)
+        if uuid is None:
+            raise ConfigInvalid(f"{kind}: {want.name!r}: {want.uuid!r} is not a uuid")
+        return uuid
+    return next((row.uuid for row in known if row.name == want.name), "") or new_id()
+
+
+def refer(rows: Sequence[PlaceT], name: str, what: str) -> PlaceT:
+    """The row of that uuid or name; "" is the default one."""
+    if not name:
+        return default_of(rows)
+    for row in rows:
+        if name == row.name or name.lower() == row.uuid:
+            return row
+    raise ConfigInvalid(f"no {what} {name!r} is listed")
+
+
+def _require_listed_once(points: Sequence[PointConfig]) -> None:
+    names = [want.name for want in points]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigInvalid(f"points: {name!r} is listed twice")
+
+
+def _require_apart(
+    pools: Sequence[PoolConfig],
+    points: Sequence[PointConfig | BackupPoint],
+    which: _Which,
+) -> None:
+    """A directory is one pool's or one point's: a volume in two pools would be two VMs', and one
+    beside a point's files could have their names."""
+    taken: dict[_Directory, str] = {}
+    for pool in pools:
+        what = f"pool {pool.name!r}"
+        taken |= dict.fromkeys(_free_directory(what, pool.path, which, taken), what)
+    for point in points:
+        what = f"backup point {point.name!r}"
+        path, *_ = _free_directory(what, point.path, which, taken)
+        taken[path] = what  # two paths to one point: its uuid tells, when it is opened
+
+
+def _free_directory(
+    what: str, path: str, which: _Which, taken: Mapping[_Directory, str]
+) -> list[_Directory]:
+    """By its path, and by what is there if something is. ConfigInvalid if it is taken."""
+    path = os.path.normpath(path)
+    names = [name for name in (path, which(path)) if name is not None]
+    for name in names:
+        if name in taken:
+            raise ConfigInvalid(f"{what}: {path} is the directory of {taken[name]}")
+    return names
+
+
+def _wanted_pools(config: Config, default_path: str) -> tuple[PoolConfig, ...]:
+    if config.inventory == "libvirt":
+        return config.pools  # libvirt has more
+    return config.pools or (PoolConfig(DEFAULT_NAME, default_path),)
+
+
+def _pool(want: PoolConfig, uuid: str) -> Pool:
+    return Pool(
+        uuid=uuid,
+        name=want.name,
+        path=os.path.normpath(want.path),
+        usd_types=want.usd_types,
+        replica=want.replica,
+        format=want.format,
+    )
+
+
+def _configured_vm(want: VmConfig, places: Places, known: dict[str, Vm], size_of: SizeOf) -> Vm:
+    cluster = refer(places.clusters, want.cluster, "cluster")
+    namespace = refer(places.namespaces, want.namespace, "namespace")
+    before = _known_vm(want, cluster, namespace, known)
+    vm = Vm(
+        uuid=before.uuid if before else (_given_uuid(want) or new_id()),
+        name=want.name,
+        cluster_uuid=cluster.uuid,
+        tenant=namespace.tenant,
+        namespace=namespace.uuid,
+        zone_uuid=refer(places.zones, want.zone, "zone").uuid,
+        object_group=refer(places.object_groups, want.object_group, "object_group").uuid,
+        disks=tuple(_configured_disk(disk, want, places, size_of) for disk in want.disks),
+        vm_type=want.vm_type,
+        state=want.state,
+    )
+    if len({disk.target_device for disk in vm.disks}) != len(vm.disks):
+        raise ConfigInvalid(f"vms, {want.name}: a target_device is listed twice")
+    return replace(vm, last_error=before.last_error) if before else vm
+
+
+def _given_uuid(want: VmConfig) -> str:
+    if not want.uuid:
+        return ""
+    uuid = canonical(want.uuid)
+    if uuid is None:
+        raise ConfigInvalid(f"vms, {want.name}: {want.uuid!r} is not a uuid")
+    return uuid
+
+
+def _known_vm(
+    want: VmConfig, cluster: Cluster, namespace: Namespace, known: dict[str, Vm]
+) -> Vm | None:
+    uuid = _given_uuid(want)
+    if uuid:
+        return known.get(uuid)
+    place = (cluster.uuid, namespace.uuid, want.name)
+    for vm in known.values():
+        if (vm.cluster_uuid, vm.namespace, vm.name) == place:
+            return vm
+    return None
+
+
+def _configured_disk(want: DiskConfig, vm: VmConfig, places: Places, size_of: SizeOf) -> Disk:
+    pool = refer(places.pools, want.pool, "pool")
+    usd_type = want.usd_type or pool.usd_types[0]
+    if usd_type not in pool.usd_types:
+        raise ConfigInvalid(f"vms, {vm.name}: pool {pool.name} offers no {usd_type!r}")
+    try:
+        require_plain_name(want.volume_name)
+        capacity = size_of(pool, want.volume_name, want.format)
+    except Invalid as error:
+        raise ConfigInvalid(f"vms, {vm.name}: {error}") from error
+    except EngineError:
+        capacity = None  # an unreachable pool is no reason not to start: a backup will tell
+    return Disk(
+        target_device=want.target_device,
+        pool_uuid=pool.uuid,
+        volume_name=want.volume_name,
+        capacity=capacity or 0,
+        usd_type=usd_type,
+        replica=want.replica or pool.replica,
+        share=want.share,
+        format=want.format,
+    )

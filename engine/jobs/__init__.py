@@ -1,0 +1,1 @@
+"""Long work in bounded threads. Read first: jobs."""

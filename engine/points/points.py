@@ -1,0 +1,307 @@
+"""The attached points: which there are, and the way to their domains.
+
+Looking at the list never touches a point. Attaching and probing do, in threads with a timeout
+(engine/probes.py); all else goes through the point's keeper (engine/points/keeper.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from engine.config import PointConfig
+from engine.errors import Conflict, Invalid, NotFound
+from engine.inventory.inventory import DEFAULT_NAME
+from engine.inventory.volumes import directory_id
+from engine.model import BackupPoint, PointKind
+from engine.points.keeper import Keeper, Opened, Surroundings
+from engine.probes import Probes
+from engine.state import State
+from engine.views import PointState
+from storage.domain.domain import Domain
+from storage.errors import (
+    PointFull,
+    PointReadOnly,
+    PointUnreachable,
+    StorageError,
+    translated,
+)
+from storage.files.fs import Room
+from storage.files.mounts import check_mount
+from storage.point import Point, is_point
+
+log = logging.getLogger(__name__)
+
+ATTACH_TIMEOUT_S = 15.0
+JOIN_TIMEOUT_S = 5.0
+LOOK_TIMEOUT_S = 1.0
+MOST_NAME_CHARS = 200
+
+
+class Points:
+    """All methods may be called from any thread."""
+
+    def __init__(self, state: State, around: Surroundings, probes: Probes) -> None:
+        self._state = state
+        self._around = around
+        self._probes = probes
+        self._lock = threading.Lock()  # of what is in memory
+        self._recording = threading.Lock()  # of who attaches; it may hang with the state's medium
+        self._attaching: set[str] = set()
+        self._stopping = threading.Event()
+        self._keepers = {row.uuid: Keeper(row, around) for row in state.points.values()}
+
+    def start(self, wanted: tuple[PointConfig, ...]) -> None:
+        """Begins to open what is attached, and attaches the configured ones that are not yet.
+
+        One that can't be attached now is tried again and again; this waits only a little for it.
+        """
+        for keeper in self._keepers.values():
+            keeper.start()
+        known = frozenset(keeper.row.path for keeper in self._keepers.values())
+        joining = [
+            threading.Thread(target=self._join, args=(point, known), name="join", daemon=True)
+            for point in wanted
+        ]
+        for thread in joining:
+            thread.start()
+        deadline_s = time.monotonic() + JOIN_TIMEOUT_S
+        for thread in joining:
+            thread.join(max(deadline_s - time.monotonic(), 0))
+
+    def make_default(self, path: str) -> None:
+        """Attaches the embedded default's point, unless something is attached. StorageError."""
+        if not self._keepers:
+            with translated(path):
+                os.makedirs(path, mode=0o700, exist_ok=True)
+            self.attach(DEFAULT_NAME, "local", path)
+
+    def stop(self, timeout_s: float) -> None:
+        """Closes all points; those that hang are left to their threads."""
+        self._stopping.set()
+        keepers = list(self._keepers.values())
+        for keeper in keepers:
+            keeper.stop()
+        deadline_s = time.monotonic() + timeout_s
+        for keeper in keepers:
+            if not keeper.join(max(deadline_s - time.monotonic(), 0)):
+                log.warning("point_not_closed", extra={"point": keeper.row.uuid})
+
+    # Looking --------------------------------------------------------------------------------
+
+    def states(self) -> list[PointState]:
+        """All of them, by name, as last seen."""
+        with self._lock:
+            keepers = list(self._keepers.values())
+        return sorted((one.state() for one in keepers), key=lambda s: (s.point.name, s.point.uuid))
+
+    def state(self, uuid: str) -> PointState:
+        """NotFound."""
+        return self._keeper(uuid).state()
+
+    def opened(self, uuid: str) -> Opened:
+        """NotFound, PointStateError, or the StorageError that keeps it shut."""
+        return self._keeper(uuid).opened()
+
+    def domain(self, uuid: str, cluster_uuid: str) -> Domain:
+        """As `opened`."""
+        return self._keeper(uuid).domain(cluster_uuid)
+
+    def require_writable(self, uuid: str, cluster_uuid: str) -> Domain:
+        """The domain, after a quick look whether a backup could be written to it now.
+
+        Raises as `opened`, and PointReadOnly, PointFull, PointUnreachable.
+        """
+        domain = self.domain(uuid, cluster_uuid)
+        room = self._probe(self._keeper(uuid).row)
+        reserve_bytes = self._around.limits.point_reserve_bytes
+        if room.free_bytes < reserve_bytes and domain.salvage.drop():
+            room = self._probe(self._keeper(uuid).row)
+        if room.free_bytes < reserve_bytes:
+            name = self._keeper(uuid).row.name
+            raise PointFull(
+                f"backup point {name} has {room.free_bytes} bytes left, under {reserve_bytes}"
+            )
+        return domain
+
+    def require_answering(self, uuid: str, cluster_uuid: str) -> Domain:
+        """The domain, after a quick look whether the point answers. As `opened`."""
+        domain = self.domain(uuid, cluster_uuid)
+        self._probe(self._keeper(uuid).row)
+        return domain
+
+    def _probe(self, row: BackupPoint) -> Room:
+        timeout_s = self._around.limits.point_probe_timeout_s
+        try:
+            return self._probes.ask(f"point {row.uuid}", lambda: _look_at(row.path), timeout_s)
+        except TimeoutError:
+            raise PointUnreachable(f"{row.path}: no answer in {timeout_s:g} s") from None
+
+    # Changing -------------------------------------------------------------------------------
+
+    def attach(self, name: str, kind: str, path: str) -> BackupPoint:
+        """Attaches what is at `path`; an empty directory becomes a point. Durable on return.
+
+        Invalid, Conflict(name_taken, point_in_use), and the StorageErrors of Point.create and open.
+        """
+        checked = _checked_kind(kind)
+        if not 0 < len(name) <= MOST_NAME_CHARS:
+            raise Invalid("name", f"has to have 1 to {MOST_NAME_CHARS} characters")
+        if not _is_path(path):
+            raise Invalid("path", f"{path!r} is not an absolute path")
+        place = self._bounded(f"resolve {path}", lambda: os.path.realpath(path))
+        if not _is_path(place):
+            raise Invalid("path", f"{path!r} leads to {place!r}, which is not Unicode")
+        self._require_no_pool(place)
+        with self._claimed(name, place):
+            uuid = self._bounded(f"attach {place}", lambda: _open_or_create(place, name, checked))
+            row = BackupPoint(uuid=uuid, name=name, kind=checked, path=place)
+            keeper = Keeper(row, self._around)
+            with self._recording:
+                with self._lock:
+                    if uuid in self._keepers:
+                        raise Conflict("point_in_use", f"the point at {path} is attached already")
+                self._state.points.put(row)
+                with self._lock:
+                    self._keepers[uuid] = keeper
+            keeper.start()
+        keeper.await_look(JOIN_TIMEOUT_S)
+        log.info("point_attached", extra={"point": uuid, "path": place})
+        return row
+
+    def _require_no_pool(self, place: str) -> None:
+        there = directory_id(self._probes, place)
+        for pool in self._around.places.pools:
+            if pool.path == place or (there and directory_id(self._probes, pool.path) == there):
+                raise Invalid("path", f"{place} is the directory of pool {pool.name!r}")
+
+    def detach(self, uuid: str) -> None:
+        """Lets go of the point; nothing on it changes. NotFound. Whether jobs run is not asked."""
+        keeper = self._keeper(uuid)
+        self._state.points.delete(uuid)
+        with self._lock:
+            self._keepers.pop(uuid, None)
+        keeper.stop()
+        if keeper.join(JOIN_TIMEOUT_S):
+            keeper.forget_seen()
+        self._around.catalogue.remove_point(uuid)
+        log.info("point_detached", extra={"point": uuid, "path": keeper.row.path})
+
+    def erase(self, uuid: str) -> None:
+        """Deletes all backups in our own domains on the point, and what only they need.
+
+        As `opened`; and Damaged when one of them is: nothing was deleted then.
+        """
+        clusters = self._around.places.clusters
+        for domain in [self.domain(uuid, cluster.uuid) for cluster in clusters]:
+            domain.refresh()
+            backups = [row.backup for row in domain.backups()]
+            if backups:
+                domain.forget(backups)
+            domain.reclaim(copy_budget_bytes=0)
+
+    def look_again(self, uuid: str, timeout_s: float = LOOK_TIMEOUT_S) -> None:
+        """Brings what is known of the point up to date, if that takes no longer than `timeout_s`;
+        else it happens in the background. One that is gone is no error."""
+        with self._lock:
+            keeper = self._keepers.get(uuid)
+        if keeper is not None:
+            keeper.await_look(timeout_s)
+
+    def reclaim(self, uuid: str, timeout_s: float) -> bool:
+        """Unlinks dead packs; whether it was done in time. One that is gone is no error."""
+        with self._lock:
+            keeper = self._keepers.get(uuid)
+        return keeper is None or keeper.reclaim(timeout_s)
+
+    def _keeper(self, uuid: str) -> Keeper:
+        with self._lock:
+            keeper = self._keepers.get(uuid)
+        if keeper is None:
+            raise NotFound("backup_point", uuid)
+        return keeper
+
+    @contextlib.contextmanager
+    def _claimed(self, name: str, place: str) -> Iterator[None]:
+        """Nobody else attaches this place, or one inside or around it, meanwhile."""
+        with self._lock:
+            rows = [keeper.row for keeper in self._keepers.values()]
+            if any(row.name == name for row in rows):
+                raise Conflict("name_taken", f"a backup point named {name!r} is attached")
+            for other in (*(row.path for row in rows), *self._attaching):
+                if _overlap(place, other):
+                    raise Conflict("point_in_use", f"{place} overlaps the point at {other}")
+            self._attaching.add(place)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._attaching.discard(place)
+
+    def _bounded(self, key: str, question: Callable[[], str]) -> str:
+        try:
+            return self._probes.ask(key, question, ATTACH_TIMEOUT_S)
+        except TimeoutError:
+            raise PointUnreachable(f"{key}: no answer in {ATTACH_TIMEOUT_S:g} s") from None
+
+    def _join(self, wanted: PointConfig, known: frozenset[str]) -> None:
+        """Attaches a configured point, however long it takes to appear."""
+        if os.path.realpath(wanted.path) in known:  # may hang; so does only this thread
+            return
+        while not self._stopping.is_set():
+            try:
+                self.attach(wanted.name, wanted.kind, wanted.path)
+                return
+            except Conflict as error:
+                log.warning("point_not_attached", extra={"path": wanted.path, "error": str(error)})
+                return
+            except (Invalid, StorageError) as error:
+                log.warning("point_not_attached", extra={"path": wanted.path, "error": str(error)})
+            self._stopping.wait(self._around.limits.point_refresh_s)
+
+
+def _checked_kind(kind: str) -> PointKind:
+    if kind == "local":
+        return "local"
+    if kind == "nfs":
+        return "nfs"
+    raise Invalid("kind", f"{kind!r} is not one of local, nfs")
+
+
+def _is_path(path: str) -> bool:
+    try:
+        return os.path.isabs(path) and b"\0" not in path.encode()
+    except UnicodeEncodeError:
+        return False
+
+
+def _open_or_create(path: str, name: str, kind: PointKind) -> str:
+    """The uuid of the point at `path`."""
+    # Before anything is written: an NFS mount that is not there must not become a local point.
+    with translated(path), open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
+        found = check_mount(path, file.read())
+    if not found.problem and found.kind != kind:
+        raise Invalid("kind", f"{path} is {found.kind}, not {kind}")
+    point = Point.open(path) if is_point(path) else Point.create(path, name)
+    point.close()
+    return point.uuid
+
+
+def _look_at(path: str) -> Room:
+    """Its room, if it is there and may be written to."""
+    if not is_point(path):
+        raise PointUnreachable(f"{path} holds no backup point now")
+    if not os.access(path, os.W_OK):
+        raise PointReadOnly(f"{path} can't be written to")
+    with translated(path):
+        found = os.statvfs(path)
+    return Room(found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize)
+
+
+def _overlap(one: str, other: str) -> bool:
+    shared = os.path.commonpath([one, other])
+    return shared in (one, other)

@@ -1,0 +1,1 @@
+"""Restoring: restores (the verb and its job), restore (the data path), new_volume."""

@@ -1,0 +1,1 @@
+"""Holding a VM's disks still, and comparing clones. Read first: snapshot, freeze, tracking."""

@@ -1,0 +1,202 @@
+"""Baselines: the clones that disks' newest backups were read from, kept to compare the next with.
+
+A baseline is a file `<pool>/.vmkeep-snapshots/baseline-<disk backup>`, one for a disk of a VM at
+most, and a row of the state that says which file it is (inode, generation, both times) and which
+backup has its content. It holds its blocks, so what the VM overwrites takes up room twice: a pool
+that runs short of room loses all its baselines at once, which costs the next backups a scan.
+
+In durable order: the backup's COMMIT · the file gets its name · the row · the former file goes. A
+file without a row is a leftover (engine/snapshot/snapshot.py); a row without its file, or with one
+that is not the same any more, is no baseline. Nothing here is needed to restore anything.
+
+`_lock` makes changes of a row and of its file one step. Read engine/snapshot/tracking.py next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterable
+
+from msgspec.structs import replace
+
+from engine.model import Baseline
+from engine.snapshot.extents import file_system_id, generation, keeps_shared_blocks
+from engine.snapshot.snapshot import SNAPSHOTS
+from engine.snapshot.sources import VolumeSource
+from engine.state import State
+from storage.errors import StorageError
+
+log = logging.getLogger(__name__)
+
+PREFIX = "baseline-"
+_MAKE_ATTEMPTS = 100
+
+
+class Baselines:
+    """Those of this host. All methods may be called from any thread."""
+
+    def __init__(
+        self, state: State, clock: Callable[[], float], *, reserve_share: float = 0.0
+    ) -> None:
+        """A file system with less than `reserve_share` of it free gets no baselines."""
+        self._state = state
+        self._clock = clock
+        self._reserve_share = reserve_share
+        self._lock = threading.Lock()
+
+    def rows(self) -> list[Baseline]:
+        """Of all disks, also those without a baseline just now."""
+        return self._state.baselines.values()
+
+    def find(self, vm_uuid: str, target_device: str) -> Baseline | None:
+        return self._state.baselines.get(f"{vm_uuid}/{target_device}")
+
+    def files(self) -> frozenset[str]:
+        """The paths of all that there are."""
+        return frozenset(row.file for row in self.rows() if row.file)
+
+    def keep(self, row: Baseline, clone: VolumeSource) -> None:
+        """Makes `clone` the disk's baseline; the former one goes. `row` says which backup it is of.
+
+        If it can't be one, there is none, and the row says why. Raises StorageError.
+        """
+        with self._lock:
+            before = self.find(row.vm_uuid, row.target_device)
+            row = replace(row, off=before.off, off_at=before.off_at) if before else row
+            try:
+                kept = replace(row, why="tracking is off") if row.off else self._named(row, clone)
+            except OSError as error:
+                kept = replace(row, why=f"no baseline could be kept: {error.strerror or error}")
+            try:
+                self._state.baselines.put(kept)
+            except StorageError:
+                _remove(kept.file)
+                raise
+            if before and before.file != kept.file:
+                _remove(before.file)
+
+    def drop(self, row: Baseline, why: str) -> None:
+        """The baseline goes; `row`, if it is still what there is, says why."""
+        with self._lock:
+            now = self.find(row.vm_uuid, row.target_device)
+            if now is not None and now.file == row.file:
+                self._state.baselines.put(replace(now, file="", why=why))
+                _remove(row.file)
+        log.info("baseline_dropped", extra={"vm": row.vm_uuid, "file": row.file, "why": why})
+
+    def forget(self, row: Baseline) -> None:
+        """The baseline goes, and all that is known of the disk."""
+        with self._lock:
+            now = self.find(row.vm_uuid, row.target_device)
+            if now is not None:
+                self._state.baselines.delete(f"{row.vm_uuid}/{row.target_device}")
+                _remove(now.file)
+
+    def turn_off(self, row: Baseline, why: str) -> None:
+        """The disk's changes are not tracked any more, until `turn_on`."""
+        with self._lock:
+            now = self.find(row.vm_uuid, row.target_device) or row
+            self._state.baselines.put(replace(now, file="", off=why, off_at=self._clock()))
+            _remove(now.file)
+
+    def turn_on(self, vm_uuid: str, target_device: str) -> None:
+        """Tracked again, from the next backup on. One that is not off is no error."""
+        with self._lock:
+            now = self.find(vm_uuid, target_device)
+            if now is not None and now.off:
+                self._state.baselines.put(replace(now, off="", off_at=0.0))
+
+    def short_of_room(self, path: str) -> bool:
+        """Whether what this path is on has less room than the operator reserves. OSError."""
+        found = os.statvfs(path)
+        return found.f_bavail < self._reserve_share * found.f_blocks
+
+    def _named(self, row: Baseline, clone: VolumeSource) -> Baseline:
+        """The row with its file; `file` is "" when there can't be one. Raises OSError."""
+        if clone.origin is None or not keeps_shared_blocks(clone.fd):
+            return replace(row, why="the pool's file system is neither XFS nor btrfs")
+        if self.short_of_room(row.volume):
+            return replace(row, why="no baseline was kept: the pool is short of room")
+        root = f"{os.path.dirname(row.volume)}/{SNAPSHOTS}"
+        path = f"{root}/{PREFIX}{row.disk_uuid}"
+        _name(clone.fd, root, path)
+        found = os.fstat(clone.fd)
+        return replace(
+            row,
+            inode=clone.origin.inode,
+            generation=clone.origin.generation,
+            size_bytes=clone.capacity,
+            file=path,
+            file_system=file_system_id(clone.fd),
+            file_inode=found.st_ino,
+            file_generation=generation(clone.fd),
+            file_mtime_ns=found.st_mtime_ns,
+            file_ctime_ns=found.st_ctime_ns,
+        )
+
+
+def open_baseline(row: Baseline) -> int:
+    """The baseline's file. Raises OSError when it is gone, FileExistsError when it is another."""
+    fd = os.open(row.file, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        found = os.fstat(fd)
+        same = (
+            row.file_inode == found.st_ino
+            and row.file_generation == generation(fd)
+            and row.file_mtime_ns == found.st_mtime_ns
+            and row.file_ctime_ns == found.st_ctime_ns
+            and row.size_bytes == found.st_size
+            and row.file_system == file_system_id(fd)
+        )
+        if not same:
+            raise FileExistsError(f"{row.file} is not as it was")
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _name(fd: int, root: str, path: str) -> None:
+    """Gives a nameless file a name, durably. Raises OSError."""
+    for attempt in range(_MAKE_ATTEMPTS):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(root, 0o700)
+        try:
+            root_fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                # With a directory's descriptor given, this is linkat with AT_SYMLINK_FOLLOW.
+                os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=root_fd, follow_symlinks=True)
+                os.fsync(fd)
+                os.fsync(root_fd)
+            finally:
+                os.close(root_fd)
+        except FileNotFoundError:  # a snapshot, just done, removed the empty directory
+            if attempt == _MAKE_ATTEMPTS - 1 or os.path.isdir(root):
+                raise
+        else:
+            return
+
+
+def _remove(path: str) -> None:
+    """What can't be removed is logged, and cleared as a leftover at the next start."""
+    if not path:
+        return
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        log.warning("baseline_left", extra={"file": path, "why": str(error)})
+    with contextlib.suppress(OSError):
+        os.rmdir(os.path.dirname(path))
+
+
+def sweep(baselines: Baselines, wanted: Iterable[tuple[str, str, str]]) -> None:
+    """Forgets the disks that are none of `wanted`: (VM, target device, volume's path)."""
+    here = frozenset(wanted)
+    for row in baselines.rows():
+        if (row.vm_uuid, row.target_device, row.volume) not in here:
+            baselines.forget(row)

@@ -1,0 +1,100 @@
+"""Seeing to it that baselines never outlive their use, nor take the room that VMs need.
+
+A round forgets the disks that are no VM's any more (or have another volume), drops the baselines of
+backups that are gone, and all those in a pool with less room than the operator reserves. Rounds go
+every `look_every_s`, and at once where something was deleted. The regular ones also look how much
+room is pinned (engine/snapshot/pinned.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+
+from engine.core import Core
+from engine.errors import EngineError, NotFound
+from engine.inventory.inventory import pool_of
+from engine.inventory.volumes import volume_path
+from engine.model import BACKUP_FAILED, Baseline
+from storage.errors import StorageError
+
+log = logging.getLogger(__name__)
+
+POOL_TIMEOUT_S = 5.0
+
+
+def tend(core: Core) -> None:
+    """One round. Raises StorageError."""
+    used = _used(core)
+    short: dict[str, bool] = {}
+    for row in core.baselines.rows():
+        if (row.vm_uuid, row.target_device, row.volume) not in used:
+            core.baselines.forget(row)
+        elif not row.file:
+            continue
+        elif _backup_gone(core, row):
+            core.baselines.drop(row, "the baseline's backup was deleted")
+        else:
+            place = os.path.dirname(row.volume)
+            if place not in short:
+                short[place] = _short_of_room(core, place)
+            if short[place]:
+                core.baselines.drop(row, "the baseline was dropped: the pool is short of room")
+
+
+def _used(core: Core) -> frozenset[tuple[str, str, str]]:
+    """(VM, target device, volume's path) of all disks."""
+    found = set()
+    for vm in core.inventory.vms():
+        for disk in vm.disks:
+            try:
+                path = volume_path(pool_of(core.inventory.places, disk), disk.volume_name)
+            except EngineError:
+                continue
+            found.add((vm.uuid, disk.target_device, path))
+    return frozenset(found)
+
+
+def _backup_gone(core: Core, row: Baseline) -> bool:
+    try:
+        return core.catalogue.get(row.backup_uuid).status == BACKUP_FAILED
+    except NotFound:
+        return True
+
+
+def _short_of_room(core: Core, place: str) -> bool:
+    """A pool that does not answer is left as it is."""
+    try:
+        return core.probes.ask(
+            f"reserve {place}", lambda: core.baselines.short_of_room(place), POOL_TIMEOUT_S
+        )
+    except (OSError, TimeoutError) as error:
+        log.warning("pool_not_tended", extra={"pool": place, "error": str(error)})
+        return False
+
+
+class Tending:
+    """The thread that does the rounds."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="baselines", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout_s: float) -> None:
+        """No round begins any more; returns within `timeout_s`."""
+        self._stopped.set()
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while not self._stopped.wait(self._core.config.tracking.look_every_s):
+            try:
+                tend(self._core)
+                self._core.pinned.look(self._core.baselines.rows(), self._core.probes)
+            except (EngineError, StorageError):
+                if not self._stopped.is_set():
+                    log.exception("baselines_not_tended")

@@ -1,0 +1,1 @@
+"""LMDB environments that are opened without risk, and the host's own tables in one (kv)."""
