@@ -1,8 +1,9 @@
 """The Engine: every verb that the API and the command line need, on one data directory.
 
 Synchronous and thread-safe. Verbs are quick, but for those that say "slow". Looking never touches a
-backup point. The verbs themselves are next door: engine/backup/backups.py, restores.py, remote.py,
-vms.py, upkeep.py; this is where the parts are put together, started and stopped.
+backup point. The verbs themselves are in the packages: backup/backups.py, restore/restores.py,
+inventory/vms.py, points/remote.py and points/upkeep.py; this is where the parts are put together,
+started and stopped.
 """
 
 from __future__ import annotations
