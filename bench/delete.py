@@ -1,7 +1,8 @@
 """How long does a delete take, and does it depend on how many backups there are?
 
 Each backup has chunks of its own in a pack of its own, so that a delete frees a pack. Timed is what
-the engine's delete does on the point: FORGET, and the dead pack's RETIRE and unlinking.
+the engine's delete does on the point: FORGET, and the dead pack's RETIRE and unlinking. A gc that
+has to copy is timed by itself.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import random
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from bench.corpora import corpus
 from bench.lab import Lab
 from bench.results import Figure, Result, Series
 from bench.runner import alone
@@ -26,6 +28,7 @@ from storage.point import ClusterLabel, Point
 QUESTION = "How long does a delete take, and a gc, beside how many others?"
 
 CHUNK = 64 << 10
+PIECE = 1 << 20  # a chunk of the gc that copies
 CLUSTER = ClusterLabel(cluster_uuid=str(uuid.UUID(int=1)), cluster_name="bench")
 
 
@@ -47,6 +50,7 @@ def run(lab: Lab) -> Iterator[Result]:
     pairs = zip(costs[many], costs[10], strict=True)
     yield Figure("delete/others", tuple(one / other for one, other in pairs), how)
     yield from _gc(lab)
+    yield from _copying(lab)
 
 
 def _gc(lab: Lab) -> Iterator[Result]:
@@ -67,6 +71,57 @@ def _gc(lab: Lab) -> Iterator[Result]:
                     raise RuntimeError(f"{removed} packs removed of {packs}")
         ratios.append(took[100] / took[10])
     yield Figure("delete/gc", tuple(ratios), f"{packs} packs")
+
+
+def _copying(lab: Lab) -> Iterator[Result]:
+    """A gc that copies half of the chunks of each pack, and proves each: real content."""
+    pieces = lab.pick(64, 512)
+    took = []
+    for _ in range(lab.repeats):
+        with lab.scratch() as root:
+            domain, gone = _interleaved(root, _pieces(corpus(lab, "a"), pieces))
+            domain.forget([gone])
+            began_s = time.perf_counter()
+            report = domain.reclaim(sparse_below=0.9)
+            took.append(time.perf_counter() - began_s)
+            domain.close()
+            if report.packs_repacked == 0:
+                raise RuntimeError("no pack was sparse")
+    yield Series(f"gc that copies {pieces // 2} chunks of 1 MiB of (a)", "vmkeep", "s", tuple(took))
+
+
+def _pieces(image: Path, count: int) -> list[bytes]:
+    """So many MiB of the image that are not zeros, no two of them equal."""
+    found: dict[bytes, None] = {}
+    with image.open("rb") as file:
+        while len(found) < count:
+            piece = file.read(PIECE)
+            if not piece:
+                raise RuntimeError(f"{image} has no {count} different pieces")
+            if piece.count(0) < PIECE:
+                found[piece] = None
+    return list(found)
+
+
+def _interleaved(root: Path, pieces: Sequence[bytes]) -> tuple[Domain, str]:
+    """A domain with two backups, whose chunks lie in turns in the same packs; and one of them."""
+    Point.create(str(root), "bench", chunk_size=PIECE).close()
+    domain = Point.open(str(root)).domain(CLUSTER, "bench", str(root / "unused"))
+    encoder, ids = Encoder(), [domain.hasher.full(memoryview(piece)) for piece in pieces]
+    disks, backups = [str(uuid.uuid4()) for _ in range(2)], [str(uuid.uuid4()) for _ in range(2)]
+    with domain.begin("backup") as session:
+        for one, piece in zip(ids, pieces, strict=True):
+            session.store([encoder.encode(one, memoryview(piece))])
+        for turn, disk in enumerate(disks):
+            manifest = session.manifest(disk, PIECE * len(pieces), None)
+            manifest.add_page(0, dict(enumerate(ids[turn::2])))
+        session.commit(
+            [
+                NewBackup(backup, label_of(number, disk), [disk])
+                for number, (backup, disk) in enumerate(zip(backups, disks, strict=True))
+            ]
+        )
+    return domain, backups[0]
 
 
 def _filled(root: Path, backups: int, chunks: int) -> tuple[Domain, list[str]]:
