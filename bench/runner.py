@@ -125,7 +125,8 @@ def _run(wanted: Sequence[Question], given: argparse.Namespace) -> int:
     say(f"\nresults: {target}\n")
     found = verdicts(run.answers)
     for verdict in found:
-        say(verdict.line())
+        if verdict.met is not None or len(wanted) == len(questions()):
+            say(verdict.line())
     missed = any(verdict.met is False for verdict in found)
     failed = any(answer.error for answer in answers)
     return 1 if failed or (given.strict and missed) else 0
