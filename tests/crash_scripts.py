@@ -81,7 +81,7 @@ def interrupted(image: bytes) -> Callable[[World], None]:
     def step(world: World) -> None:
         session = world.domain().begin("backup")
         write_disk(session, world.domain(), image, new_uuid(), "")
-        session._sealer.shutdown()
+        session.packs.close()
         world.close()
         world.domain()
 

@@ -21,7 +21,7 @@ from typing import TypeVar
 from unittest import mock
 
 from storage.check.check import CheckReport, check_point
-from storage.domain import gc, session
+from storage.domain import gc, new_packs
 from storage.domain.domain import Domain
 from storage.domain.reader import MAX_RUN_BYTES, plan_reads
 from storage.domain.session import NewBackup
@@ -85,7 +85,7 @@ def repeatable() -> Iterator[str]:
             (secrets, "token_hex", lambda size: Chance.source.randbytes(size).hex()),
             (secrets, "token_bytes", lambda size: Chance.source.randbytes(size)),  # noqa: PLW0108
             (uuid, "uuid4", lambda: uuid.UUID(bytes=Chance.source.randbytes(16), version=4)),
-            (session, "ThreadPoolExecutor", _AtOnce),
+            (new_packs, "ThreadPoolExecutor", _AtOnce),
             (storage_log, "RECORDS_PER_EPOCH", 8),
             (bundles, "RECORDS_PER_BUNDLE", 4),
             (gc, "CHAIN_LIMIT", 2),

@@ -9,12 +9,10 @@ packs for the next one (storage.domain.salvage).
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -22,12 +20,12 @@ from typing import TYPE_CHECKING
 
 from storage.domain import orphans
 from storage.domain.adopted import Vouched, nobody
+from storage.domain.new_packs import NewPacks, file_seal
 from storage.errors import PointFull, Refused, SessionEnded, StorageError, translated
-from storage.files.ballast import reserve_bytes
-from storage.files.publish import discard, link_or_copy, make_dirs
-from storage.format.chunks import FRAME_HEADER_BYTES, Frame
+from storage.files.publish import make_dirs
+from storage.format.chunks import Frame
 from storage.format.manifests import ManifestWriter, encode_page
-from storage.format.packs import PackWriter, read_footer
+from storage.format.packs import read_footer
 from storage.format.record import (
     BackupSeal,
     Commit,
@@ -38,7 +36,6 @@ from storage.format.record import (
     Retire,
     file_id,
 )
-from storage.format.sealed import Seal
 from storage.log.fold import Garbage
 from storage.view import tables
 from storage.view.proof import may_go
@@ -46,9 +43,6 @@ from storage.view.tables import Tables
 
 if TYPE_CHECKING:
     from storage.domain.domain import Domain
-
-OWN_IDS_REMEMBERED = 1 << 17
-UNSEALED_PACKS_LIMIT = 2
 
 log = logging.getLogger(__name__)
 
@@ -118,18 +112,10 @@ class Session:
     def __init__(self, domain: Domain, session: str, *, may_use_reserve: bool = False) -> None:
         self.id = session
         self._domain = domain
-        self._may_use_reserve = may_use_reserve
         self._tmp = f"{domain.paths.tmp}/{session}"
-        self._lock = threading.Lock()
-        self._own: dict[bytes, None] = {}
+        self.packs = NewPacks(domain, session, self._tmp, may_use_reserve=may_use_reserve)
         self._adopting = threading.Lock()
         self._adopted: set[str] = set()
-        self._pack: PackWriter | None = None
-        self._pack_numbers = itertools.count()
-        self._pack_n = 0
-        self._sealing: list[Future[FileSeal]] = []
-        self._sealer = ThreadPoolExecutor(1, f"seal-{session[:8]}")
-        self._slots = threading.Semaphore(UNSEALED_PACKS_LIMIT)
         self._builders: dict[str, ManifestBuilder] = {}
         self._manifests: dict[str, _SealedManifest] = {}
         self._ended = False
@@ -166,7 +152,7 @@ class Session:
 
         live, placed = self._domain.view.ask(found)
         sound = adopted.reliable(placed, vouched)
-        known = [chunk in self._own or chunk in sound for chunk in ids]
+        known = [chunk in self.packs or chunk in sound for chunk in ids]
         salvaged = self._salvaged([chunk for chunk in ids if chunk not in live])
         return [there or chunk in salvaged for chunk, there in zip(ids, known, strict=True)]
 
@@ -231,90 +217,14 @@ class Session:
         The frames' buffers are free on return. Durable only after commit. Raises what an earlier
         pack failed with, PointFull, PointUnreachable, PointReadOnly.
         """
-        with translated(self._tmp), self._lock:
-            new = list({frame.chunk_id: frame for frame in frames}.values())
-            new = [frame for frame in new if again or frame.chunk_id not in self._own]
-            if not new:
-                return 0
-            self._raise_failed_seal()
-            pack = self._pack or self._next_pack()
-            pack.add_many(new)
-            self._remember(new)
-            if pack.size_bytes >= self._domain.pack_size_bytes:
-                self._start_seal()
-        return sum(FRAME_HEADER_BYTES + frame.stored_len for frame in new)
-
-    def _remember(self, frames: Sequence[Frame]) -> None:
-        for frame in frames:
-            self._own[frame.chunk_id] = None
-        # Bounded: an id that is forgotten here may be stored twice, which costs room, not truth.
-        while len(self._own) > OWN_IDS_REMEMBERED:
-            del self._own[next(iter(self._own))]
-
-    def _next_pack(self) -> PackWriter:
-        self._require_room()
-        self._slots.acquire()
-        try:
-            self._make_tmp()
-            self._pack_n = next(self._pack_numbers)
-            self._pack = PackWriter(
-                self._domain.fs,
-                f"{self._tmp}/pack-{self._pack_n:08x}",
-                bytes.fromhex(self.id),
-                self._pack_n,
-                self._domain.chunk_size,
-            )
-        except BaseException:
-            self._slots.release()
-            raise
-        return self._pack
-
-    def _require_room(self) -> None:
-        """Backups stop while there is still room for the writes of a delete and a gc."""
-        if self._may_use_reserve:
-            return
-        root = self._domain.paths.root
-        room = self._domain.fs.room(root)
-        reserve = reserve_bytes(room)
-        if room.free_bytes <= reserve and self._domain.salvage.drop():
-            room = self._domain.fs.room(root)
-        if room.free_bytes <= reserve:
-            raise PointFull(
-                f"{root}: {room.free_bytes} bytes free; {reserve} are kept for deleting"
-            )
-
-    def _make_tmp(self) -> None:
-        make_dirs(self._domain.fs, self._tmp, self._domain.paths.root)
-
-    def _start_seal(self) -> None:
-        pack, n = self._pack, self._pack_n
-        if pack is not None:
-            self._pack = None
-            self._sealing.append(self._sealer.submit(self._seal_pack, pack, n))
-
-    def _seal_pack(self, pack: PackWriter, n: int) -> FileSeal:
-        try:
-            path = self._domain.paths.pack(file_id(self.id, n))
-            with translated(path):
-                make_dirs(self._domain.fs, os.path.dirname(path), self._domain.paths.root)
-                return _file_seal(n, pack.seal(path))
-        except BaseException:
-            pack.abandon()
-            raise
-        finally:
-            self._slots.release()
-
-    def _raise_failed_seal(self) -> None:
-        for future in self._sealing:
-            if future.done():
-                future.result()
+        return self.packs.store(frames, again=again)
 
     # Manifests.
 
     def manifest(self, disk: str, capacity: int, parent_disk: str | None) -> ManifestBuilder:
         """Begins the manifest of a disk backup: incremental against a parent's disk, or full."""
         with translated(self._tmp):
-            self._make_tmp()
+            make_dirs(self._domain.fs, self._tmp, self._domain.paths.root)
             n = len(self._builders)
             writer = ManifestWriter(
                 self._domain.fs,
@@ -337,7 +247,7 @@ class Session:
             path = self._domain.paths.manifest(file_id(self.id, builder.n))
             with translated(path):
                 make_dirs(self._domain.fs, os.path.dirname(path), self._domain.paths.root)
-                seal = _file_seal(builder.n, builder.writer.seal(path))
+                seal = file_seal(builder.n, builder.writer.seal(path))
             self._manifests[disk] = _SealedManifest(seal, builder.capacity, builder.parent_disk)
 
     # Outcomes.
@@ -402,23 +312,7 @@ class Session:
         """Takes a sealed pack of another domain of the point over, by hard link or, failing that,
         by copy; returns its FileId here. FileNotFoundError when it has gone; Damaged when its
         footer is not whole."""
-        domain = self._domain
-        with self._lock:
-            n = next(self._pack_numbers)
-        final = domain.paths.pack(file_id(self.id, n))
-        with translated(final):
-            make_dirs(domain.fs, os.path.dirname(final), domain.paths.root)
-            self._make_tmp()
-            link_or_copy(domain.fs, path, f"{self._tmp}/pack-{n:08x}", final)
-            try:
-                seal, _ = read_footer(domain.fs, final)
-            except BaseException:
-                discard(domain.fs, final)
-                raise
-        done: Future[FileSeal] = Future()
-        done.set_result(_file_seal(n, seal))
-        self._sealing.append(done)
-        return file_id(self.id, n)
+        return self.packs.adopt(path)
 
     def end(self) -> None:
         """A reader's normal end: what it held may go."""
@@ -427,7 +321,7 @@ class Session:
     def _append(self, build: Callable[[Tables], Sequence[Op]]) -> Garbage:
         garbage = self._domain.append(build)
         self._ended = True
-        self._sealer.shutdown()
+        self.packs.close()
         orphans.unlink_garbage(self._domain, garbage)
         orphans.remove_directory(self._domain, self._tmp)
         self._domain.salvage.used(self._adopted)
@@ -439,9 +333,8 @@ class Session:
         if self._ended:
             return
         self._ended = True
-        with self._lock:
-            self._start_seal()
-        self._sealer.shutdown()
+        self.packs.seal_open()
+        self.packs.close()
         self._abandon_builders()
 
     def require_open(self) -> None:
@@ -457,9 +350,7 @@ class Session:
                 )
 
     def _seal_all(self) -> tuple[FileSeal, ...]:
-        with self._lock:
-            self._start_seal()
-        packs = tuple(future.result() for future in self._sealing)
+        packs = self.packs.seal_all()
         self._seal_manifests()
         return packs
 
@@ -485,9 +376,7 @@ class Session:
     def _abandon(self) -> None:
         """ABORT, then delete the files. When the point does not answer, the next start does it."""
         self._ended = True
-        self._sealer.shutdown()
-        if self._pack is not None:
-            self._pack.abandon()
+        self.packs.abandon()
         self._abandon_builders()
         try:
             self._domain.abort(self.id)
@@ -495,7 +384,3 @@ class Session:
             log.info("session_ended_already session=%s", self.id)
         except StorageError as error:
             log.warning("session_left_open session=%s error=%s", self.id, error)
-
-
-def _file_seal(n: int, seal: Seal) -> FileSeal:
-    return FileSeal(n=n, size_bytes=seal.size_bytes, count=seal.count, digest=seal.digest)

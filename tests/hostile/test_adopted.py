@@ -77,7 +77,7 @@ def test_packs_of_an_import_that_died_are_not_gone_on_from(point: Point, evil: F
     session = mine.begin("import")
     for pack in evil.root.glob("packs/*/*"):
         session.adopt_pack(str(pack))
-    session._sealer.shutdown()
+    session.packs.close()
     mine.close()
     again = open_domain(point, label, "host-9")
     assert load(again, save(again, chunk)) == chunk

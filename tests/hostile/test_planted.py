@@ -279,7 +279,7 @@ def test_an_abort_follows_no_link(domain: Domain, tmp_path: Path) -> None:
     Path(domain.paths.packs, session.id).symlink_to(tmp_path / "treasure")
     domain.abort(session.id)
     assert (tmp_path / "treasure" / "00000000").read_text() == "mine"
-    session._sealer.shutdown()
+    session.packs.close()
 
 
 def test_as_a_heartbeat(point: Point, domain: Domain, label: ClusterLabel, kind: str) -> None:
@@ -291,7 +291,7 @@ def test_as_a_heartbeat(point: Point, domain: Domain, label: ClusterLabel, kind:
     found = check_point(point.path, deep=False).findings
     assert [(one.kind, Path(one.path).name) for one in found] == [("heartbeat", "host-2")]
     other.abort(session.id)
-    session._sealer.shutdown()
+    session.packs.close()
 
 
 @pytest.mark.parametrize("host", ["../../../../etc/passwd", "/dev/zero", "..", "", "a\0b"])

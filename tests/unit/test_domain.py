@@ -108,7 +108,7 @@ def test_a_dead_process_session_is_cleared_at_the_next_start(
         image = os.urandom(CHUNK)
         session.store([Encoder().encode(domain.hasher.full(image), image)])
     assert files(domain, "packs", "tmp") - live_files(domain)
-    session._sealer.shutdown()  # what a killed process leaves: its files, and no thread
+    session.packs.close()  # what a killed process leaves: its files, and no thread
     domain.close()
     again = open_domain(point, label)
     with again.view.read() as state:

@@ -12,8 +12,9 @@ import pytest
 
 from storage.domain.domain import Domain
 from storage.domain.heartbeats import Observer, beat
+from storage.domain.new_packs import UNSEALED_PACKS_LIMIT
 from storage.domain.reader import MAX_RUN_BYTES, plan_reads
-from storage.domain.session import UNSEALED_PACKS_LIMIT, NewBackup
+from storage.domain.session import NewBackup
 from storage.errors import Damaged, PointFull, StorageError
 from storage.files.fs import Buffer, OsFs
 from storage.format.chunks import Encoder
@@ -316,7 +317,7 @@ def test_a_host_that_has_just_restarted_keeps_its_sessions(
     left = other.begin("backup")
     observer = Observer(patience_s=600)
     observer.end_dead_sessions(domain, 0.0)
-    left._sealer.shutdown()
+    left.packs.close()
     other.close()
     again = open_domain(point, label, "host-2")  # has not shown yet that it lives
     with again.begin("backup") as session:

@@ -70,7 +70,7 @@ def interrupt(domain: Domain, chunks: int = STORED) -> Session:
     """A backup up to its first `chunks` chunks; then its process is gone."""
     session = domain.begin("backup")
     write_disk(session, domain, IMAGE[: chunks * CHUNK], new_uuid(), "")
-    session._sealer.shutdown()
+    session.packs.close()
     domain.close()
     return session
 
@@ -145,7 +145,7 @@ def test_only_backups_are_kept(point: Point, label: ClusterLabel) -> None:
     domain = open_domain(point, label)
     session = domain.begin("gc")
     write_disk(session, domain, IMAGE, new_uuid(), "")
-    session._sealer.shutdown()
+    session.packs.close()
     domain.close()
     domain = open_domain(point, label)
     assert open_sessions(domain) == []
