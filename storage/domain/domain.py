@@ -1,8 +1,9 @@
 """One cluster's domain on a point, opened for writing by one host.
 
-All changes go through `append`: fold the tail, fold the new ops into an uncommitted transaction of
-the view, link the record, commit. So an op is checked against the very state that it follows, and
-the view never holds what the log does not. Any thread may call anything; appends take turns.
+All changes go through `append` (storage.domain.appender): fold the tail, fold the new ops into an
+uncommitted transaction of the view, link the record, commit. So an op is checked against the very
+state that it follows, and the view never holds what the log does not. Any thread may call anything;
+appends take turns.
 
 Read first: docs/design.md §5 and §6. Then storage.log.fold, storage.domain.session,
 storage.domain.gc.
@@ -10,29 +11,20 @@ storage.domain.gc.
 
 from __future__ import annotations
 
-import logging
 import secrets
-import threading
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from storage.domain import gc, imports, orphans
 from storage.domain.adopted import AdoptedPacks
+from storage.domain.appender import Appender
 from storage.domain.checkpoints import publish_checkpoint
 from storage.domain.maps import DiskMap
 from storage.domain.reader import ChunkReader
 from storage.domain.salvage import Salvage
 from storage.domain.session import Session
 from storage.errors import (
-    ChunkMissing,
-    Damaged,
-    FileDamaged,
-    FileGone,
     NotOnPoint,
-    PointUnreachable,
-    Refused,
-    StorageError,
-    ViewDamaged,
 )
 from storage.files.ballast import Ballast
 from storage.files.fs import Fs
@@ -43,29 +35,19 @@ from storage.format.record import (
     Forget,
     Op,
     Open,
-    Record,
     SessionKind,
-    encode_record,
-    record_digest,
 )
-from storage.log.fold import Garbage, fold
+from storage.log.fold import Garbage
 from storage.log.log import Log
-from storage.log.rebuild import Host, make_view
 from storage.log.seen import Seen
 from storage.view import tables
 from storage.view.listing import BackupRow, backup_row, backup_rows, live_rows
 from storage.view.proof import Proof
 from storage.view.stats import DomainStats
 from storage.view.tables import Tables
-from storage.view.tally import Delta, Noticing, Tally
+from storage.view.tally import Tally
 from storage.view.trust import Trust
 from storage.view.view import View
-from storage.view.view_tables import ViewTables
-
-RECORDS_PER_TRANSACTION = 64
-APPEND_ATTEMPTS = 1000
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +60,6 @@ class DomainLosses:
 
     def __bool__(self) -> bool:
         return bool(self.packs or self.chunks or self.disks)
-
-
-class _LostRace(Exception):
-    """Another host's record took the number."""
 
 
 class Domain:
@@ -112,14 +90,14 @@ class Domain:
         self.salvage = Salvage(self)
         self._seen = seen
         self._log = Log(fs, paths.log, paths.host_tmp(host))
-        self._lock = threading.RLock()
         self.trust = Trust(view)
         self.adopted = AdoptedPacks(self)
         self.proof = Proof(view)
         self._tally = Tally()
-        view.mend = self._mend
+        self._appender = Appender(self, self._log, seen, self._tally)
+        self._lock = self._appender.lock
 
-    # The log.
+    # The log (storage.domain.appender).
 
     def refresh(self) -> int:
         """Folds the records that came since; returns the number of the last one.
@@ -127,28 +105,12 @@ class Domain:
         A record whose files later records have made garbage can't be folded with its contents any
         more: then the view is made anew. Raises PointUnreachable, Damaged, PointNewerFormat.
         """
-        with self._lock:
-            self._mend()
-            try:
-                while self.ballast.spend(self._fold_next):
-                    pass
-            except FileGone as error:
-                log.info("view_made_anew domain=%s reason=%s", self.paths.root, error)
-                self.rebuild()
-            except (FileDamaged, Refused, ChunkMissing, ViewDamaged) as error:
-                # A file is damaged, or was when this view or the record's author looked.
-                log.warning("view_made_anew domain=%s reason=%s", self.paths.root, error)
-                self.rebuild()
-            with self.view.read() as state:
-                seq, digest = tables.applied(state)
-            self._seen.note(seq, digest)
-            return seq
+        return self._appender.refresh()
 
     def refresh_to_end(self) -> None:
         """refresh(), to the log's end as the server has it: what an NFS client remembers as absent
         does not count. Raises PointFull and PointReadOnly, too, when the server can't be asked."""
-        while not self._log.ends_before(self.refresh() + 1):
-            pass
+        self._appender.refresh_to_end()
 
     def require_own_past(self) -> None:
         """The log must still hold what the view ends with, and what this host has last seen.
@@ -156,62 +118,12 @@ class Domain:
         Damaged when it does not: the point was put back to an older state of itself. Nothing is
         written to such a point, since numbers would recur.
         """
-        with self.view.read() as state:
-            seq, digest = tables.applied(state)
-        self._require_record(seq, digest)
-        if self._seen.last is not None:
-            self._require_record(*self._seen.last)
+        self._appender.require_own_past()
 
     def require_no_gap(self) -> None:
         """Folds the log to its end, behind which no record may be. Damaged: one is missing, and
         nothing is written, since its number would recur."""
-        newest = self._log.newest_name()
-        last = self.refresh()
-        if newest > last:
-            raise Damaged(f"{self.paths.log}: record {last + 1} is missing, {newest} is there")
-
-    def _require_record(self, seq: int, digest: bytes) -> None:
-        """Damaged unless record `seq` is there and has this digest; 0 always is."""
-        found = self._log.read_surely(seq) if seq else None
-        if seq and (found is None or found[1] != digest):
-            raise Damaged(
-                f"{self.paths.log}: record {seq}, which this host has seen, is not there any more: "
-                "the point was put back to an older state"
-            )
-
-    def _mend(self) -> None:
-        """Makes the view anew when something in it was found damaged. Not from within a read."""
-        with self._lock:
-            if self.view.suspect:
-                log.warning(
-                    "view_made_anew domain=%s reason=%s", self.paths.root, self.view.suspect
-                )
-                self.rebuild()
-
-    def _fold_next(self) -> bool:
-        """Folds up to a transaction's worth of records; False when the tail was reached."""
-        delta = self.view.update(self._fold_some)
-        self._tally.follow(delta)
-        return delta.last - delta.before == RECORDS_PER_TRANSACTION
-
-    def _fold_some(self, view: Tables) -> Delta:
-        state = Noticing(view)
-        first = tables.applied(state)[0] + 1
-        own = 0
-        for _ in range(RECORDS_PER_TRANSACTION):
-            found = self._log.read(tables.applied(state)[0] + 1)
-            if found is None:
-                break
-            fold(state, *found, self.contents)
-            if found[0].host == self.host:
-                own = found[0].seq
-        last = tables.applied(state)[0]
-        # Who linked them may have died before their names were durable; a view that outlives them
-        # would look like a point that was put back.
-        self._log.make_names_durable(first, last)
-        if own:  # ours, and not in our view: how its append ended is not known
-            self._log.name_anew(own)
-        return state.delta()
+        self._appender.require_no_gap()
 
     def append(
         self, build: Callable[[Tables], Sequence[Op]], *, spend_ballast: bool = True
@@ -223,76 +135,7 @@ class Domain:
         for PointUnreachable, where the next refresh tells. With `spend_ballast` PointFull is raised
         only when the room of storage.files.ballast was not enough either.
         """
-        with self._lock:
-            if spend_ballast:
-                return self.ballast.spend(lambda: self._append(build))
-            return self._append(build)
-
-    def _append(self, build: Callable[[Tables], Sequence[Op]]) -> Garbage:
-        """`_lock` is held."""
-        mended = False
-        for _ in range(APPEND_ATTEMPTS):
-            self.refresh()
-            try:
-                garbage = self._append_next(build)
-            except ViewDamaged:
-                if mended:
-                    raise
-                mended = True  # the next refresh does it
-                continue
-            if garbage is not None:
-                return garbage
-        raise PointUnreachable(f"{self.paths.log}: {APPEND_ATTEMPTS} times another host was first")
-
-    def _append_next(self, build: Callable[[Tables], Sequence[Op]]) -> Garbage | None:
-        """One attempt at the next number; None when another record took it."""
-        published: Record | None = None
-        digest = b""
-        garbage = Garbage()
-
-        def change(view: ViewTables) -> Delta:
-            nonlocal published, digest, garbage
-            state = Noticing(view)
-            record = published or self._next_record(state, build(state))
-            digest = record_digest(encode_record(record))
-            garbage = fold(state, record, digest, self.contents, strict=published is None)
-            view.settle()
-            if published is None:
-                self._require_record(record.seq - 1, record.previous)
-                if not self._log.publish(record):
-                    raise _LostRace
-                published = record
-            return state.delta()
-
-        try:
-            self._tally.follow(self.view.update(change))
-        except _LostRace:
-            return None
-        except StorageError:
-            if published is None:
-                raise
-            # The record is in the log; only our view is behind.
-            self._catch_up(published)
-        if published is not None:
-            self._seen.note(published.seq, digest)
-        return garbage
-
-    def _catch_up(self, published: Record) -> None:
-        try:
-            self.refresh()
-        except StorageError as error:  # the next refresh tries it again
-            fields = (published.seq, self.view.path, error)
-            log.warning("view_behind seq=%d path=%s error=%s", *fields)
-
-    def _next_record(self, state: Tables, ops: Sequence[Op]) -> Record:
-        seq, previous = tables.applied(state)
-        return Record(
-            seq=seq + 1,
-            previous=previous,
-            nonce=secrets.token_bytes(16),
-            host=self.host,
-            ops=tuple(ops),
-        )
+        return self._appender.append(build, spend_ballast=spend_ballast)
 
     # Backups.
 
@@ -415,13 +258,7 @@ class Domain:
         Raises Damaged when the log is; the old view stays then. What damaged files held is lost
         in the new one (docs/design.md §5.3): see `losses`.
         """
-        with self._lock:
-            path, identity = self.view.path, self.view.identity
-            us = Host(self.host, self._seen.number)
-            self.view.replace(make_view(self.fs, self.paths, path, identity, us))
-            self._tally.forget()
-            self.proof.forget()
-            self.trust.follow()
+        self._appender.rebuild()
 
     # Damage.
 

@@ -6,6 +6,7 @@ import contextlib
 
 import pytest
 
+from storage.domain.appender import Appender
 from storage.domain.domain import Domain
 from storage.domain.reader import MAX_RUN_BYTES, ReadRun, plan_chunks
 from tests.store import CHUNK, edited, image_of, mixed, patches, save
@@ -13,10 +14,10 @@ from tests.store import CHUNK, edited, image_of, mixed, patches, save
 
 @pytest.fixture(autouse=True)
 def _no_new_view(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(_: Domain) -> None:
+    def refused(_: Appender) -> None:
         raise AssertionError("makes the view anew")
 
-    monkeypatch.setattr(Domain, "rebuild", refused)
+    monkeypatch.setattr(Appender, "rebuild", refused)
 
 
 def contents(domain: Domain, runs: list[ReadRun]) -> list[bytes]:
