@@ -297,7 +297,7 @@ def test_a_backup_whose_commit_got_no_answer_is_there_all_the_same(
 
         with monkeypatch.context() as patch:
             patch.setattr(Session, "commit", unanswered)
-            patch.setattr("engine.backup.backups.remember", looking)
+            patch.setattr("engine.backup.backup_job.remember", looking)
             backup, job = rig.ask_backup(rig.make_vm("web", content))
             assert rig.ended(job).state == "failed"
         row = rig.engine.backup(ANYWHERE, backup)
