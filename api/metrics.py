@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 
 from engine.model import BACKUP_DONE, BACKUP_FAILED, BACKUP_RUNNING
 from engine.service import Engine
-from engine.views import BackupQuery
+from engine.verb_types import BackupQuery
 
 _JOB_STATES = ("queued", "running", "succeeded", "failed", "cancelled")
 _BACKUP_STATUSES = {BACKUP_DONE: "done", BACKUP_RUNNING: "running", BACKUP_FAILED: "failed"}

@@ -21,7 +21,7 @@ from engine.snapshot.baselines import Baselines
 from engine.snapshot.pinned import Pinned
 from engine.snapshot.stalls import Stalls
 from engine.state import State
-from engine.views import Scope
+from engine.verb_types import Scope
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,7 +54,7 @@ from engine.snapshot.baselines import Baselines
 from engine.snapshot.stalls import StallState
 from engine.snapshot.tending import Tending, tend
 from engine.state import State
-from engine.views import (
+from engine.verb_types import (
     EVERYWHERE,
     BackupPage,
     BackupQuery,

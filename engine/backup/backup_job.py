@@ -37,7 +37,7 @@ from engine.snapshot.hold import HoldWish, Resting
 from engine.snapshot.snapshot import CloneLimits, SnapshotFacts
 from engine.snapshot.sources import BitmapPlan, DiskFile
 from engine.snapshot.tracking import Tracker
-from engine.views import Scope
+from engine.verb_types import Scope
 from storage.errors import StorageError
 
 log = logging.getLogger(__name__)

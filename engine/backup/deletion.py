@@ -12,7 +12,7 @@ from engine.core import Core
 from engine.errors import Conflict
 from engine.model import BACKUP_DONE, BACKUP_RUNNING
 from engine.snapshot.tending import tend
-from engine.views import Scope
+from engine.verb_types import Scope
 from storage.errors import NotOnPoint
 
 log = logging.getLogger(__name__)

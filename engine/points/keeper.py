@@ -28,7 +28,7 @@ from engine.host import Host
 from engine.inventory.inventory import Places
 from engine.model import Backup, BackupPoint, Cluster, Distrust
 from engine.state import Rows
-from engine.views import PointState, PointStateName
+from engine.verb_types import PointState, PointStateName
 from storage.domain.bundling import Bundling
 from storage.domain.domain import Domain
 from storage.domain.heartbeats import Observer, beat

@@ -12,7 +12,7 @@ from engine.points.distrust import remember
 from engine.points.keeper import Opened
 from engine.points.packreads import PackReads
 from engine.points.verify import report_lines, run_verify
-from engine.views import Maintenance
+from engine.verb_types import Maintenance
 from storage.check.against_rebuild import check_view
 from storage.check.check import Damage
 from storage.domain.domain import Domain

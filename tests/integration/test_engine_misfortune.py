@@ -26,7 +26,7 @@ from engine.jobs.jobs import JobContext
 from engine.model import BACKUP_DONE, BACKUP_FAILED, Backup, Pool, Vm
 from engine.points.distrust import remember
 from engine.restore.rooms import Rooms
-from engine.views import NewDisk, RestoreTarget, Scope
+from engine.verb_types import NewDisk, RestoreTarget, Scope
 from storage.check.check import check_point
 from storage.domain.session import NewBackup, Session
 from storage.errors import PointUnreachable

@@ -19,7 +19,7 @@ from engine.probes import Probes
 from engine.snapshot.pinned import Pinned
 from engine.snapshot.snapshot import SNAPSHOTS
 from engine.snapshot.tending import tend
-from engine.views import Scope
+from engine.verb_types import Scope
 from tests.conftest import LoopFs
 from tests.engine_rig import ANYWHERE, EngineRig
 from tests.rig import random_bytes, write_at
