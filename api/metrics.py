@@ -119,12 +119,12 @@ class _EngineCollector(Collector):
             pinned.add_metric([*names, os.path.dirname(state.volume)], state.pinned_bytes)
         yield off
         yield pinned
-        stalls = self._engine.stalls()
-        for name, stall in (("clone", stalls.clone), ("freeze", stalls.freeze)):
+        stuns = self._engine.stuns()
+        for name, stun in (("clone", stuns.clone), ("freeze", stuns.freeze)):
             text = f"How long VMs stood still for a {name}."
-            yield SummaryMetricFamily(f"vmkeep_{name}_seconds", text, stall.count, stall.sum_s)
+            yield SummaryMetricFamily(f"vmkeep_{name}_seconds", text, stun.count, stun.sum_s)
             longest = f"vmkeep_{name}_longest_seconds"
-            yield GaugeMetricFamily(longest, "The longest since the start.", stall.longest_s)
+            yield GaugeMetricFamily(longest, "The longest since the start.", stun.longest_s)
 
     def _hypervisors(self) -> Metric:
         up = GaugeMetricFamily(

@@ -51,7 +51,7 @@ from engine.probes import Probes
 from engine.recovery import recover
 from engine.restore import restore_job
 from engine.snapshot.baselines import Baselines
-from engine.snapshot.stalls import StallState
+from engine.snapshot.stuns import StunState
 from engine.snapshot.tending import Tending, tend
 from engine.state import State
 from engine.verb_types import (
@@ -298,9 +298,9 @@ class Engine:
         for disk in vm.disks:
             self._core.baselines.turn_on(vm.uuid, disk.target_device)
 
-    def stalls(self) -> StallState:
+    def stuns(self) -> StunState:
         """How long VMs stood still for their snapshots."""
-        return self._core.stalls.state
+        return self._core.stuns.state
 
     # Points ---------------------------------------------------------------------------------
 

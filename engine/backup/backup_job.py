@@ -123,7 +123,7 @@ class _BackupRun:
             ),
             ctx,
         )
-        core.stalls.add(result.facts.snapshot.clone_s, result.facts.snapshot.freeze_s)
+        core.stuns.add(result.facts.snapshot.clone_s, result.facts.snapshot.freeze_s)
         self._row = replace(self._row, parent=result.parent)
         return self._row.label.notes
 

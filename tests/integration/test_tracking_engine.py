@@ -60,7 +60,7 @@ def test_an_incremental_reads_what_changed_also_after_a_restart(rig: EngineRig) 
     backup = rig.back_up(vm)
     assert "changes found by: sda reflink" in backup.label.notes
     assert any(note.startswith("cloned in ") for note in backup.label.notes)
-    assert rig.core.stalls.state.clone.count == 1  # in this process
+    assert rig.core.stuns.state.clone.count == 1  # in this process
     assert rig.restore(backup, "copy") == [content]
 
 
