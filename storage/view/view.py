@@ -1,7 +1,7 @@
 """The view: the folded state of one domain in one LMDB environment.
 
-A view is proved before anything in it is used: by its seal (storage.lmdb_env.seal) when it was
-closed, else by a walk over its pages (storage.lmdb_env.pages) and all of its rows
+A view is proved before anything in it is used: by its seal (storage.lmdb_env.clean_close) when it
+was closed, else by a walk over its pages (storage.lmdb_env.pages) and all of its rows
 (storage.view.view_tables). What is found damaged later raises ViewDamaged and is remembered as
 `suspect`: the domain makes it anew.
 
@@ -30,9 +30,9 @@ import lmdb
 from storage.errors import Damaged, ViewDamaged, translated
 from storage.files.fs import NO_FD
 from storage.files.in_flight import InFlight
+from storage.lmdb_env.clean_close import break_seal, put_seal
 from storage.lmdb_env.lock_file import READERS, lock_in_memory, occupy
 from storage.lmdb_env.pages import require_sound_pages
-from storage.lmdb_env.seal import break_seal, put_seal
 from storage.view.tables import TABLE_NAMES
 from storage.view.view_tables import SUMS, Db, ViewTables
 

@@ -1,6 +1,7 @@
-"""A seal: the BLAKE3 of a file that nobody writes, beside it, until somebody opens it again.
+"""Whether a file was closed cleanly, and is still what it was then: its seal tells.
 
-A file that is opened loses its seal first, durably. So a seal that is there speaks of the file as
+The seal is the BLAKE3 of a file that nobody writes, beside it, until somebody opens it again. A
+file that is opened loses its seal first, durably. So a seal that is there speaks of the file as
 it was closed, whatever happened to the machine since; a file without one was not closed.
 """
 
