@@ -334,5 +334,5 @@ class Domain:
     def close(self) -> None:
         """Lets go of the view once nobody is in it; sessions stay open until the next start."""
         with self._lock:
-            self._seen.settle()
+            self._seen.make_durable()
             self.view.close(seal=True)

@@ -243,7 +243,7 @@ class View:
         try:
             tables = ViewTables(txn, self._current.databases)
             result = change(tables)
-            tables.settle()
+            tables.flush()
             with InFlight(self.path):  # LMDB's writing; what comes before it computes
                 txn.commit()
         except BaseException:

@@ -231,8 +231,8 @@ class ViewTables:
             self._tables[name] = found
         return found
 
-    def settle(self) -> None:
-        """Ends a change: before its commit."""
+    def flush(self) -> None:
+        """Writes the sums of what was changed. Once, before the commit."""
         self._sums.flush()
 
     def rows(self) -> int:
