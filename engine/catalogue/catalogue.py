@@ -65,7 +65,7 @@ class Catalogue:
         sharing = Sharing(most=SHARED_AT_START)
         with state.store.read() as txn:
             rows = [sharing.of(row) for row in state.backups.each_in(txn)]
-        state.store.let_go()
+        state.store.release_memory()
         rows.sort(key=place_of)
         self._shelves = Shelves(rows)
         for row in reversed(rows):

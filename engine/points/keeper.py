@@ -312,7 +312,7 @@ class Keeper:
                 self._synced[cluster_uuid] = seq
         seen = self._count(opened)
         for domain in anew:  # which was read as a whole for that
-            domain.let_go()
+            domain.release_memory()
         with self._lock:
             self._seen = seen
         if self._looks:  # nobody waits for this as for the first look
@@ -359,13 +359,13 @@ class Keeper:
         if changed is None:
             known = self._around.catalogue.uuids(cluster_uuid, self.row.uuid)
             changed = domain.backup_uuids() | known
-            domain.let_go()
+            domain.release_memory()
         rest = iter(sorted(changed))
         while some := [*islice(rest, ROWS_PER_SYNC)]:
             if not self._sync_some(cluster_uuid, domain, some):
                 return False
             if len(some) == ROWS_PER_SYNC:
-                domain.let_go()
+                domain.release_memory()
         return True
 
     def _sync_some(self, cluster_uuid: str, domain: Domain, backups: Collection[str]) -> bool:

@@ -163,10 +163,10 @@ class Domain:
         """Those that came, went or changed after record `seq`; None: all may have."""
         return self._tally.changed_after(seq)
 
-    def let_go(self) -> None:
-        """See View.let_go: after much of it was read at once."""
+    def release_memory(self) -> None:
+        """See View.release_memory: after much of it was read at once."""
         with self._lock:
-            self.view.let_go()
+            self.view.release_memory()
 
     def rows_of(self, backups: Collection[str]) -> list[BackupRow]:
         """Those of them that are live."""

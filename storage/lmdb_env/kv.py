@@ -243,7 +243,7 @@ class Store:
             self._env.set_mapsize(self._env.info()["map_size"] * 2)
             return self._env.begin(write=True)
 
-    def let_go(self) -> None:
+    def release_memory(self) -> None:
         """What was read of the file is this process's memory no more, unless somebody is reading;
         the kernel still has it."""
         with self._writer, self._gate, translated(f"state {self._path}"):

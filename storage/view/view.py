@@ -257,7 +257,7 @@ class View:
             env = self._current.env
             env.set_mapsize(2 * env.info()["map_size"])
 
-    def let_go(self) -> None:
+    def release_memory(self) -> None:
         """What was read of the file is this process's memory no more, unless somebody is reading;
         the kernel still has it. Not while an update is under way."""
         with self._gate, translated(f"view {self.path}"):

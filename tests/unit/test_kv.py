@@ -128,16 +128,16 @@ def test_what_was_read_is_let_go_and_is_there_still(tmp_path: Path) -> None:
             txn.put(SHEEP, f"{number:03}", Sheep("dolly", fleece=bytes(3000)))
     with store.read() as txn:
         first = txn.get(SHEEP, "000")
-        store.let_go()  # nothing, as somebody reads
+        store.release_memory()  # nothing, as somebody reads
         assert txn.get(SHEEP, "000") == first
-    store.let_go()
+    store.release_memory()
     assert len(names(store)) == 100
     with store.write() as txn:
         txn.put(SHEEP, "100", Sheep("molly"))
-    store.let_go()
+    store.release_memory()
     assert len(names(store)) == 101
     store.close()
-    store.let_go()
+    store.release_memory()
 
 
 def test_keys_that_cannot_be_are_not_there(tmp_path: Path) -> None:
