@@ -1,4 +1,4 @@
-"""storage.view.runs: all items come, in order, an id's together, a few at a time."""
+"""storage.view.sorted_runs: all items come, in order, an id's together, a few at a time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from storage.view.runs import Runs, ranges
+from storage.view.sorted_runs import Runs, ranges
 
 ID = 32
 
