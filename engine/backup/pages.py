@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from engine.jobs.crew import Stop
+from storage.format.manifests import PAGE_ENTRIES
 
-PAGE_CHUNKS = 1024
 OPEN_PAGES = 16
 
 _NO_MORE = 1 << 62  # above every page number
@@ -96,14 +96,14 @@ def chunk_pages(runs: Ranges) -> Iterator[tuple[int, tuple[int, ...]]]:
     page_no, chunks = -1, list[int]()
     for first, end in runs:
         while first < end:
-            if first // PAGE_CHUNKS != page_no:
+            if first // PAGE_ENTRIES != page_no:
                 if chunks:
                     yield page_no, tuple(chunks)
-                page_no, chunks = first // PAGE_CHUNKS, []
-            start = first - page_no * PAGE_CHUNKS
-            past = min(end - page_no * PAGE_CHUNKS, PAGE_CHUNKS)
+                page_no, chunks = first // PAGE_ENTRIES, []
+            start = first - page_no * PAGE_ENTRIES
+            past = min(end - page_no * PAGE_ENTRIES, PAGE_ENTRIES)
             chunks.extend(range(start, past))
-            first = page_no * PAGE_CHUNKS + past
+            first = page_no * PAGE_ENTRIES + past
     if chunks:
         yield page_no, tuple(chunks)
 
@@ -229,7 +229,7 @@ class PageLine:
     def _take(self, page: OpenPage) -> Item:
         chunks = page.waiting.popleft()
         page.out += 1
-        last = page.page_no * PAGE_CHUNKS + chunks[-1]
+        last = page.page_no * PAGE_ENTRIES + chunks[-1]
         end = min((last + 1) * self.chunk_size, self.capacity)
         span_bytes, self._scanned_bytes = end - self._scanned_bytes, end
         ahead = page.waiting[self.lookahead - 1] if len(page.waiting) >= self.lookahead else ()

@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 
 from engine.backup.likeness import Lender
 from engine.backup.pages import (
-    PAGE_CHUNKS,
     Emit,
     Item,
     PageLine,
@@ -37,10 +36,10 @@ from engine.snapshot.sources import DiskSource
 from storage.domain.maps import DiskMap
 from storage.domain.session import ManifestBuilder, Session
 from storage.files.memory import large_buffer
-from storage.format.chunks import ZERO_MARK, ChunkHasher, Encoder, is_zero
+from storage.format.chunks import FAST_BYTES, ZERO_MARK, ChunkHasher, Encoder, is_zero
+from storage.format.manifests import PAGE_ENTRIES
 
 ITEM_BYTES = 4 << 20
-FAST_BYTES = 16
 
 
 def scan_disk(
@@ -198,7 +197,7 @@ class Bench:
 
         Neighbours are read with one call. The disk's last chunk may be short.
         """
-        first_chunk = item.page.page_no * PAGE_CHUNKS
+        first_chunk = item.page.page_no * PAGE_ENTRIES
         if item.ahead:
             # Measured cold: a quarter less time for an unchanged disk. Warm: no difference.
             start = (first_chunk + item.ahead[0]) * self._chunk_size
