@@ -62,6 +62,27 @@ class Item:
     ahead: tuple[int, ...]
 
 
+@dataclass(slots=True)
+class ItemResult:
+    """What one item came to. `entries`: index in the page → chunk id or zero mark.
+
+    `changed`: id → content, each once; views of the thread's buffer. `before`: id → the id that the
+    parent (or a lender) has at its place, if any.
+    """
+
+    entries: dict[int, bytes] = field(default_factory=dict)
+    changed: dict[bytes, memoryview] = field(default_factory=dict)
+    before: dict[bytes, bytes] = field(default_factory=dict)
+    read_bytes: int = 0
+    changed_bytes: int = 0
+
+    def borrow(self, page: Mapping[int, bytes]) -> None:
+        """Takes what another disk has at the places for what was there before."""
+        for index, chunk_id in self.entries.items():
+            if index in page:
+                self.before.setdefault(chunk_id, page[index])
+
+
 @dataclass(slots=True, eq=False)
 class OpenPage:
     """A page under way: the entries found so far, and how many items are still out."""

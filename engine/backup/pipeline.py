@@ -17,12 +17,12 @@ engine/backup/pages.py first.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 
 from engine.backup.likeness import Lender
 from engine.backup.pages import (
     Emit,
     Item,
+    ItemResult,
     PageLine,
     PagePlan,
     Ranges,
@@ -142,27 +142,9 @@ def ignore_page(_page_no: int, _entries: Mapping[int, bytes]) -> None:
     return
 
 
-@dataclass(slots=True)
-class Findings:
-    """What one item came to. `changed`: id → content, each once; views of the bench's buffer.
-    `before`: id → the id that the parent (or a lender) has at its place, if any."""
-
-    entries: dict[int, bytes] = field(default_factory=dict)
-    changed: dict[bytes, memoryview] = field(default_factory=dict)
-    before: dict[bytes, bytes] = field(default_factory=dict)
-    read_bytes: int = 0
-    changed_bytes: int = 0
-
-    def borrow(self, page: Mapping[int, bytes]) -> None:
-        """Takes what another disk has at the places for what was there before."""
-        for index, chunk_id in self.entries.items():
-            if index in page:
-                self.before.setdefault(chunk_id, page[index])
-
-
-def _examine(bench: Bench, item: Item, hasher: ChunkHasher) -> Findings:
+def _examine(bench: Bench, item: Item, hasher: ChunkHasher) -> ItemResult:
     """Reads an item and compares it with the parent's page."""
-    found = Findings()
+    found = ItemResult()
     parent = item.page.parent
     for index, view in bench.read(item):
         found.read_bytes += len(view)
