@@ -72,10 +72,10 @@ def scan_disk(
     line = page_line(plans, source, chunk_size, builder.add_page, workers)
 
     def work() -> None:
-        bench, storing = Bench(source, chunk_size), Storing(session, bases)
+        reader, storing = ItemReader(source, chunk_size), Storing(session, bases)
         while (item := line.pull()) is not None:
             ctx.check()
-            found = _examine(bench, item, hasher)
+            found = _examine(reader, item, hasher)
             if lender is not None:
                 found.borrow(lender.page(item.page.page_no))
             stored_bytes = storing.store(found)
@@ -111,11 +111,11 @@ def store_again(
     line = page_line(plans, source, chunk_size, ignore_page, workers)
 
     def work() -> None:
-        bench, encoder = Bench(source, chunk_size), Encoder()
+        reader, encoder = ItemReader(source, chunk_size), Encoder()
         while (item := line.pull()) is not None:
             ctx.check()
             found: dict[bytes, memoryview] = {}
-            for _, view in bench.read(item):
+            for _, view in reader.read(item):
                 fast = hasher.fast(view)
                 if fast in fast_halves:
                     found[hasher.full_from(fast, view)] = view
@@ -142,11 +142,11 @@ def ignore_page(_page_no: int, _entries: Mapping[int, bytes]) -> None:
     return
 
 
-def _examine(bench: Bench, item: Item, hasher: ChunkHasher) -> ItemResult:
+def _examine(reader: ItemReader, item: Item, hasher: ChunkHasher) -> ItemResult:
     """Reads an item and compares it with the parent's page."""
     found = ItemResult()
     parent = item.page.parent
-    for index, view in bench.read(item):
+    for index, view in reader.read(item):
         found.read_bytes += len(view)
         before = parent.get(index)
         if is_zero(view):
@@ -166,7 +166,7 @@ def _examine(bench: Bench, item: Item, hasher: ChunkHasher) -> ItemResult:
     return found
 
 
-class Bench:
+class ItemReader:
     """One thread's buffer over a source."""
 
     def __init__(self, source: DiskSource, chunk_size: int) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from engine.backup.pages import PagePlan, Ranges, by_page, plan_pages
-from engine.backup.pipeline import Bench, ignore_page, page_line
+from engine.backup.pipeline import ItemReader, ignore_page, page_line
 from engine.jobs.crew import run_crew
 from engine.jobs.jobs import JobContext
 from engine.snapshot.sources import DiskSource
@@ -64,11 +64,11 @@ def try_unchanged(
     line = page_line(drawn, source, chunk_size, ignore_page, workers)
 
     def work() -> None:
-        bench = Bench(source, chunk_size)
+        reader = ItemReader(source, chunk_size)
         while sample.sound and (item := line.pull()) is not None:
             ctx.check()
             read_bytes = 0
-            for index, view in bench.read(item):
+            for index, view in reader.read(item):
                 read_bytes += len(view)
                 if not _same(view, item.page.parent.get(index), hasher):
                     sample.wrong_chunk = item.page.page_no * PAGE_ENTRIES + index
