@@ -90,20 +90,12 @@ class ReadTxn:
         body = self._txn.get(raw, db=self._handles[table.name])
         return None if body is None else table.decode(bytes(body), raw)
 
-    def rows(
-        self, table: Table[RowT], start: str = "", reverse: bool = False
-    ) -> Iterator[tuple[str, RowT]]:
-        """(key, row) in the order of the keys' UTF-8, from `start` on (down to it, reversed)."""
+    def rows(self, table: Table[RowT], *, reverse: bool = False) -> Iterator[tuple[str, RowT]]:
+        """(key, row) in the order of the keys' UTF-8."""
         with self._txn.cursor(db=self._handles[table.name]) as cursor:
-            found = cursor.last() if reverse else _seek_first(cursor, start)
-            if not found:
-                return
             step = cursor.iterprev if reverse else cursor.iternext
             for raw, body in step(keys=True, values=True):
-                key = _text(raw)
-                if reverse and key < start:
-                    return
-                yield key, table.decode(bytes(body), bytes(raw))
+                yield _text(raw), table.decode(bytes(body), bytes(raw))
 
 
 class WriteTxn(ReadTxn):
@@ -295,7 +287,3 @@ def _text(raw: bytes | memoryview) -> str:
 def _raw_key(key: str) -> bytes | None:
     raw = key.encode("utf-8", "surrogatepass")
     return raw if 0 < len(raw) <= _MOST_KEY_BYTES else None
-
-
-def _seek_first(cursor: lmdb.Cursor, start: str) -> bool:
-    return bool(cursor.set_range(start.encode()) if start else cursor.first())
