@@ -8,7 +8,6 @@ parts are put together, started and stopped.
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections import Counter
@@ -69,8 +68,6 @@ from engine.verb_types import (
     TrackingState,
 )
 from storage.files.in_flight import longest_in_flight_s
-
-log = logging.getLogger(__name__)
 
 POOL_LOOK_TIMEOUT_S = 2.0
 STOP_SHARE_OF_JOBS = 0.7  # of the time to stop in; the points get the rest
