@@ -27,6 +27,7 @@ from engine.errors import NotFound, PointStateError
 from engine.host import Host
 from engine.inventory.inventory import Places
 from engine.model import Backup, BackupPoint, Cluster, Distrust
+from engine.points.distrust import recall
 from engine.state import Rows
 from engine.verb_types import PointState, PointStateName
 from storage.domain.bundling import Bundling
@@ -450,14 +451,3 @@ def _same(error: StorageError) -> StorageError:
         (kind(str(error)) for kind, _ in _STATES if isinstance(error, kind)),
         PointUnreachable(str(error)),
     )
-
-
-def recall(distrusts: Rows[Distrust], point_uuid: str, cluster_uuid: str, domain: Domain) -> None:
-    """Tells a domain that was just opened what it has to distrust."""
-    for row in distrusts_of(distrusts, point_uuid, cluster_uuid):
-        domain.trust.withdraw(row.pack, frozenset(row.chunks) if row.chunks else None)
-
-
-def distrusts_of(distrusts: Rows[Distrust], point_uuid: str, cluster_uuid: str) -> list[Distrust]:
-    wanted = (point_uuid, cluster_uuid)
-    return [row for row in distrusts.values() if (row.point_uuid, row.cluster_uuid) == wanted]
