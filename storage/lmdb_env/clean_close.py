@@ -15,6 +15,7 @@ from blake3 import blake3
 
 from storage.errors import Damaged
 from storage.files.bad_places import MEDIUM_ERRORS
+from storage.files.fs import OsFs
 
 _PIECE = 4 << 20
 
@@ -41,11 +42,7 @@ def break_seal(path: str) -> bool:
     if sealed != found:
         raise Damaged(f"{path} is not what it was when it was closed")
     os.unlink(f"{path}.seal")
-    fd = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    OsFs().fsync_dir(os.path.dirname(path))
     return True
 
 
