@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 from itertools import chain, repeat
 from types import TracebackType
 
-from storage.format.chunks import CHUNK_ID_BYTES, ZERO_MARK
-from storage.format.packs import FRAME_HEADER_BYTES, PackEntry
+from storage.format.chunks import CHUNK_ID_BYTES, FRAME_HEADER_BYTES, ZERO_MARK
+from storage.format.packs import PackEntry
 from storage.view import sorted_runs
 from storage.view.sorted_runs import Runs
 from storage.view.tables import LOST_PACK, PLACE, row_at
