@@ -23,20 +23,12 @@ from storage.domain.maps import DiskMap
 from storage.domain.reader import ChunkReader
 from storage.domain.salvage import Salvage
 from storage.domain.session import Session
-from storage.errors import (
-    NotOnPoint,
-)
+from storage.errors import NotOnPoint
 from storage.files.ballast import Ballast
 from storage.files.fs import Fs
 from storage.format.chunks import ChunkHasher
 from storage.format.paths import DomainPaths, FileContents
-from storage.format.record import (
-    Abort,
-    Forget,
-    Op,
-    Open,
-    SessionKind,
-)
+from storage.format.record import Abort, Forget, Op, Open, SessionKind
 from storage.log.fold import Garbage
 from storage.log.log import Log
 from storage.log.seen import Seen
@@ -220,7 +212,7 @@ class Domain:
                 for session, row in tables.sessions.scan(state)
                 if row.host == self.host and row.incarnation != self.incarnation
             ]
-        orphans.remove_directory(self, self.paths.host_tmp(self.host))
+        orphans.remove_directory(self.fs, self.paths.host_tmp(self.host))
         self.salvage.rescue(dead)
         for session in dead:
             self.abort(session)
