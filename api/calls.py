@@ -14,7 +14,7 @@ from typing import Any, Generic, Literal, TypeAlias, TypeVar
 from api.schemas import Answer, Request, ScopeMembers
 from api.schemas_backup import BatchRequest
 from engine.service import Engine
-from engine.views import Scope
+from engine.verb_types import Scope
 
 RequestT = TypeVar("RequestT", bound=Request)
 AnswerT = TypeVar("AnswerT", bound=Answer)

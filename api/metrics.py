@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 
 from engine.model import BACKUP_DONE, BACKUP_FAILED, BACKUP_RUNNING
 from engine.service import Engine
-from engine.views import BackupQuery
+from engine.verb_types import BackupQuery
 
 _JOB_STATES = ("queued", "running", "succeeded", "failed", "cancelled")
 _BACKUP_STATUSES = {BACKUP_DONE: "done", BACKUP_RUNNING: "running", BACKUP_FAILED: "failed"}
@@ -54,9 +54,6 @@ class Metrics:
 class _EngineCollector(Collector):
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-
-    def describe(self) -> list[Metric]:
-        return []
 
     def collect(self) -> Iterator[Metric]:
         yield from self._jobs()
@@ -119,12 +116,12 @@ class _EngineCollector(Collector):
             pinned.add_metric([*names, os.path.dirname(state.volume)], state.pinned_bytes)
         yield off
         yield pinned
-        stalls = self._engine.stalls()
-        for name, stall in (("clone", stalls.clone), ("freeze", stalls.freeze)):
+        stuns = self._engine.stuns()
+        for name, stun in (("clone", stuns.clone), ("freeze", stuns.freeze)):
             text = f"How long VMs stood still for a {name}."
-            yield SummaryMetricFamily(f"vmkeep_{name}_seconds", text, stall.count, stall.sum_s)
+            yield SummaryMetricFamily(f"vmkeep_{name}_seconds", text, stun.count, stun.sum_s)
             longest = f"vmkeep_{name}_longest_seconds"
-            yield GaugeMetricFamily(longest, "The longest since the start.", stall.longest_s)
+            yield GaugeMetricFamily(longest, "The longest since the start.", stun.longest_s)
 
     def _hypervisors(self) -> Metric:
         up = GaugeMetricFamily(

@@ -20,15 +20,12 @@ from collections.abc import Callable, Collection
 from aiohttp import web
 
 from api import VERSION, logs
-from api.app import make_app, make_runner
+from api.app import make_runner
 from engine.config import Config, load_config
 from engine.service import Engine
 
-__all__ = ["CannotListen", "make_app", "make_runner", "run"]
-
 log = logging.getLogger(__name__)
 
-DEFAULT_LISTEN = "127.0.0.1:8080"
 EXIT_TIMEOUT_S = 9.5
 ENGINE_STOP_TIMEOUT_S = 6.5
 MOST_FILES = 65536
@@ -42,7 +39,7 @@ class CannotListen(Exception):
 
 def run(
     data: str,
-    listen: str = DEFAULT_LISTEN,
+    listen: str,
     config_path: str = "",
     *,
     json_logs: bool | None = None,

@@ -14,15 +14,11 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from api.errors import ApiError
 
 ResultT = TypeVar("ResultT")
-
-
-class _Runnable(Protocol):
-    def __call__(self) -> None: ...
 
 
 class Workers:
@@ -30,7 +26,7 @@ class Workers:
 
     def __init__(self, name: str, threads: int, max_waiting: int) -> None:
         self.name = name
-        self._queue: queue.Queue[_Runnable | None] = queue.Queue(max_waiting)
+        self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(max_waiting)
         self._threads = [
             threading.Thread(target=self._work, name=f"{name}-{n}", daemon=True)
             for n in range(threads)

@@ -20,7 +20,7 @@ import msgspec
 
 from bench.lab import Cost, measured, peak_bytes
 from engine.backup.backup import BackupWork, DiskWork, run_backup
-from engine.backup.backups import MOST_LENDERS
+from engine.backup.backup_job import MOST_LENDERS
 from engine.jobs.jobs import JobContext
 from engine.restore.restore import RestoreDisk, run_restore
 from engine.snapshot.sources import DiskFile

@@ -2,13 +2,13 @@
 
     inventory  what there is to back up: clusters, tenants, pools, VMs and their volumes
     snapshot   holding a VM's disks still, and knowing what changed on them since
-    backup     the verb, and its data path
-    restore    the verb, and its data path
+    backup     making a backup: the request, its job, the data path; deleting one
+    restore    the same for a restore
     points     attached backup points, each with a thread of its own; maintenance
     catalogue  all backups of the managed clusters, in memory
     jobs       long work: threads, progress, cancelling, a record that outlives the process
     libvirt    domains of libvirt hosts as the inventory; live backups
     qemu, nbd  qcow2 images, by way of qemu-nbd and our own NBD client
 
-Read first: service, then backup/backup, restore/restore, backup/pipeline.
+Read first: service, then backup/backup_job, backup/backup, backup/pipeline, restore/restore.
 """

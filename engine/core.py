@@ -19,9 +19,9 @@ from engine.probes import Probes
 from engine.restore.rooms import Rooms
 from engine.snapshot.baselines import Baselines
 from engine.snapshot.pinned import Pinned
-from engine.snapshot.stalls import Stalls
+from engine.snapshot.stuns import Stuns
 from engine.state import State
-from engine.views import Scope
+from engine.verb_types import Scope
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Core:
     baselines: Baselines
     probes: Probes = field(default_factory=Probes)
     rooms: Rooms = field(default_factory=Rooms)
-    stalls: Stalls = field(default_factory=Stalls)
+    stuns: Stuns = field(default_factory=Stuns)
     pinned: Pinned = field(default_factory=Pinned)
     clock: Callable[[], float] = time.time
 

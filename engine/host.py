@@ -20,6 +20,7 @@ import uuid as uuids
 
 from engine.errors import AlreadyRunning, ConfigInvalid
 from storage.errors import Damaged, translated
+from storage.files.fs import OsFs
 
 
 class Host:
@@ -100,7 +101,7 @@ def _host_id(path: str) -> str:
         file.flush()
         os.fsync(file.fileno())
     os.rename(fresh, path)
-    _sync_directory(os.path.dirname(path))
+    OsFs().fsync_dir(os.path.dirname(path))
     return made
 
 
@@ -109,11 +110,3 @@ def _checked_id(text: str, path: str) -> str:
         return str(uuids.UUID(text))
     except ValueError:
         raise Damaged(f"{path} does not hold a host id") from None
-
-
-def _sync_directory(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -20,7 +20,7 @@ from engine.inventory.volumes import volume_path
 from engine.jobs.jobs import RESTARTED
 from engine.model import Disk, Vm
 from engine.restore.new_volume import unname_left
-from engine.restore.restores import after_restore
+from engine.restore.restore_job import after_restore
 from engine.snapshot.snapshot import clear_leftovers
 
 log = logging.getLogger(__name__)

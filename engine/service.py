@@ -1,14 +1,13 @@
 """The Engine: every verb that the API and the command line need, on one data directory.
 
 Synchronous and thread-safe. Verbs are quick, but for those that say "slow". Looking never touches a
-backup point. The verbs themselves are in the packages: backup/backups.py, restore/restores.py,
-inventory/vms.py, points/remote.py and points/upkeep.py; this is where the parts are put together,
-started and stopped.
+backup point. The verbs themselves are in the packages: backup/backup_job.py, backup/deletion.py,
+restore/restore_job.py, inventory/vms.py, points/remote.py and points/upkeep.py; this is where the
+parts are put together, started and stopped.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections import Counter
@@ -16,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-from engine.backup import backups
+from engine.backup import backup_job, deletion
 from engine.catalogue.catalogue import Catalogue
 from engine.config import Config
 from engine.core import Core
@@ -49,12 +48,12 @@ from engine.points.keeper import Surroundings
 from engine.points.points import Points
 from engine.probes import Probes
 from engine.recovery import recover
-from engine.restore import restores
+from engine.restore import restore_job
 from engine.snapshot.baselines import Baselines
-from engine.snapshot.stalls import StallState
+from engine.snapshot.stuns import StunState
 from engine.snapshot.tending import Tending, tend
 from engine.state import State
-from engine.views import (
+from engine.verb_types import (
     EVERYWHERE,
     BackupPage,
     BackupQuery,
@@ -69,8 +68,6 @@ from engine.views import (
     TrackingState,
 )
 from storage.files.in_flight import longest_in_flight_s
-
-log = logging.getLogger(__name__)
 
 POOL_LOOK_TIMEOUT_S = 2.0
 STOP_SHARE_OF_JOBS = 0.7  # of the time to stop in; the points get the rest
@@ -230,14 +227,14 @@ class Engine:
         description: str,
         full: bool,
     ) -> tuple[str, str]:
-        """(backup, job). See engine.backup.backups.create_backup."""
-        return backups.create_backup(
+        """(backup, job). See engine.backup.backup_job.create_backup."""
+        return backup_job.create_backup(
             self._core, scope, vm_uuid, point_uuid, name, description, full
         )
 
     def delete_backup(self, scope: Scope, backup_uuid: str) -> None:
-        """Slow when it frees much. See engine.backup.backups.delete_backup."""
-        backups.delete_backup(self._core, scope, backup_uuid)
+        """Slow when it frees much. See engine.backup.deletion.delete_backup."""
+        deletion.delete_backup(self._core, scope, backup_uuid)
 
     def restore_backup(
         self,
@@ -250,8 +247,8 @@ class Engine:
         *,
         allow_damaged: bool = False,
     ) -> tuple[str, str]:
-        """(VM, job). See engine.restore.restores.restore_backup."""
-        return restores.restore_backup(
+        """(VM, job). See engine.restore.restore_job.restore_backup."""
+        return restore_job.restore_backup(
             self._core,
             scope,
             backup_uuid,
@@ -298,9 +295,9 @@ class Engine:
         for disk in vm.disks:
             self._core.baselines.turn_on(vm.uuid, disk.target_device)
 
-    def stalls(self) -> StallState:
+    def stuns(self) -> StunState:
         """How long VMs stood still for their snapshots."""
-        return self._core.stalls.state
+        return self._core.stuns.state
 
     # Points ---------------------------------------------------------------------------------
 

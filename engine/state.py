@@ -141,12 +141,13 @@ class State:
         self.backups = Rows(store, _backups, lambda row: backup_key(row.cluster_uuid, row.uuid))
         self.jobs = Rows(store, _jobs, lambda row: row.uuid)
         self.operations = Rows(store, _operations, lambda row: operation_key(row.seq))
-        self.distrusts = Rows(
-            store, _distrusts, lambda row: f"{row.point_uuid}/{row.cluster_uuid}/{row.pack}"
+        self.distrusts = Rows(store, _distrusts, distrust_key)
+        self.pack_reads = Rows(
+            store, _pack_reads, lambda row: pack_read_key(row.point_uuid, row.pack)
         )
-        self.pack_reads = Rows(store, _pack_reads, lambda row: f"{row.point_uuid}/{row.pack}")
-
-        self.baselines = Rows(store, _baselines, lambda row: f"{row.vm_uuid}/{row.target_device}")
+        self.baselines = Rows(
+            store, _baselines, lambda row: baseline_key(row.vm_uuid, row.target_device)
+        )
         self.directories = Rows(store, _directories, lambda row: row.uuid)
 
     def close(self) -> None:
@@ -157,6 +158,18 @@ class State:
 def backup_key(cluster_uuid: str, uuid: str) -> str:
     """An imported backup keeps its uuid, so two managed clusters may both have it."""
     return f"{cluster_uuid}/{uuid}"
+
+
+def distrust_key(row: Distrust) -> str:
+    return f"{row.point_uuid}/{row.cluster_uuid}/{row.pack}"
+
+
+def pack_read_key(point_uuid: str, pack: str) -> str:
+    return f"{point_uuid}/{pack}"
+
+
+def baseline_key(vm_uuid: str, target_device: str) -> str:
+    return f"{vm_uuid}/{target_device}"
 
 
 def operation_key(seq: int) -> str:

@@ -216,7 +216,7 @@ class Point:
             domain.require_no_gap()
             domain.clear_dead_sessions()
             domain.ballast.keep()
-            seen.settle()
+            seen.make_durable()
         except BaseException:
             domain.close()
             raise

@@ -13,7 +13,7 @@ from engine.core import Core
 from engine.jobs.jobs import JobContext, new_job
 from engine.model import Backup, Disk, Job, Vm
 from engine.service import Engine
-from engine.views import BackupQuery, NewDisk, RestoreTarget, Scope
+from engine.verb_types import BackupQuery, NewDisk, RestoreTarget, Scope
 from tests.rig import random_bytes
 
 ANYWHERE = Scope()

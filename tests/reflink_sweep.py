@@ -23,9 +23,9 @@ from pathlib import Path
 from unittest import mock
 
 from engine.backup import sampling
-from engine.backup.pages import PAGE_CHUNKS
 from engine.snapshot.baselines import Baselines
 from engine.snapshot.snapshot import SNAPSHOTS, clear_leftovers
+from storage.format.manifests import PAGE_ENTRIES
 from tests.rig import found_by, write_at
 from tests.tracking_rig import (
     CHUNK,
@@ -103,7 +103,7 @@ class Sweep:
         hasher, content = self.rig.domain.hasher, self.rig.volume.read_bytes()
         pages = dict(self.rig.domain.disk_map(made.disks["vda"]).pages())
         for start in range(0, len(content), CHUNK):
-            page_no, index = divmod(start // CHUNK, PAGE_CHUNKS)
+            page_no, index = divmod(start // CHUNK, PAGE_ENTRIES)
             chunk = content[start : start + CHUNK]
             known = pages.get(page_no, {}).get(index)
             wanted = hasher.full(chunk) if any(chunk) else None

@@ -345,8 +345,8 @@ class SimFs:
             self.enter("stat", path)
             node = self.resolve(path)
             if isinstance(node, File):
-                return FileStat("file", node.size_bytes, node.ino, node.links)
-            return FileStat("directory", 4096, node.ino, 2)
+                return FileStat("file", node.size_bytes, node.ino)
+            return FileStat("directory", 4096, node.ino)
 
     def room(self, path: str) -> Room:
         with self._lock:

@@ -1,6 +1,6 @@
 """The command `vmkeep`: the service itself, and a client for every call that it has.
 
-Read in this order: remote (what all client commands share), exits (exit codes), backups.
+Read in this order: client_command (what all client commands share), exits (exit codes), backups.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import click
 from api import VERSION
 from api.cli import batches, jobs, machines, places, points, remotes, restores
 from api.cli.backups import backup
+from api.cli.client_command import Here, client_command
 from api.cli.exits import EPILOG, Failure
-from api.cli.remote import Here, remote
 from api.cli.serve import serve
 
 EXAMPLES = """Keeps backups of VMs.
@@ -38,7 +38,7 @@ def cli() -> None:
 
 
 @cli.command("openapi")
-@remote
+@client_command
 def openapi(here: Here) -> None:
     """Print the service's OpenAPI document."""
     click.echo(here.client.text("/openapi.json"))

@@ -10,8 +10,8 @@ import msgspec
 from rich.table import Table
 
 from api.cli import names, params, units
+from api.cli.client_command import Here, client_command, scoped, within
 from api.cli.follow import finish
-from api.cli.remote import Here, remote, scoped, within
 from api.cli.screen import card, table
 from api.client import Client, Reply
 from api.schemas import Empty, ScopeMembers
@@ -44,7 +44,7 @@ def backup() -> None:
 @click.option("--page", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--page-size", type=click.IntRange(1, 1000), default=50, show_default=True)
 @scoped
-@remote
+@client_command
 def list_backups(
     here: Here,
     *,
@@ -86,7 +86,7 @@ def list_backups(
 
 @backup.command("inspect")
 @click.argument("backup_name", metavar="BACKUP")
-@remote
+@client_command
 def inspect(here: Here, *, backup_name: str) -> None:
     """One backup. BACKUP is a name, a uuid, or a uuid's first digits."""
     here.screen.answer(inspect_backup(here.client, backup_name), _card)
@@ -94,7 +94,7 @@ def inspect(here: Here, *, backup_name: str) -> None:
 
 @backup.command("record")
 @click.argument("backup_name", metavar="BACKUP")
-@remote
+@client_command
 def record(here: Here, *, backup_name: str) -> None:
     """What a backup was built on, what it has to note, and why it failed."""
     uuid = names.pick(here.client, "backup", backup_name, names.backups)
@@ -123,7 +123,7 @@ def record(here: Here, *, backup_name: str) -> None:
 @click.option("--description", default="")
 @click.option("--full/--incremental", default=False, help="Default: incremental.")
 @click.option("--wait", is_flag=True, help="Until it is done, showing progress.")
-@remote
+@client_command
 def create(
     here: Here, *, vm: str, point: str, name: str, description: str, full: bool, wait: bool
 ) -> None:
@@ -155,7 +155,7 @@ def create(
 
 @backup.command("delete")
 @click.argument("backup_names", metavar="BACKUP...", nargs=-1, required=True)
-@remote
+@client_command
 def delete(here: Here, *, backup_names: Sequence[str]) -> None:
     """Delete backups and their data. Others, also those built on them, stay restorable."""
     deleted: list[str] = []

@@ -11,9 +11,9 @@ import msgspec
 from rich.table import Table
 
 from api.cli import names
+from api.cli.client_command import Here, client_command
 from api.cli.exits import FAILED, Failure
 from api.cli.follow import follow, require_success
-from api.cli.remote import Here, remote
 from api.cli.screen import table
 from api.schemas import Request, RowList
 from api.schemas_backup import (
@@ -33,7 +33,7 @@ from api.schemas_companion import JobRow
 @click.option("--name", default="", help="All get this name. Default: each VM's, and the time.")
 @click.option("--full/--incremental", default=False, help="Default: incremental.")
 @click.option("--wait", is_flag=True, help="Until all are done, showing progress.")
-@remote
+@client_command
 def batch_create(
     here: Here,
     *,
@@ -73,7 +73,7 @@ def batch_create(
 @click.command("batch-delete")
 @click.argument("backups", metavar="[BACKUP]...", nargs=-1)
 @click.option("--file", "path", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@remote
+@client_command
 def batch_delete(here: Here, *, backups: Sequence[str], path: Path | None) -> None:
     """Delete several backups: those named, or the bodies in a JSON file ({"items": [...]})."""
     client = here.client

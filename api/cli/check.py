@@ -12,7 +12,7 @@ from rich.progress import Progress
 
 from api.cli.exits import BROKEN, FAILED, Failure
 from api.cli.screen import Screen
-from engine.points.packreads import PackReads
+from engine.points.pack_reads import PackReads
 from engine.points.verify import report_lines
 from engine.state import State
 from storage.check.check import CheckReport, NoReads, Reads, check_point

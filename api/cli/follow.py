@@ -9,8 +9,8 @@ import msgspec
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from api.cli import units
+from api.cli.client_command import Here
 from api.cli.exits import FAILED, Failure
-from api.cli.remote import Here
 from api.client import Client
 from api.printable import one_line
 from api.schemas_companion import JobQuery, JobRow

@@ -9,8 +9,8 @@ import msgspec
 from rich.table import Table
 
 from api.cli import names, units
+from api.cli.client_command import Here, client_command
 from api.cli.follow import ENDED, follow, require_success, stall, summary
-from api.cli.remote import Here, remote
 from api.cli.screen import card, table
 from api.schemas import Empty, Paging, RowList
 from api.schemas_companion import JobQuery, JobRow, OperationRow
@@ -22,7 +22,7 @@ def job() -> None:
 
 
 @job.command("list")
-@remote
+@client_command
 def list_jobs(here: Here) -> None:
     """Jobs, newest first."""
     here.screen.answer(here.client.get("job/list", RowList[JobRow]), _list_view)
@@ -30,7 +30,7 @@ def list_jobs(here: Here) -> None:
 
 @job.command("inspect")
 @click.argument("job_uuid", metavar="JOB_UUID")
-@remote
+@client_command
 def inspect(here: Here, *, job_uuid: str) -> None:
     """One job."""
     query = JobQuery(job_uuid=names.pick(here.client, "job", job_uuid, names.jobs))
@@ -39,7 +39,7 @@ def inspect(here: Here, *, job_uuid: str) -> None:
 
 @job.command("cancel")
 @click.argument("job_uuid", metavar="JOB_UUID")
-@remote
+@client_command
 def cancel(here: Here, *, job_uuid: str) -> None:
     """Ask a job to end. What it made so far is thrown away."""
     uuid = names.pick(here.client, "job", job_uuid, names.jobs)
@@ -49,7 +49,7 @@ def cancel(here: Here, *, job_uuid: str) -> None:
 
 @job.command("watch")
 @click.argument("job_uuids", metavar="[JOB_UUID]...", nargs=-1)
-@remote
+@client_command
 def watch(here: Here, *, job_uuids: Sequence[str]) -> None:
     """Follow jobs to their end, with live progress: those named, or all that are under way.
 
@@ -75,7 +75,7 @@ def operation() -> None:
 @operation.command("list")
 @click.option("--page", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--page-size", type=click.IntRange(1, 1000), default=50, show_default=True)
-@remote
+@client_command
 def list_operations(here: Here, *, page: int, page_size: int) -> None:
     """Who asked for what, newest first, and how it ended."""
     query = Paging(page_number=page, page_size=page_size)

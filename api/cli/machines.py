@@ -8,8 +8,8 @@ import click
 from rich.table import Table
 
 from api.cli import names, params, units
+from api.cli.client_command import Here, client_command, scoped, within
 from api.cli.params import DISK_METAVAR, DiskSpec
-from api.cli.remote import Here, remote, scoped, within
 from api.cli.screen import card, table
 from api.schemas import Empty, RowList, ScopeMembers
 from api.schemas_companion import (
@@ -32,7 +32,7 @@ def vm() -> None:
 
 @vm.command("list")
 @scoped
-@remote
+@client_command
 def list_vms(here: Here, *, scope: ScopeMembers) -> None:
     """VMs that can be backed up."""
     query = within(scope, ComputeListQuery())
@@ -41,7 +41,7 @@ def list_vms(here: Here, *, scope: ScopeMembers) -> None:
 
 @vm.command("inspect")
 @click.argument("name", metavar="VM")
-@remote
+@client_command
 def inspect(here: Here, *, name: str) -> None:
     """One VM and its disks."""
     query = ComputeInspectQuery(compute_uuid=names.pick(here.client, "VM", name, names.vms))
@@ -50,7 +50,7 @@ def inspect(here: Here, *, name: str) -> None:
 
 @vm.command("track")
 @click.argument("name", metavar="VM")
-@remote
+@client_command
 def track(here: Here, *, name: str) -> None:
     """Track a VM's changes again, after its alert was looked into."""
     uuid = names.pick(here.client, "VM", name, names.vms)
@@ -66,7 +66,7 @@ def track(here: Here, *, name: str) -> None:
 @click.option("--zone", default="", help="Name or uuid.")
 @click.option("--group", default="", help="Object group, name or uuid.")
 @scoped
-@remote
+@client_command
 def create(
     here: Here,
     *,
@@ -109,7 +109,7 @@ def create(
 @click.argument("name", metavar="VM")
 @click.option("--volumes", is_flag=True, help="Also delete its volumes, and all that is on them.")
 @click.option("--yes", is_flag=True, help="Don't ask.")
-@remote
+@client_command
 def delete(here: Here, *, name: str, volumes: bool, yes: bool) -> None:
     """Take a VM off the record. Its backups stay."""
     uuid = names.pick(here.client, "VM", name, names.vms)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from api.cli import units
-from api.cli.remote import Here, remote
+from api.cli.client_command import Here, client_command
 from api.cli.screen import table
 from api.schemas import RowList
 from api.schemas_companion import ClusterRow, NamedRow, NamespaceRow, PoolRow
@@ -17,7 +17,7 @@ def cluster() -> None:
 
 
 @cluster.command("list")
-@remote
+@client_command
 def list_clusters(here: Here) -> None:
     """The clusters that this service manages."""
     here.screen.answer(
@@ -34,7 +34,7 @@ def namespace() -> None:
 
 
 @namespace.command("list")
-@remote
+@client_command
 def list_namespaces(here: Here) -> None:
     """The namespaces, and the tenant of each."""
     here.screen.answer(
@@ -52,7 +52,7 @@ def pool() -> None:
 
 
 @pool.command("list")
-@remote
+@client_command
 def list_pools(here: Here) -> None:
     """The pools, their directories and their room."""
     here.screen.answer(
@@ -78,7 +78,7 @@ def list_pools(here: Here) -> None:
 def _named(command: str, route: str, many: str) -> click.Group:
     """A group with a `list` for rows that are a name and a uuid."""
 
-    @remote
+    @client_command
     def listed(here: Here) -> None:
         here.screen.answer(
             here.client.get(route, RowList[NamedRow]),

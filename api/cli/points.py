@@ -8,8 +8,8 @@ import click
 from rich.table import Table
 
 from api.cli import names, params, units
+from api.cli.client_command import Here, client_command
 from api.cli.follow import finish
-from api.cli.remote import Here, remote
 from api.cli.screen import Screen, card, table
 from api.schemas import Empty, RowList
 from api.schemas_companion import (
@@ -29,7 +29,7 @@ def point() -> None:
 
 
 @point.command("list")
-@remote
+@client_command
 def list_points(here: Here) -> None:
     """Attached backup points."""
     here.screen.answer(here.client.get("backup_point/list", RowList[PointRow]), _list_view)
@@ -37,7 +37,7 @@ def list_points(here: Here) -> None:
 
 @point.command("inspect")
 @click.argument("name", metavar="POINT")
-@remote
+@client_command
 def inspect(here: Here, *, name: str) -> None:
     """One backup point."""
     query = PointInspectQuery(backup_point_uuid=_uuid(here, name))
@@ -48,7 +48,7 @@ def inspect(here: Here, *, name: str) -> None:
 @click.argument("name")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--kind", type=click.Choice(["local", "nfs"]), default="local", show_default=True)
-@remote
+@client_command
 def create(here: Here, *, name: str, path: Path, kind: str) -> None:
     """Make a point of the empty directory PATH, or attach one that is a point already.
 
@@ -66,7 +66,7 @@ def create(here: Here, *, name: str, path: Path, kind: str) -> None:
 @click.argument("name", metavar="POINT")
 @click.option("--erase", is_flag=True, help="Also erase this cluster's backups on it.")
 @click.option("--yes", is_flag=True, help="Don't ask.")
-@remote
+@client_command
 def delete(here: Here, *, name: str, erase: bool, yes: bool) -> None:
     """Detach a point. What is on it stays, unless you say --erase."""
     uuid = _uuid(here, name)
@@ -81,7 +81,7 @@ def delete(here: Here, *, name: str, erase: bool, yes: bool) -> None:
 @click.argument("name", metavar="POINT")
 @click.option("--deep", is_flag=True, help="Read and check every stored byte.")
 @click.option("--wait", is_flag=True, help="Until it is done, showing progress.")
-@remote
+@client_command
 def verify(here: Here, *, name: str, deep: bool, wait: bool) -> None:
     """Check a point, in the server."""
     _maintain(here, "backup_point/verify", name, deep=deep, wait=wait)
@@ -90,7 +90,7 @@ def verify(here: Here, *, name: str, deep: bool, wait: bool) -> None:
 @point.command("gc")
 @click.argument("name", metavar="POINT")
 @click.option("--wait", is_flag=True, help="Until it is done, showing progress.")
-@remote
+@client_command
 def collect(here: Here, *, name: str, wait: bool) -> None:
     """Free what no backup needs. Backups and restores may go on meanwhile."""
     _maintain(here, "backup_point/gc", name, deep=False, wait=wait)
@@ -99,7 +99,7 @@ def collect(here: Here, *, name: str, wait: bool) -> None:
 @point.command("rebuild")
 @click.argument("name", metavar="POINT")
 @click.option("--wait", is_flag=True, help="Until it is done, showing progress.")
-@remote
+@client_command
 def rebuild(here: Here, *, name: str, wait: bool) -> None:
     """Make the server's view of a point anew, from the point's own files."""
     _maintain(here, "backup_point/rebuild", name, deep=False, wait=wait)

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from api.cli import names, units
 from api.cli.backups import STATUS
-from api.cli.remote import Here, remote
+from api.cli.client_command import Here, client_command
 from api.cli.screen import table
 from api.schemas import MAX_ITEMS, MAX_PAGE_SIZE
 from api.schemas_backup import (
@@ -28,7 +28,7 @@ from api.schemas_backup import (
 @click.option("--cluster", default="", help="Our cluster; not needed when there is one only.")
 @click.option("--page", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--page-size", type=click.IntRange(1, 1000), default=50, show_default=True)
-@remote
+@client_command
 def remote_list(here: Here, *, point: str, cluster: str, page: int, page_size: int) -> None:
     """Everything on a backup point, other clusters' backups included. Reads the point."""
     query = RemoteListQuery(
@@ -46,7 +46,7 @@ def remote_list(here: Here, *, point: str, cluster: str, page: int, page_size: i
 @click.option("--all", "everything", is_flag=True, help="All that are on the point.")
 @click.option("--point", default="", help="Backup point; not needed when there is one only.")
 @click.option("--cluster", default="", help="Into this cluster; not needed when there is one.")
-@remote
+@client_command
 def import_backups(
     here: Here, *, backups: Sequence[str], everything: bool, point: str, cluster: str
 ) -> None:

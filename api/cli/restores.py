@@ -9,9 +9,9 @@ import msgspec
 
 from api.cli import names, params
 from api.cli.backups import inspect_backup
+from api.cli.client_command import Here, client_command
 from api.cli.follow import finish
 from api.cli.params import DISK_METAVAR, DiskSpec
-from api.cli.remote import Here, remote
 from api.client import Client
 from api.schemas import Empty, RowList
 from api.schemas_backup import BackupRestore, ComputeBackupRestoreDisk
@@ -37,7 +37,7 @@ from api.schemas_companion import PoolRow
     help="Restore what is left of a damaged backup; the job lists what reads as zeros.",
 )
 @click.option("--wait", is_flag=True, help="Until it is done, showing progress.")
-@remote
+@client_command
 def restore(
     here: Here,
     *,

@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 
 from api.cli import params
+from api.cli.client_command import DEFAULT_LISTEN
 from api.cli.exits import FAILED, USAGE, Failure
-from api.cli.remote import DEFAULT_LISTEN
 from api.printable import one_line
 from engine.errors import ConfigInvalid, EngineError
 from storage.errors import StorageError

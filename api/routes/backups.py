@@ -24,7 +24,7 @@ from api.schemas_backup import (
 )
 from engine.model import Backup, Cluster
 from engine.service import Engine
-from engine.views import BackupQuery, RangeState, RestoreTarget
+from engine.verb_types import BackupQuery, RangeState, RestoreTarget
 
 _JOB_HEADER = {"X-Job-Uuid": "uuid of the job that does the work"}
 

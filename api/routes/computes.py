@@ -20,7 +20,7 @@ from api.schemas_companion import (
 )
 from engine.model import Vm
 from engine.service import Engine
-from engine.views import NewDisk, TrackingState
+from engine.verb_types import NewDisk, TrackingState
 
 Tracking: TypeAlias = Mapping[str, Sequence[TrackingState]]  # by VM
 

@@ -9,7 +9,7 @@ from api.schemas import NoArguments, RowList, RowT
 from api.schemas_companion import ClusterRow, NamedRow, NamespaceRow, PoolRow
 from engine.model import ObjectGroup, Tenant, Zone
 from engine.service import Engine
-from engine.views import PoolState
+from engine.verb_types import PoolState
 
 
 def _listed(rows: Iterable[RowT]) -> Reply[RowList[RowT]]:

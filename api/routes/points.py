@@ -17,7 +17,7 @@ from api.schemas_companion import (
     PointRow,
 )
 from engine.service import Engine
-from engine.views import PointState
+from engine.verb_types import PointState
 
 
 def _list(engine: Engine, _query: NoArguments) -> Reply[RowList[PointRow]]:

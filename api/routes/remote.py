@@ -16,7 +16,7 @@ from api.schemas_backup import (
     RemoteListQuery,
 )
 from engine.service import Engine
-from engine.views import RemoteBackup, Scope
+from engine.verb_types import RemoteBackup, Scope
 
 
 def _list(engine: Engine, query: RemoteListQuery) -> Reply[RemoteBackupList]:

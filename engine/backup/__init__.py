@@ -1,1 +1,1 @@
-"""Backing up: backups (the verb and its job), backup (one run), pipeline (the data path)."""
+"""Backing up: backup_job (request, job), backup (one run), pipeline (the data path), deletion."""

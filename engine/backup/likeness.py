@@ -14,13 +14,14 @@ import mmap
 import random
 from collections.abc import Iterator, Mapping, Sequence
 
-from engine.backup.pages import PAGE_CHUNKS, chunk_runs
+from engine.backup.pages import chunk_runs
 from engine.jobs.jobs import JobContext
 from engine.snapshot.sources import DiskSource
 from storage.domain.domain import Domain
 from storage.domain.maps import DiskMap
 from storage.errors import Damaged, NotOnPoint
 from storage.format.chunks import ChunkHasher, is_zero
+from storage.format.manifests import PAGE_ENTRIES
 
 SAMPLED_CHUNKS = 16
 # Below it most chunks that are stored would be compared with a base in vain.
@@ -48,7 +49,7 @@ class Lender:
     def shared(self, sample: Mapping[int, bytes]) -> int:
         """How many of the sample's chunks (by number) it has at the same places."""
         return sum(
-            self.page(chunk // PAGE_CHUNKS).get(chunk % PAGE_CHUNKS) == chunk_id
+            self.page(chunk // PAGE_ENTRIES).get(chunk % PAGE_ENTRIES) == chunk_id
             for chunk, chunk_id in sample.items()
         )
 

@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from engine.jobs.crew import Stop
+from storage.format.manifests import PAGE_ENTRIES
 
-PAGE_CHUNKS = 1024
 OPEN_PAGES = 16
 
 _NO_MORE = 1 << 62  # above every page number
@@ -62,6 +62,27 @@ class Item:
     ahead: tuple[int, ...]
 
 
+@dataclass(slots=True)
+class ItemResult:
+    """What one item came to. `entries`: index in the page → chunk id or zero mark.
+
+    `changed`: id → content, each once; views of the thread's buffer. `before`: id → the id that the
+    parent (or a lender) has at its place, if any.
+    """
+
+    entries: dict[int, bytes] = field(default_factory=dict)
+    changed: dict[bytes, memoryview] = field(default_factory=dict)
+    before: dict[bytes, bytes] = field(default_factory=dict)
+    read_bytes: int = 0
+    changed_bytes: int = 0
+
+    def borrow(self, page: Mapping[int, bytes]) -> None:
+        """Takes what another disk has at the places for what was there before."""
+        for index, chunk_id in self.entries.items():
+            if index in page:
+                self.before.setdefault(chunk_id, page[index])
+
+
 @dataclass(slots=True, eq=False)
 class OpenPage:
     """A page under way: the entries found so far, and how many items are still out."""
@@ -96,14 +117,14 @@ def chunk_pages(runs: Ranges) -> Iterator[tuple[int, tuple[int, ...]]]:
     page_no, chunks = -1, list[int]()
     for first, end in runs:
         while first < end:
-            if first // PAGE_CHUNKS != page_no:
+            if first // PAGE_ENTRIES != page_no:
                 if chunks:
                     yield page_no, tuple(chunks)
-                page_no, chunks = first // PAGE_CHUNKS, []
-            start = first - page_no * PAGE_CHUNKS
-            past = min(end - page_no * PAGE_CHUNKS, PAGE_CHUNKS)
+                page_no, chunks = first // PAGE_ENTRIES, []
+            start = first - page_no * PAGE_ENTRIES
+            past = min(end - page_no * PAGE_ENTRIES, PAGE_ENTRIES)
             chunks.extend(range(start, past))
-            first = page_no * PAGE_CHUNKS + past
+            first = page_no * PAGE_ENTRIES + past
     if chunks:
         yield page_no, tuple(chunks)
 
@@ -229,7 +250,7 @@ class PageLine:
     def _take(self, page: OpenPage) -> Item:
         chunks = page.waiting.popleft()
         page.out += 1
-        last = page.page_no * PAGE_CHUNKS + chunks[-1]
+        last = page.page_no * PAGE_ENTRIES + chunks[-1]
         end = min((last + 1) * self.chunk_size, self.capacity)
         span_bytes, self._scanned_bytes = end - self._scanned_bytes, end
         ahead = page.waiting[self.lookahead - 1] if len(page.waiting) >= self.lookahead else ()

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Iterator, Mapping
-from typing import Protocol
+from collections.abc import Iterator
 
+from engine.backup.pages import ItemResult
 from storage.domain.domain import Domain
 from storage.domain.reader import MAX_RUN_BYTES, plan_chunks
 from storage.domain.session import Session
@@ -25,15 +25,6 @@ from storage.files.fs import Buffer
 from storage.files.memory import large_buffer
 from storage.format.chunks import Encoder, Frame
 from storage.format.patches import PatchEncoder
-
-
-class Changed(Protocol):
-    """What a scan found. `changed`: id → content; `before`: id → the parent's id at its place."""
-
-    @property
-    def changed(self) -> Mapping[bytes, memoryview]: ...
-    @property
-    def before(self) -> Mapping[bytes, bytes]: ...
 
 
 class Bases:
@@ -84,7 +75,7 @@ class Storing:
         self._patches = PatchEncoder()
         self._buffer: memoryview | None = None
 
-    def store(self, found: Changed) -> int:
+    def store(self, found: ItemResult) -> int:
         """Stores the changed chunks that the domain does not know; returns the bytes stored."""
         ids = list(found.changed)
         if not ids:
@@ -102,7 +93,7 @@ class Storing:
             ]
         )
 
-    def _as_patches(self, found: Changed, unknown: list[bytes]) -> dict[bytes, Frame]:
+    def _as_patches(self, found: ItemResult, unknown: list[bytes]) -> dict[bytes, Frame]:
         """The frames of those chunks that are better stored as patches."""
         before = {chunk: found.before[chunk] for chunk in unknown if chunk in found.before}
         if self._bases is None or not before:

@@ -17,13 +17,12 @@ engine/backup/pages.py first.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 
 from engine.backup.likeness import Lender
 from engine.backup.pages import (
-    PAGE_CHUNKS,
     Emit,
     Item,
+    ItemResult,
     PageLine,
     PagePlan,
     Ranges,
@@ -37,10 +36,10 @@ from engine.snapshot.sources import DiskSource
 from storage.domain.maps import DiskMap
 from storage.domain.session import ManifestBuilder, Session
 from storage.files.memory import large_buffer
-from storage.format.chunks import ZERO_MARK, ChunkHasher, Encoder, is_zero
+from storage.format.chunks import FAST_BYTES, ZERO_MARK, ChunkHasher, Encoder, is_zero
+from storage.format.manifests import PAGE_ENTRIES
 
 ITEM_BYTES = 4 << 20
-FAST_BYTES = 16
 
 
 def scan_disk(
@@ -73,10 +72,10 @@ def scan_disk(
     line = page_line(plans, source, chunk_size, builder.add_page, workers)
 
     def work() -> None:
-        bench, storing = Bench(source, chunk_size), Storing(session, bases)
+        reader, storing = ItemReader(source, chunk_size), Storing(session, bases)
         while (item := line.pull()) is not None:
             ctx.check()
-            found = _examine(bench, item, hasher)
+            found = _examine(reader, item, hasher)
             if lender is not None:
                 found.borrow(lender.page(item.page.page_no))
             stored_bytes = storing.store(found)
@@ -112,11 +111,11 @@ def store_again(
     line = page_line(plans, source, chunk_size, ignore_page, workers)
 
     def work() -> None:
-        bench, encoder = Bench(source, chunk_size), Encoder()
+        reader, encoder = ItemReader(source, chunk_size), Encoder()
         while (item := line.pull()) is not None:
             ctx.check()
             found: dict[bytes, memoryview] = {}
-            for _, view in bench.read(item):
+            for _, view in reader.read(item):
                 fast = hasher.fast(view)
                 if fast in fast_halves:
                     found[hasher.full_from(fast, view)] = view
@@ -143,29 +142,11 @@ def ignore_page(_page_no: int, _entries: Mapping[int, bytes]) -> None:
     return
 
 
-@dataclass(slots=True)
-class Findings:
-    """What one item came to. `changed`: id → content, each once; views of the bench's buffer.
-    `before`: id → the id that the parent (or a lender) has at its place, if any."""
-
-    entries: dict[int, bytes] = field(default_factory=dict)
-    changed: dict[bytes, memoryview] = field(default_factory=dict)
-    before: dict[bytes, bytes] = field(default_factory=dict)
-    read_bytes: int = 0
-    changed_bytes: int = 0
-
-    def borrow(self, page: Mapping[int, bytes]) -> None:
-        """Takes what another disk has at the places for what was there before."""
-        for index, chunk_id in self.entries.items():
-            if index in page:
-                self.before.setdefault(chunk_id, page[index])
-
-
-def _examine(bench: Bench, item: Item, hasher: ChunkHasher) -> Findings:
+def _examine(reader: ItemReader, item: Item, hasher: ChunkHasher) -> ItemResult:
     """Reads an item and compares it with the parent's page."""
-    found = Findings()
+    found = ItemResult()
     parent = item.page.parent
-    for index, view in bench.read(item):
+    for index, view in reader.read(item):
         found.read_bytes += len(view)
         before = parent.get(index)
         if is_zero(view):
@@ -185,7 +166,7 @@ def _examine(bench: Bench, item: Item, hasher: ChunkHasher) -> Findings:
     return found
 
 
-class Bench:
+class ItemReader:
     """One thread's buffer over a source."""
 
     def __init__(self, source: DiskSource, chunk_size: int) -> None:
@@ -198,7 +179,7 @@ class Bench:
 
         Neighbours are read with one call. The disk's last chunk may be short.
         """
-        first_chunk = item.page.page_no * PAGE_CHUNKS
+        first_chunk = item.page.page_no * PAGE_ENTRIES
         if item.ahead:
             # Measured cold: a quarter less time for an unchanged disk. Warm: no difference.
             start = (first_chunk + item.ahead[0]) * self._chunk_size

@@ -17,13 +17,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 
-from engine.backup.pages import PAGE_CHUNKS, PagePlan, Ranges, by_page, plan_pages
-from engine.backup.pipeline import Bench, ignore_page, page_line
+from engine.backup.pages import PagePlan, Ranges, by_page, plan_pages
+from engine.backup.pipeline import ItemReader, ignore_page, page_line
 from engine.jobs.crew import run_crew
 from engine.jobs.jobs import JobContext
 from engine.snapshot.sources import DiskSource
 from storage.domain.maps import DiskMap
 from storage.format.chunks import ChunkHasher, is_zero
+from storage.format.manifests import PAGE_ENTRIES
 
 SHARE = 0.01
 FEWEST_CHUNKS = 4
@@ -63,14 +64,14 @@ def try_unchanged(
     line = page_line(drawn, source, chunk_size, ignore_page, workers)
 
     def work() -> None:
-        bench = Bench(source, chunk_size)
+        reader = ItemReader(source, chunk_size)
         while sample.sound and (item := line.pull()) is not None:
             ctx.check()
             read_bytes = 0
-            for index, view in bench.read(item):
+            for index, view in reader.read(item):
                 read_bytes += len(view)
                 if not _same(view, item.page.parent.get(index), hasher):
-                    sample.wrong_chunk = item.page.page_no * PAGE_CHUNKS + index
+                    sample.wrong_chunk = item.page.page_no * PAGE_ENTRIES + index
             line.finish(item, {})
             ctx.add(read=read_bytes)
 
@@ -105,7 +106,7 @@ def _drawn(plans: Iterable[PagePlan], share: float, sample: Sample) -> Iterator[
     before: PagePlan | None = None
     for plan in chain(plans, [None]):
         if plan is not None and plan.gone:
-            sample.wrong_chunk = plan.page_no * PAGE_CHUNKS + plan.gone[0]
+            sample.wrong_chunk = plan.page_no * PAGE_ENTRIES + plan.gone[0]
             return
         if plan is not None and not plan.chunks:
             continue

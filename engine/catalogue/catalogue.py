@@ -32,7 +32,7 @@ from engine.errors import NotFound
 from engine.inventory.scopes import Range
 from engine.model import BACKUP_DONE, BACKUP_FAILED, BACKUP_RUNNING, Backup
 from engine.state import State, backup_key
-from engine.views import BackupPage, BackupQuery, RangeState
+from engine.verb_types import BackupPage, BackupQuery, RangeState
 
 SYNC_ATTEMPTS = 5
 DEFAULT_PAGE_SIZE = 20
@@ -65,7 +65,7 @@ class Catalogue:
         sharing = Sharing(most=SHARED_AT_START)
         with state.store.read() as txn:
             rows = [sharing.of(row) for row in state.backups.each_in(txn)]
-        state.store.let_go()
+        state.store.release_memory()
         rows.sort(key=place_of)
         self._shelves = Shelves(rows)
         for row in reversed(rows):

@@ -19,7 +19,7 @@ from typing import NamedTuple, TypeAlias, overload
 
 from engine.catalogue.texts import Texts
 from engine.model import Backup
-from engine.views import BackupQuery
+from engine.verb_types import BackupQuery
 
 Place: TypeAlias = tuple[int, str, str]  # newest first, then uuid, then cluster
 Where: TypeAlias = tuple[str, str]  # cluster, namespace

@@ -32,7 +32,7 @@ from engine.model import (
 )
 from engine.snapshot.hold import Hold, HoldWish, Resting
 from engine.state import State
-from engine.views import HypervisorState
+from engine.verb_types import HypervisorState
 
 DEFAULT_NAME = "default"
 

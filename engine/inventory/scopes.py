@@ -11,7 +11,7 @@ from typing import TypeAlias
 from engine.errors import NotFound
 from engine.inventory.inventory import DEFAULT_NAME, Places, default_of, find
 from engine.model import Cluster, Namespace, Tenant
-from engine.views import Scope
+from engine.verb_types import Scope
 
 Range: TypeAlias = tuple[Cluster, Namespace]
 

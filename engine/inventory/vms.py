@@ -28,7 +28,7 @@ from engine.inventory.volumes import (
 )
 from engine.model import Disk, Pool, Vm
 from engine.snapshot.tending import tend
-from engine.views import NewDisk, Scope
+from engine.verb_types import NewDisk, Scope
 
 log = logging.getLogger(__name__)
 

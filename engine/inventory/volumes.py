@@ -17,6 +17,7 @@ from engine.model import Pool
 from engine.probes import Probes
 from engine.qemu.header import read_header
 from engine.snapshot.sources import open_volume
+from storage.files.fs import OsFs
 
 MOST_NAME_BYTES = 200  # leaves room for the hidden names that stand beside it while it is made
 MOST_CAPACITY_BYTES = 1 << 60
@@ -139,7 +140,7 @@ def make_volume(pool: Pool, volume_name: str, capacity: int) -> None:
             raise
         finally:
             os.close(fd)
-        _sync_directory(pool.path)
+        OsFs().fsync_dir(pool.path)
 
 
 def remove_volume(pool: Pool, volume_name: str) -> None:
@@ -148,7 +149,7 @@ def remove_volume(pool: Pool, volume_name: str) -> None:
     with pool_errors(pool):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
-        _sync_directory(pool.path)
+        OsFs().fsync_dir(pool.path)
 
 
 def _extend(fd: int, capacity: int) -> None:
@@ -159,11 +160,3 @@ def _extend(fd: int, capacity: int) -> None:
             raise Invalid("capacity", f"{capacity} is more than the pool can hold") from error
         raise
     os.fsync(fd)
-
-
-def _sync_directory(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -15,10 +15,10 @@ from engine.model import Job
 KEPT_RESULT_CHARS = 8 << 20
 
 
-def shortened(newest_first: Iterable[Job], kept_chars: int = KEPT_RESULT_CHARS) -> list[Job]:
+def shortened(newest_first: Iterable[Job]) -> list[Job]:
     """Those of the finished jobs that have to be cut, as they are then. The newest is never."""
     cut = []
-    left = kept_chars
+    left = KEPT_RESULT_CHARS
     for place, job in enumerate(newest_first):
         left -= sum(map(len, job.result))
         if place and left < 0 and len(job.result) > 2:

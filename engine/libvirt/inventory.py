@@ -40,7 +40,7 @@ from engine.model import BackupLabel, Disk, Pool, Vm, VmAction
 from engine.probes import Probes
 from engine.snapshot.hold import Held, Hold, HoldWish, Resting
 from engine.state import State
-from engine.views import HypervisorState
+from engine.verb_types import HypervisorState
 from storage.errors import StorageError
 from storage.files.in_flight import InFlight
 

@@ -22,7 +22,7 @@ _MOST_KEPT_RANGES = 1 << 20
 class NbdSource:
     """A DiskSource over a client, which it owns."""
 
-    def __init__(self, client: NbdClient, dirty_context: str = "") -> None:
+    def __init__(self, client: NbdClient, dirty_context: str) -> None:
         """`dirty_context`: one of the client's, or "" if nothing is known of the changes."""
         self._client = client
         self._dirty_context = dirty_context

@@ -7,13 +7,16 @@ the next backup that has its content stores it anew. What was healed, or deleted
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from engine.errors import EngineError
 from engine.model import Distrust
-from engine.points.keeper import distrusts_of
-from engine.points.points import Points
-from engine.state import State
+from engine.state import Rows, State, distrust_key
+from storage.domain.domain import Domain
 from storage.errors import StorageError
+
+if TYPE_CHECKING:
+    from engine.points.points import Points
 
 MOST_CHUNKS = 4096  # of one pack; with more of them damaged, all of it is distrusted
 
@@ -32,7 +35,7 @@ def remember(state: State, points: Points, point_uuid: str, clusters: Iterable[s
                 _row(point_uuid, cluster_uuid, pack, chunks) for pack, chunks in found.items()
             )
         }
-        before = distrusts_of(state.distrusts, point_uuid, cluster_uuid)
+        before = _distrusts_of(state.distrusts, point_uuid, cluster_uuid)
         gone = [distrust_key(row) for row in before if row.pack not in rows]
         if gone:
             state.distrusts.delete(*gone)
@@ -41,8 +44,15 @@ def remember(state: State, points: Points, point_uuid: str, clusters: Iterable[s
             state.distrusts.put_all(fresh)
 
 
-def distrust_key(row: Distrust) -> str:
-    return f"{row.point_uuid}/{row.cluster_uuid}/{row.pack}"
+def recall(distrusts: Rows[Distrust], point_uuid: str, cluster_uuid: str, domain: Domain) -> None:
+    """Tells a domain that was just opened what it has to distrust."""
+    for row in _distrusts_of(distrusts, point_uuid, cluster_uuid):
+        domain.trust.withdraw(row.pack, frozenset(row.chunks) if row.chunks else None)
+
+
+def _distrusts_of(distrusts: Rows[Distrust], point_uuid: str, cluster_uuid: str) -> list[Distrust]:
+    wanted = (point_uuid, cluster_uuid)
+    return [row for row in distrusts.values() if (row.point_uuid, row.cluster_uuid) == wanted]
 
 
 def _row(

@@ -27,8 +27,9 @@ from engine.errors import NotFound, PointStateError
 from engine.host import Host
 from engine.inventory.inventory import Places
 from engine.model import Backup, BackupPoint, Cluster, Distrust
+from engine.points.distrust import recall
 from engine.state import Rows
-from engine.views import PointState, PointStateName
+from engine.verb_types import PointState, PointStateName
 from storage.domain.bundling import Bundling
 from storage.domain.domain import Domain
 from storage.domain.heartbeats import Observer, beat
@@ -312,7 +313,7 @@ class Keeper:
                 self._synced[cluster_uuid] = seq
         seen = self._count(opened)
         for domain in anew:  # which was read as a whole for that
-            domain.let_go()
+            domain.release_memory()
         with self._lock:
             self._seen = seen
         if self._looks:  # nobody waits for this as for the first look
@@ -359,13 +360,13 @@ class Keeper:
         if changed is None:
             known = self._around.catalogue.uuids(cluster_uuid, self.row.uuid)
             changed = domain.backup_uuids() | known
-            domain.let_go()
+            domain.release_memory()
         rest = iter(sorted(changed))
         while some := [*islice(rest, ROWS_PER_SYNC)]:
             if not self._sync_some(cluster_uuid, domain, some):
                 return False
             if len(some) == ROWS_PER_SYNC:
-                domain.let_go()
+                domain.release_memory()
         return True
 
     def _sync_some(self, cluster_uuid: str, domain: Domain, backups: Collection[str]) -> bool:
@@ -450,14 +451,3 @@ def _same(error: StorageError) -> StorageError:
         (kind(str(error)) for kind, _ in _STATES if isinstance(error, kind)),
         PointUnreachable(str(error)),
     )
-
-
-def recall(distrusts: Rows[Distrust], point_uuid: str, cluster_uuid: str, domain: Domain) -> None:
-    """Tells a domain that was just opened what it has to distrust."""
-    for row in distrusts_of(distrusts, point_uuid, cluster_uuid):
-        domain.trust.withdraw(row.pack, frozenset(row.chunks) if row.chunks else None)
-
-
-def distrusts_of(distrusts: Rows[Distrust], point_uuid: str, cluster_uuid: str) -> list[Distrust]:
-    wanted = (point_uuid, cluster_uuid)
-    return [row for row in distrusts.values() if (row.point_uuid, row.cluster_uuid) == wanted]

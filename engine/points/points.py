@@ -21,7 +21,7 @@ from engine.model import BackupPoint, PointKind
 from engine.points.keeper import Keeper, Opened, Surroundings
 from engine.probes import Probes
 from engine.state import State
-from engine.views import PointState
+from engine.verb_types import PointState
 from storage.domain.domain import Domain
 from storage.errors import (
     PointFull,

@@ -18,7 +18,7 @@ from engine.ids import normal
 from engine.inventory.inventory import find
 from engine.model import Backup, Cluster
 from engine.points.keeper import Opened
-from engine.views import RemoteBackup
+from engine.verb_types import RemoteBackup
 from storage.errors import (
     Damaged,
     NotOnPoint,

@@ -10,9 +10,9 @@ from engine.ids import normal
 from engine.jobs.jobs import JobContext, new_job
 from engine.points.distrust import remember
 from engine.points.keeper import Opened
-from engine.points.packreads import PackReads
+from engine.points.pack_reads import PackReads
 from engine.points.verify import report_lines, run_verify
-from engine.views import Maintenance
+from engine.verb_types import Maintenance
 from storage.check.against_rebuild import check_view
 from storage.check.check import Damage
 from storage.domain.domain import Domain

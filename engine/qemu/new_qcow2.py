@@ -26,7 +26,7 @@ ANSWER_TIMEOUT_S = 300.0  # a flush of all that the page cache holds
 
 
 class NewQcow2:
-    """A RestoreTarget. Owns `volume`. Raises, beside what that does, the DiskServer… errors."""
+    """A VolumeWriter. Owns `volume`. Raises, beside what that does, the DiskServer… errors."""
 
     def __init__(self, volume: NewVolume, path_final: str) -> None:
         self._volume = volume

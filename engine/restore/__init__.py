@@ -1,1 +1,1 @@
-"""Restoring: restores (the verb and its job), restore (the data path), new_volume."""
+"""Restoring: restore_job (request and job), restore (the data path), new_volume."""

@@ -38,7 +38,7 @@ _NAME_TRIES = 100
 DIRECT_BYTES = 4096
 
 
-class RestoreTarget(Protocol):
+class VolumeWriter(Protocol):
     """What a restore writes a disk into. A context manager; its end leaves what has a name.
 
     `write` may be called by any thread, the others by one, in this order: `resize`, writes,
@@ -53,7 +53,7 @@ class RestoreTarget(Protocol):
     def make_durable(self) -> None: ...
     def name(self) -> None: ...
     def unname(self) -> None: ...
-    def __enter__(self) -> RestoreTarget: ...
+    def __enter__(self) -> VolumeWriter: ...
     def __exit__(
         self,
         kind: type[BaseException] | None,

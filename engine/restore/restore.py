@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from engine.jobs.crew import Stop, run_crew
 from engine.jobs.jobs import JobContext
 from engine.qemu.new_qcow2 import NewQcow2
-from engine.restore.new_volume import NewVolume, RestoreTarget
+from engine.restore.new_volume import NewVolume, VolumeWriter
 from engine.restore.stage import Stage
 from storage.domain.domain import Domain
 from storage.domain.maps import DiskMap
@@ -87,7 +87,7 @@ def run_restore(
     return RestoreReport(tuple(gap for gap in gaps if gap.size_bytes))
 
 
-def _new_volume(disk: RestoreDisk) -> RestoreTarget:
+def _new_volume(disk: RestoreDisk) -> VolumeWriter:
     volume = NewVolume(disk.path_final)
     return NewQcow2(volume, disk.path_final) if disk.format == "qcow2" else volume
 
@@ -105,7 +105,7 @@ def _map_of(
         return None
 
 
-def _name_all(volumes: Sequence[RestoreTarget], complete: Callable[[], None]) -> None:
+def _name_all(volumes: Sequence[VolumeWriter], complete: Callable[[], None]) -> None:
     """All get their names, or none keeps one."""
     with contextlib.ExitStack() as undo:
         for volume in volumes:
@@ -119,7 +119,7 @@ def _fill(
     domain: Domain,
     reader: ChunkReader,
     disk_map: DiskMap,
-    volume: RestoreTarget,
+    volume: VolumeWriter,
     ctx: JobContext,
     workers: int,
     gaps: Gaps | None,

@@ -6,7 +6,7 @@ as well are written with one call.
 
 from __future__ import annotations
 
-from engine.restore.new_volume import RestoreTarget
+from engine.restore.new_volume import VolumeWriter
 from storage.files.fs import Buffer
 from storage.files.memory import large_buffer
 
@@ -16,7 +16,7 @@ STAGE_BYTES = 4 << 20  # longer writes gain nothing
 class Stage:
     """One thread's, for one volume."""
 
-    def __init__(self, volume: RestoreTarget, chunk_size: int) -> None:
+    def __init__(self, volume: VolumeWriter, chunk_size: int) -> None:
         self._volume = volume
         self._chunk_size = chunk_size
         self._memory = large_buffer(max(STAGE_BYTES, chunk_size))

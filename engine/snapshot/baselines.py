@@ -18,7 +18,7 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from msgspec.structs import replace
 
@@ -26,7 +26,7 @@ from engine.model import Baseline
 from engine.snapshot.extents import file_system_id, generation, keeps_shared_blocks
 from engine.snapshot.snapshot import SNAPSHOTS
 from engine.snapshot.sources import VolumeSource
-from engine.state import State
+from engine.state import State, baseline_key
 from storage.errors import StorageError
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class Baselines:
         return self._state.baselines.values()
 
     def find(self, vm_uuid: str, target_device: str) -> Baseline | None:
-        return self._state.baselines.get(f"{vm_uuid}/{target_device}")
+        return self._state.baselines.get(baseline_key(vm_uuid, target_device))
 
     def files(self) -> frozenset[str]:
         """The paths of all that there are."""
@@ -92,7 +92,7 @@ class Baselines:
         with self._lock:
             now = self.find(row.vm_uuid, row.target_device)
             if now is not None:
-                self._state.baselines.delete(f"{row.vm_uuid}/{row.target_device}")
+                self._state.baselines.delete(baseline_key(row.vm_uuid, row.target_device))
                 _remove(now.file)
 
     def turn_off(self, row: Baseline, why: str) -> None:
@@ -192,11 +192,3 @@ def _remove(path: str) -> None:
         log.warning("baseline_left", extra={"file": path, "why": str(error)})
     with contextlib.suppress(OSError):
         os.rmdir(os.path.dirname(path))
-
-
-def sweep(baselines: Baselines, wanted: Iterable[tuple[str, str, str]]) -> None:
-    """Forgets the disks that are none of `wanted`: (VM, target device, volume's path)."""
-    here = frozenset(wanted)
-    for row in baselines.rows():
-        if (row.vm_uuid, row.target_device, row.volume) not in here:
-            baselines.forget(row)

@@ -125,10 +125,6 @@ class Snapshot:
             if isinstance(volume, VolumeSource) and not volume.guarded
         }
 
-    @property
-    def method(self) -> Method:
-        return self.facts.method
-
     def verify_unchanged(self) -> None:
         """Raises Conflict("volume_changed") if a volume that is read directly was changed."""
         for volume in self._volumes.values():

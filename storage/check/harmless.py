@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 from storage.check.frames import file_digest
 from storage.check.report import CheckReport, Finding, Watch
 from storage.domain import orphans
-from storage.domain.heartbeats import check_beat
+from storage.domain.heartbeats import load_beat
 from storage.errors import StorageError, translated
 from storage.files.bad_places import BadPlace
 from storage.files.fs import Fs
@@ -46,7 +46,7 @@ class HarmlessCheck:
         with translated(self._paths.hosts):
             for path in self._files("heartbeat", self._paths.hosts):
                 try:
-                    check_beat(self._fs, path)
+                    load_beat(self._fs, path)
                 except FileNotFoundError:
                     continue
                 except StorageError as error:

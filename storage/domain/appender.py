@@ -151,7 +151,7 @@ class Appender:
             return self._append(build)
 
     def _append(self, build: Callable[[Tables], Sequence[Op]]) -> Garbage:
-        """`_lock` is held."""
+        """`lock` is held."""
         mended = False
         for _ in range(APPEND_ATTEMPTS):
             self.refresh()
@@ -178,7 +178,7 @@ class Appender:
             record = published or self._next_record(state, build(state))
             digest = record_digest(encode_record(record))
             garbage = fold(state, record, digest, self._domain.contents, strict=published is None)
-            view.settle()
+            view.flush()
             if published is None:
                 self._require_record(record.seq - 1, record.previous)
                 if not self._log.publish(record):

@@ -23,20 +23,12 @@ from storage.domain.maps import DiskMap
 from storage.domain.reader import ChunkReader
 from storage.domain.salvage import Salvage
 from storage.domain.session import Session
-from storage.errors import (
-    NotOnPoint,
-)
+from storage.errors import NotOnPoint
 from storage.files.ballast import Ballast
 from storage.files.fs import Fs
 from storage.format.chunks import ChunkHasher
 from storage.format.paths import DomainPaths, FileContents
-from storage.format.record import (
-    Abort,
-    Forget,
-    Op,
-    Open,
-    SessionKind,
-)
+from storage.format.record import Abort, Forget, Op, Open, SessionKind
 from storage.log.fold import Garbage
 from storage.log.log import Log
 from storage.log.seen import Seen
@@ -163,10 +155,10 @@ class Domain:
         """Those that came, went or changed after record `seq`; None: all may have."""
         return self._tally.changed_after(seq)
 
-    def let_go(self) -> None:
-        """See View.let_go: after much of it was read at once."""
+    def release_memory(self) -> None:
+        """See View.release_memory: after much of it was read at once."""
         with self._lock:
-            self.view.let_go()
+            self.view.release_memory()
 
     def rows_of(self, backups: Collection[str]) -> list[BackupRow]:
         """Those of them that are live."""
@@ -220,7 +212,7 @@ class Domain:
                 for session, row in tables.sessions.scan(state)
                 if row.host == self.host and row.incarnation != self.incarnation
             ]
-        orphans.remove_directory(self, self.paths.host_tmp(self.host))
+        orphans.remove_directory(self.fs, self.paths.host_tmp(self.host))
         self.salvage.rescue(dead)
         for session in dead:
             self.abort(session)
@@ -334,5 +326,5 @@ class Domain:
     def close(self) -> None:
         """Lets go of the view once nobody is in it; sessions stay open until the next start."""
         with self._lock:
-            self._seen.settle()
+            self._seen.make_durable()
             self.view.close(seal=True)

@@ -42,12 +42,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class GcPlan:
-    """What a gc would do. `copy_bytes`: live bytes in the sparse packs."""
+    """What a gc would do: packs to retire, packs to copy the live part of first, and disks whose
+    manifest chains are to be folded."""
 
-    dead: tuple[str, ...]
-    sparse: tuple[str, ...]
-    copy_bytes: int
-    long_chains: tuple[str, ...]
+    dead: tuple[str, ...] = ()
+    sparse: tuple[str, ...] = ()
+    long_chains: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ def plan_gc(state: Tables, sparse_below: float, copy_budget_bytes: int) -> GcPla
     that is live, 0 to 1."""
     dead, sparse = [], []
     if tables.lost_disks(state):
-        return GcPlan((), (), 0, ())
+        return GcPlan()
     for pack, row in tables.packs.scan(state):
         if not row.live_chunks:
             if tables.may_retire(state, pack):
@@ -82,7 +82,7 @@ def plan_gc(state: Tables, sparse_below: float, copy_budget_bytes: int) -> GcPla
             chosen.append(pack)
             budget -= live_bytes
     chains = _long_chains(state) if copy_budget_bytes else ()
-    return GcPlan(tuple(dead), tuple(chosen), copy_budget_bytes - budget, chains)
+    return GcPlan(tuple(dead), tuple(chosen), chains)
 
 
 def _frames_bytes(row: tables.PackState) -> int:
@@ -115,7 +115,7 @@ def reclaim(
     domain.refresh()
     # What takes no room goes first: it makes room for the rest.
     dead = domain.dead_packs(at_once=copy_budget_bytes > 0)
-    report = execute_gc(domain, GcPlan(dead, (), 0, ()), cancelled)
+    report = execute_gc(domain, GcPlan(dead), cancelled)
     if not copy_budget_bytes:
         return report
     plan = _proved_plan(domain, sparse_below, copy_budget_bytes)

@@ -15,7 +15,7 @@ import msgspec
 
 from storage.errors import Damaged, PointNewerFormat, SessionEnded, translated
 from storage.files.fs import Fs
-from storage.files.publish import close_discarded, discard, make_dirs
+from storage.files.publish import discard, make_dirs, write_new
 from storage.format.framing import decode_body, decode_object, encode_object
 from storage.view import tables
 
@@ -45,13 +45,7 @@ def beat(domain: Domain, counter: int) -> None:
     tmp = os.path.join(paths.host_tmp(domain.host), f"beat-{secrets.token_hex(8)}")
     with translated(paths.hosts):
         make_dirs(fs, os.path.dirname(tmp), paths.root)
-        fd = fs.open_new(tmp)
-        try:
-            fs.pwrite(fd, [encode_object(MAGIC, _encoder.encode(heartbeat))], 0)
-        except BaseException:
-            close_discarded(fs, fd)
-            discard(fs, tmp)
-            raise
+        fd = write_new(fs, tmp, encode_object(MAGIC, _encoder.encode(heartbeat)))
         try:
             fs.close(fd)
             fs.rename(tmp, os.path.join(paths.hosts, domain.host))
@@ -69,27 +63,20 @@ def read_beat(domain: Domain, host: str) -> Heartbeat | None:
         try:
             if domain.fs.stat(path).kind != "file":
                 return None
-            fd = domain.fs.open_read(path)
-        except FileNotFoundError:
+            return load_beat(domain.fs, path)
+        except (FileNotFoundError, Damaged, PointNewerFormat):
             return None
-        try:
-            found = domain.fs.pread(fd, LIMIT_BYTES, 0)
-        finally:
-            domain.fs.close(fd)
-    try:
-        return decode_body(_decoder, decode_object(MAGIC, found, LIMIT_BYTES, path), path)
-    except (Damaged, PointNewerFormat):
-        return None
 
 
-def check_beat(fs: Fs, path: str) -> None:
-    """Raises Damaged when the file at `path` is no heartbeat, FileNotFoundError when it is gone."""
+def load_beat(fs: Fs, path: str) -> Heartbeat:
+    """The heartbeat in a file. Raises Damaged or PointNewerFormat when there is none in it,
+    FileNotFoundError when it is gone, and other OSErrors."""
     fd = fs.open_read(path)
     try:
         found = fs.pread(fd, LIMIT_BYTES, 0)
     finally:
         fs.close(fd)
-    decode_body(_decoder, decode_object(MAGIC, found, LIMIT_BYTES, path), path)
+    return decode_body(_decoder, decode_object(MAGIC, found, LIMIT_BYTES, path), path)
 
 
 class Observer:

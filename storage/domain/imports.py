@@ -38,7 +38,7 @@ from storage.log.log import Log
 from storage.log.rebuild import fold_records, manifest_chain, merged_pages
 from storage.view import tables
 from storage.view.listing import BackupRow, backup_rows
-from storage.view.runs import ChunkSet
+from storage.view.sorted_runs import ChunkSet
 from storage.view.tables import BoundedTables, Tables
 
 if TYPE_CHECKING:

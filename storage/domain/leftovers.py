@@ -105,7 +105,7 @@ def _cleared(domain: Domain, host: str) -> bool:
             if os.path.islink(path):
                 domain.fs.unlink(path)
             destroy(path)
-    orphans.remove_directory(domain, domain.paths.host_tmp(host))
+    orphans.remove_directory(domain.fs, domain.paths.host_tmp(host))
     path = os.path.join(domain.paths.hosts, host)
     with translated(path):
         try:

@@ -38,7 +38,7 @@ def unlink_garbage(domain: Domain, garbage: Garbage) -> int:
     gone = sum(_unlink(domain.fs, path) for path in files)
     for session in garbage.sessions:
         for root in (domain.paths.packs, domain.paths.manifests, domain.paths.tmp):
-            gone += _remove_files(domain.fs, os.path.join(root, session))
+            gone += remove_directory(domain.fs, os.path.join(root, session))
     for parent in sorted({os.path.dirname(path) for path in files}):
         _remove_if_empty(domain.fs, parent)
     return gone
@@ -63,11 +63,6 @@ def _unneeded(domain: Domain, manifests: list[str]) -> list[str]:
         domain.view.suspect = f"view: manifest {min(contradicted)} went, but is needed"
         return []
     return manifests
-
-
-def remove_directory(domain: Domain, path: str) -> None:
-    """Removes a session's temporary directory and what is left in it."""
-    _remove_files(domain.fs, path)
 
 
 def sweep(domain: Domain, *, thorough: bool = True) -> int:
@@ -145,7 +140,9 @@ def _sweep_session(
     return gone
 
 
-def _remove_files(fs: Fs, directory: str) -> int:
+def remove_directory(fs: Fs, directory: str) -> int:
+    """Removes a directory of a session, or of a host's, and the files in it; returns how many went.
+    A failure is left for the next sweep."""
     try:
         names = names_in(fs, directory)
     except OSError:

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 MAX_RUN_BYTES = 8 << 20
 MAX_GAP_BYTES = 64 << 10
+WINDOW_PAGES = 16
 OPEN_PACKS = 64
 RELOCATE_ATTEMPTS = 3
 
@@ -87,7 +88,7 @@ class ReadRun:
     held: bool = True
 
 
-def plan_reads(domain: Domain, disk_map: DiskMap, window_pages: int = 16) -> Iterator[ReadRun]:
+def plan_reads(domain: Domain, disk_map: DiskMap) -> Iterator[ReadRun]:
     """All runs that make the disk up, window by window. Memory: one window's entries.
 
     Raises ViewDamaged when a chunk is not in the index, nor in one that was made anew.
@@ -101,7 +102,7 @@ def plan_reads(domain: Domain, disk_map: DiskMap, window_pages: int = 16) -> Ite
             if target < limit:
                 targets.setdefault(chunk, []).append(target)
         pages_held += 1
-        if pages_held == window_pages:
+        if pages_held == WINDOW_PAGES:
             yield from _runs(domain, targets, held=True)
             targets, pages_held = {}, 0
     yield from _runs(domain, targets, held=True)

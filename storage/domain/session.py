@@ -323,7 +323,7 @@ class Session:
         self._ended = True
         self.packs.close()
         orphans.unlink_garbage(self._domain, garbage)
-        orphans.remove_directory(self._domain, self._tmp)
+        orphans.remove_directory(self._domain.fs, self._tmp)
         self._domain.salvage.used(self._adopted)
         return garbage
 

@@ -31,7 +31,6 @@ class FileStat:
     kind: str  # "file", "directory" or "other"
     size_bytes: int
     inode: int
-    links: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +244,7 @@ class OsFs:
             kind = "file"
         elif stat_bits.S_ISDIR(found.st_mode):
             kind = "directory"
-        return FileStat(kind, found.st_size, found.st_ino, found.st_nlink)
+        return FileStat(kind, found.st_size, found.st_ino)
 
     @in_flight
     def room(self, path: str) -> Room:

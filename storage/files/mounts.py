@@ -22,7 +22,6 @@ _OTHER_NETWORK = frozenset(
     {"9p", "afs", "beegfs", "ceph", "cifs", "coda", "glusterfs", "gpfs", "lustre", "ncpfs"}
     | {"smb3", "smbfs", "fuse.ceph", "fuse.glusterfs", "fuse.rclone", "fuse.s3fs", "fuse.sshfs"}
 )
-_VOLATILE = frozenset({"tmpfs", "ramfs", "overlay"})
 _MINIMUM_VERSION = (4, 1)
 
 
@@ -31,11 +30,10 @@ MountKind: TypeAlias = Literal["local", "nfs"]
 
 @dataclass(frozen=True, slots=True)
 class MountVerdict:
-    """`problem` is empty when the mount is sound; `warnings` only cost time or need a look."""
+    """`problem` is empty when the mount is sound."""
 
     kind: MountKind
-    problem: str
-    warnings: tuple[str, ...]
+    problem: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +59,13 @@ def check_mount(path: str, mountinfo: str) -> MountVerdict:
     """Judges the mount that holds `path` (absolute, no symbolic links), given mountinfo's text."""
     mount = _mount_of(path, _parsed(mountinfo))
     if mount is None:
-        return MountVerdict("local", "no mount in /proc/self/mountinfo holds this path", ())
+        return MountVerdict("local", "no mount in /proc/self/mountinfo holds this path")
     if mount.fs_type in _NFS:
-        return MountVerdict("nfs", _nfs_problem(mount.options), _nfs_warnings(mount.options))
+        return MountVerdict("nfs", _nfs_problem(mount.options))
     if mount.fs_type in _OTHER_NETWORK:
         problem = f"{mount.fs_type} is a network file system other than NFS 4.1 or later"
-        return MountVerdict("local", problem, ())
-    return MountVerdict("local", "", _local_warnings(mount))
+        return MountVerdict("local", problem)
+    return MountVerdict("local")
 
 
 def _nfs_problem(options: dict[str, str]) -> str:
@@ -88,26 +86,6 @@ def _nfs_version(options: dict[str, str]) -> tuple[int, int]:
         return (0, 0)
     minor = found[2] or options.get("minorversion", "0")
     return int(found[1]), int(minor) if minor.isdecimal() else 0
-
-
-def _nfs_warnings(options: dict[str, str]) -> tuple[str, ...]:
-    warnings = []
-    if options.get("lookupcache") not in {"pos", "positive", "none"}:
-        warnings.append("without lookupcache=positive, other hosts' new files show up late")
-    if "ro" in options:
-        warnings.append("mounted read-only")
-    return tuple(warnings)
-
-
-def _local_warnings(mount: _Mount) -> tuple[str, ...]:
-    warnings = []
-    if mount.fs_type in _VOLATILE:
-        warnings.append(f"{mount.fs_type} may not survive a restart")
-    elif mount.fs_type.startswith("fuse"):
-        warnings.append(f"{mount.fs_type}: fsync and link are as good as that program makes them")
-    if "ro" in mount.options:
-        warnings.append("mounted read-only")
-    return tuple(warnings)
 
 
 def _mount_of(path: str, mounts: list[_Mount]) -> _Mount | None:

@@ -39,6 +39,12 @@ def publish(fs: Fs, fd: int, tmp_path: str, final_path: str) -> None:
 
 def put_if_absent(fs: Fs, tmp_path: str, final_path: str, body: bytes) -> None:
     """Makes `final_path` with exactly these bytes. Durable on return. Raises as publish does."""
+    publish(fs, write_new(fs, tmp_path, body), tmp_path, final_path)
+
+
+def write_new(fs: Fs, tmp_path: str, body: bytes) -> int:
+    """A new file with these bytes, not durable; the descriptor is the caller's. None is left when
+    it fails."""
     fd = fs.open_new(tmp_path)
     try:
         fs.pwrite(fd, [body], 0)
@@ -46,19 +52,14 @@ def put_if_absent(fs: Fs, tmp_path: str, final_path: str, body: bytes) -> None:
         close_discarded(fs, fd)
         discard(fs, tmp_path)
         raise
-    publish(fs, fd, tmp_path, final_path)
+    return fd
 
 
 def replace_same(fs: Fs, tmp_path: str, final_path: str, body: bytes) -> None:
     """Puts a file with these bytes, which are those of the file there, in its place. Durable on
     return. After an error the name is there, but not surely durable."""
-    fd = fs.open_new(tmp_path)
+    fd = write_new(fs, tmp_path, body)
     try:
-        try:
-            fs.pwrite(fd, [body], 0)
-        except BaseException:
-            close_discarded(fs, fd)
-            raise
         _make_durable(fs, fd)
         fs.rename(tmp_path, final_path)
     except BaseException:
@@ -151,7 +152,7 @@ def _make_dir(fs: Fs, parent: str, name: str) -> str:
     except FileExistsError:
         made = False
         if fs.stat(path).kind != "directory":
-            raise NotADirectoryError(20, "not a directory", path) from None
+            raise NotADirectoryError(errno.ENOTDIR, "not a directory", path) from None
     # Also for one that was there: who made it may have been killed before this step.
     try:
         fs.fsync_dir(parent)

@@ -43,18 +43,6 @@ from storage.format.sealed import (
     read_table,
 )
 
-__all__ = [
-    "FRAME_HEADER_BYTES",
-    "FrameView",
-    "PackEntry",
-    "PackWriter",
-    "parse_frame",
-    "read_footer",
-    "read_maker",
-    "require_content",
-    "require_entry",
-]
-
 PACK_MAGIC = b"VKPK"
 ROW_BYTES = 56
 MAX_PACK_BYTES = (1 << 32) - 1

@@ -7,11 +7,11 @@ Durability: when the block of `Store.write()` is left normally, everything put a
 on the disk; when it is left by an exception, nothing is. A reader sees one such state throughout.
 
 Damage: each row carries a check of itself, its key and its table, so a wrong one is never believed.
-When the environment is closed the whole file gets a seal (storage.lmdb_env.seal), which the next
-opening checks, so what happens to a file that nobody uses is found before LMDB follows a pointer in
-it. After a kill there is no seal: then its pages are walked first (storage.lmdb_env.pages), so what
-LMDB would be led astray by, or end the process at, is an error with a name; the rows have their
-checks.
+When the environment is closed the whole file gets a seal (storage.lmdb_env.clean_close), which the
+next opening checks, so what happens to a file that nobody uses is found before LMDB follows a
+pointer in it. After a kill there is no seal: then its pages are walked first
+(storage.lmdb_env.pages), so what LMDB would be led astray by, or end the process at, is an error
+with a name; the rows have their checks.
 
 The map grows when it is full. LMDB allows that only while the process has no transaction open, so
 the full transaction is rolled back, the map enlarged once no reader is inside, and the journal of
@@ -34,7 +34,7 @@ from xxhash import xxh3_64_digest
 
 from storage.errors import Damaged, PointUnreachable, ViewDamaged, translated
 from storage.files.in_flight import InFlight
-from storage.lmdb_env import seal
+from storage.lmdb_env.clean_close import break_seal, put_seal
 from storage.lmdb_env.lock_file import READERS, lock_in_memory
 from storage.lmdb_env.pages import require_sound_pages
 
@@ -90,20 +90,12 @@ class ReadTxn:
         body = self._txn.get(raw, db=self._handles[table.name])
         return None if body is None else table.decode(bytes(body), raw)
 
-    def rows(
-        self, table: Table[RowT], start: str = "", reverse: bool = False
-    ) -> Iterator[tuple[str, RowT]]:
-        """(key, row) in the order of the keys' UTF-8, from `start` on (down to it, reversed)."""
+    def rows(self, table: Table[RowT], *, reverse: bool = False) -> Iterator[tuple[str, RowT]]:
+        """(key, row) in the order of the keys' UTF-8."""
         with self._txn.cursor(db=self._handles[table.name]) as cursor:
-            found = cursor.last() if reverse else _seek_first(cursor, start)
-            if not found:
-                return
             step = cursor.iterprev if reverse else cursor.iternext
             for raw, body in step(keys=True, values=True):
-                key = _text(raw)
-                if reverse and key < start:
-                    return
-                yield key, table.decode(bytes(body), bytes(raw))
+                yield _text(raw), table.decode(bytes(body), bytes(raw))
 
 
 class WriteTxn(ReadTxn):
@@ -243,7 +235,7 @@ class Store:
             self._env.set_mapsize(self._env.info()["map_size"] * 2)
             return self._env.begin(write=True)
 
-    def let_go(self) -> None:
+    def release_memory(self) -> None:
         """What was read of the file is this process's memory no more, unless somebody is reading;
         the kernel still has it."""
         with self._writer, self._gate, translated(f"state {self._path}"):
@@ -257,7 +249,7 @@ class Store:
                 return
             self._gate.wait_for(lambda: self._readers == 0)
             self._env.close()
-            seal.put_seal(os.path.join(self._path, _DATA_FILE))
+            put_seal(os.path.join(self._path, _DATA_FILE))
 
     def _closed_already(self) -> bool:
         """Notes that it is closed now."""
@@ -278,7 +270,7 @@ class Store:
 
 def _require_sound(path: str) -> None:
     """Damaged unless the file is as it was closed, or, after a kill, its pages hang together."""
-    if not seal.break_seal(path) and os.path.exists(path):
+    if not break_seal(path) and os.path.exists(path):
         try:
             require_sound_pages(path)
         except ViewDamaged as error:
@@ -295,7 +287,3 @@ def _text(raw: bytes | memoryview) -> str:
 def _raw_key(key: str) -> bytes | None:
     raw = key.encode("utf-8", "surrogatepass")
     return raw if 0 < len(raw) <= _MOST_KEY_BYTES else None
-
-
-def _seek_first(cursor: lmdb.Cursor, start: str) -> bool:
-    return bool(cursor.set_range(start.encode()) if start else cursor.first())

@@ -46,7 +46,7 @@ from storage.view.tables import (
     DiskState,
     ManifestState,
     PackState,
-    SessionRow,
+    SessionState,
     Tables,
 )
 
@@ -125,10 +125,10 @@ class _Step:
             raise Refused(f"session {op.session} is open already")
         for backup in op.holds:
             self._live_backup(backup)
-        row = SessionRow(op.kind, op.host, op.incarnation, op.holds, self.seq)
+        row = SessionState(op.kind, op.host, op.incarnation, op.holds, self.seq)
         tables.sessions.put(self.state, op.session, row)
 
-    def _open_session(self, session: str) -> SessionRow:
+    def _open_session(self, session: str) -> SessionState:
         row = tables.sessions.get(self.state, session)
         if row is None:
             raise SessionEnded(f"session {session} is not open: it was aborted or has committed")
@@ -177,7 +177,7 @@ class _Step:
         return numbers
 
     def _add_backup(
-        self, session: str, row: SessionRow, seal: BackupSeal, manifests: dict[int, FileSeal]
+        self, session: str, row: SessionState, seal: BackupSeal, manifests: dict[int, FileSeal]
     ) -> None:
         """Makes a backup live; takes its disks' manifests out of `manifests`."""
         if tables.backups.get(self.state, seal.backup) is not None:
@@ -194,7 +194,7 @@ class _Step:
             self.state, seal.backup, BackupState(seal.parent, seal.label, ids, self.seq)
         )
 
-    def _usable_parent(self, parent: str, row: SessionRow) -> None:
+    def _usable_parent(self, parent: str, row: SessionState) -> None:
         found = tables.backups.get(self.state, parent)
         if found is None or (found.forgotten and parent not in row.holds):
             raise NotOnPoint(f"the parent backup {parent} is not on the point any more")

@@ -77,8 +77,8 @@ class Seen:
                     # It only watches: the record itself stands.
                     log.warning("seen_not_written path=%s error=%s", self._path, error)
 
-    def settle(self) -> None:
-        """Also survives a power failure, as far as it got."""
+    def make_durable(self) -> None:
+        """What was noted survives a power failure, too. Failing to see to that is no error."""
         if self._path and self._last is not None:
             with self._lock, contextlib.suppress(OSError):
                 _write(self._path, self._last, durable=True)

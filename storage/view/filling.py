@@ -2,9 +2,10 @@
 
 The fold changes each chunk's row where it lies in the tree. Made for all chunks of a point that way
 an index takes twice the time, and as many writes to the medium as chunks. Here what footers and
-manifests say of chunks is sorted by chunk id first (storage.view.runs): where they are placed,
-which of them are patches of which base, how often entries name them. Read side by side that gives
-each row whole, once, in the order of the table.
+manifests say of chunks is sorted by chunk id first, as external sorting does it
+(storage.view.sorted_runs): where they are placed, which of them are patches of which base, how
+often entries name them. Read side by side that gives each row whole, once, in the order of the
+table.
 
 A patch refers to its base as long as it is referred to itself, and that may be by other patches, in
 a view that lacks something (docs/design.md §5.3). So the bases of the patches that are referred to
@@ -22,10 +23,10 @@ from dataclasses import dataclass, field
 from itertools import chain, repeat
 from types import TracebackType
 
-from storage.format.chunks import CHUNK_ID_BYTES, ZERO_MARK
-from storage.format.packs import FRAME_HEADER_BYTES, PackEntry
-from storage.view import runs
-from storage.view.runs import Runs
+from storage.format.chunks import CHUNK_ID_BYTES, FRAME_HEADER_BYTES, ZERO_MARK
+from storage.format.packs import PackEntry
+from storage.view import sorted_runs
+from storage.view.sorted_runs import Runs
 from storage.view.tables import LOST_PACK, PLACE, row_at
 
 ITEMS_PER_RUN = 50_000  # about 12 MB; larger ones leave the processor's cache
@@ -125,7 +126,7 @@ class Filling:
 
     def _parts(self) -> Iterator[_Part]:
         gathered = (self._places, self._patches, self._entries, self._bases)
-        for pieces in runs.ranges(ITEMS_PER_RANGE, *(one.sorted() for one in gathered)):
+        for pieces in sorted_runs.ranges(ITEMS_PER_RANGE, *(one.sorted() for one in gathered)):
             places, patches, entries, bases = pieces
             yield _Part(
                 dict(chain.from_iterable(map(_PLACED.iter_unpack, places))),

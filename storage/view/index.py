@@ -23,9 +23,9 @@ from typing import Protocol
 import msgspec
 
 from storage.errors import ChunkMissing, Damaged, Refused, ViewDamaged
-from storage.format.chunks import CHUNK_ID_BYTES, ZERO_MARK
+from storage.format.chunks import CHUNK_ID_BYTES, FRAME_HEADER_BYTES, ZERO_MARK
 from storage.format.manifests import decode_page, encode_page, page_chunks
-from storage.format.packs import FRAME_HEADER_BYTES, PackEntry
+from storage.format.packs import PackEntry
 from storage.view import tables
 from storage.view.chunk_rows import MOST_KEPT_BACK, ChunkRows
 from storage.view.tables import (

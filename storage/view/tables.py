@@ -163,7 +163,7 @@ class _Row(msgspec.Struct, frozen=True, array_like=True):
     pass
 
 
-class SessionRow(_Row, frozen=True, array_like=True):
+class SessionState(_Row, frozen=True, array_like=True):
     kind: SessionKind
     host: str
     incarnation: str
@@ -246,7 +246,7 @@ class Rows(Generic[RowT]):
             raise ViewDamaged(f"view: {self._name}: {error}") from error
 
 
-sessions = Rows("sessions", SessionRow)
+sessions = Rows("sessions", SessionState)
 backups = Rows("backups", BackupState)
 disks = Rows("disks", DiskState)
 manifests = Rows("manifests", ManifestState)

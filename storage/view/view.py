@@ -1,7 +1,7 @@
 """The view: the folded state of one domain in one LMDB environment.
 
-A view is proved before anything in it is used: by its seal (storage.lmdb_env.seal) when it was
-closed, else by a walk over its pages (storage.lmdb_env.pages) and all of its rows
+A view is proved before anything in it is used: by its seal (storage.lmdb_env.clean_close) when it
+was closed, else by a walk over its pages (storage.lmdb_env.pages) and all of its rows
 (storage.view.view_tables). What is found damaged later raises ViewDamaged and is remembered as
 `suspect`: the domain makes it anew.
 
@@ -30,9 +30,9 @@ import lmdb
 from storage.errors import Damaged, ViewDamaged, translated
 from storage.files.fs import NO_FD
 from storage.files.in_flight import InFlight
+from storage.lmdb_env.clean_close import break_seal, put_seal
 from storage.lmdb_env.lock_file import READERS, lock_in_memory, occupy
 from storage.lmdb_env.pages import require_sound_pages
-from storage.lmdb_env.seal import break_seal, put_seal
 from storage.view.tables import TABLE_NAMES
 from storage.view.view_tables import SUMS, Db, ViewTables
 
@@ -243,7 +243,7 @@ class View:
         try:
             tables = ViewTables(txn, self._current.databases)
             result = change(tables)
-            tables.settle()
+            tables.flush()
             with InFlight(self.path):  # LMDB's writing; what comes before it computes
                 txn.commit()
         except BaseException:
@@ -257,7 +257,7 @@ class View:
             env = self._current.env
             env.set_mapsize(2 * env.info()["map_size"])
 
-    def let_go(self) -> None:
+    def release_memory(self) -> None:
         """What was read of the file is this process's memory no more, unless somebody is reading;
         the kernel still has it. Not while an update is under way."""
         with self._gate, translated(f"view {self.path}"):

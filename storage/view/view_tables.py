@@ -45,11 +45,11 @@ class _Checked:
         self._db = db
         self._seed = xxh3_64_intdigest(name.encode())
 
-    def sealed(self, key: bytes, value: bytes) -> bytes:
+    def with_check(self, key: bytes, value: bytes) -> bytes:
         """The value with its check behind it."""
         return value + xxh3_64_digest(key + value, self._seed + len(key))[:CHECK_BYTES]
 
-    def opened(self, key: bytes, found: bytes) -> bytes:
+    def without_check(self, key: bytes, found: bytes) -> bytes:
         """The value that was written under this key; ViewDamaged if these bytes are not it."""
         value = found[:-CHECK_BYTES]
         check = xxh3_64_digest(key + value, self._seed + len(key))[:CHECK_BYTES]
@@ -59,7 +59,7 @@ class _Checked:
 
     def get(self, key: bytes) -> bytes | None:
         found = self._txn.get(key, db=self._db)
-        return None if found is None else self.opened(key, bytes(found))
+        return None if found is None else self.without_check(key, bytes(found))
 
     def rows(self, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
         """(key, value with check) from `start` on; ViewDamaged when keys do not ascend."""
@@ -119,7 +119,7 @@ class Sums:
             if count < 0 or (total and not count):
                 raise _wrong(SUMS, group, "rows are missing, or are not those that were written")
             if count:
-                row = self._rows.sealed(group, _SUM.pack(count, total))
+                row = self._rows.with_check(group, _SUM.pack(count, total))
                 self._txn.put(group, row, db=self._db)
             else:
                 self._txn.delete(group, db=self._db)
@@ -128,7 +128,7 @@ class Sums:
     def all(self) -> dict[bytes, Sum]:
         """Of every group that has rows, as last flushed."""
         return {
-            group: _SUM.unpack(self._rows.opened(group, found))
+            group: _SUM.unpack(self._rows.without_check(group, found))
             for group, found in self._rows.rows()
         }
 
@@ -145,16 +145,16 @@ class ViewTable(_Checked):
     def get_many(self, keys: Sequence[bytes]) -> dict[bytes, bytes]:
         with self._txn.cursor(db=self._db) as cursor:
             found: Any = cursor.getmulti(keys)
-            return {key: self.opened(key, value) for key, value in found}
+            return {key: self.without_check(key, value) for key, value in found}
 
     def put(self, key: bytes, value: bytes) -> None:
-        row = self.sealed(key, value)
+        row = self.with_check(key, value)
         old: Any = self._txn.replace(key, row, db=self._db)
         self._sums.change(self._group(key), old, row)
 
     def add_many(self, rows: Sequence[tuple[bytes, bytes]], *, at_end: bool = False) -> None:
         seed = self._seed
-        new = [  # as sealed() does, but for the call: it is made for millions of rows
+        new = [  # as with_check() does, but for the call: it is made for millions of rows
             (key, value + xxh3_64_digest(key + value, seed + len(key))[:CHECK_BYTES])
             for key, value in rows
         ]
@@ -180,7 +180,7 @@ class ViewTable(_Checked):
             if not key.startswith(prefix):
                 break
             count, total = count + 1, total + _check_of(found)
-            yield key, self.opened(key, found)
+            yield key, self.without_check(key, found)
         if len(prefix) == self._group_bytes:
             self._require((count, total % _WRAP), self._group(prefix))
 
@@ -202,7 +202,7 @@ class ViewTable(_Checked):
         """By group, of the rows that are there; each one's check is checked too."""
         found: dict[bytes, Sum] = {}
         for key, row in self.rows():
-            self.opened(key, row)
+            self.without_check(key, row)
             count, total = found.get(self._group(key), (0, 0))
             found[self._group(key)] = count + 1, (total + _check_of(row)) % _WRAP
         return found
@@ -231,8 +231,8 @@ class ViewTables:
             self._tables[name] = found
         return found
 
-    def settle(self) -> None:
-        """Ends a change: before its commit."""
+    def flush(self) -> None:
+        """Writes the sums of what was changed. Once, before the commit."""
         self._sums.flush()
 
     def rows(self) -> int:

@@ -12,7 +12,7 @@ import pytest
 from engine.config import parse_config
 from engine.points.points import Points
 from engine.service import Engine
-from engine.views import Maintenance
+from engine.verb_types import Maintenance
 from storage.errors import Damaged
 from tests.engine_rig import PATIENCE_S, EngineRig, files_below
 from tests.rig import random_bytes

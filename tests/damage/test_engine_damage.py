@@ -9,7 +9,7 @@ import pytest
 
 from engine.model import Backup, Vm
 from engine.points.keeper import Keeper
-from engine.views import EVERYWHERE
+from engine.verb_types import EVERYWHERE
 from storage.errors import Damaged
 from storage.files.fs import OsFs
 from storage.format.packs import read_footer

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.points.packreads import PackReads
+from engine.points.pack_reads import PackReads
 from engine.state import State
 from storage.check import report as check_report
 from storage.check.check import Cancelled, check_point

@@ -17,7 +17,8 @@ import pytest
 from storage.check.check import CheckReport, check_point
 from storage.errors import Damaged, StorageError
 from storage.files.fs import OsFs
-from storage.format.packs import FRAME_HEADER_BYTES, read_footer
+from storage.format.chunks import FRAME_HEADER_BYTES
+from storage.format.packs import read_footer
 from tests.damage import site as sites
 from tests.damage.site import Site, damaged, readable
 

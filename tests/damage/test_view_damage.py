@@ -241,7 +241,7 @@ def _call_packs_dead(state: ViewTables) -> None:
         tables.packs.put(before, pack, tables.PackState(number, size, count, digest))
     table = state.table("packs")
     for key, value in before.table("packs").scan():
-        table._txn.put(key, table.sealed(key, value), db=table._db)
+        table._txn.put(key, table.with_check(key, value), db=table._db)
 
 
 def test_a_manifest_that_somebody_needs_stays(own: Site) -> None:
@@ -254,7 +254,7 @@ def test_a_manifest_that_somebody_needs_stays(own: Site) -> None:
             fewer = tables.ManifestState(row.size_bytes, row.count, row.digest, row.base, 1)
             tables.manifests.put(before, name, fewer)
         for key, value in before.table("manifests").scan():
-            table._txn.put(key, table.sealed(key, value), db=table._db)
+            table._txn.put(key, table.with_check(key, value), db=table._db)
 
     with own.opened() as domain:
         domain.view.update(one_user)

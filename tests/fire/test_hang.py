@@ -18,7 +18,7 @@ from engine.config import Config, DiskConfig, Limits, PointConfig, PoolConfig, V
 from engine.jobs.jobs import JobContext
 from engine.model import Job
 from engine.nbd.source import NbdSource
-from engine.views import NewDisk, RestoreTarget
+from engine.verb_types import NewDisk, RestoreTarget
 from storage.files.growing import GrowingFile
 from storage.files.in_flight import InFlight, in_flight, longest_in_flight_s
 from storage.format.record import Commit, Record

@@ -14,7 +14,7 @@ import pytest
 from engine.config import Config, Limits, PointConfig, PoolConfig
 from engine.jobs.jobs import JobContext
 from engine.model import BACKUP_FAILED
-from engine.views import NewDisk, RestoreTarget
+from engine.verb_types import NewDisk, RestoreTarget
 from storage.check.check import check_point
 from storage.errors import Damaged, StorageError
 from storage.log.seen import Seen

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from engine.catalogue.labels import UNREADABLE_NAME, decode_label, encode_label
 from engine.model import BackupLabel, DiskBackup
-from storage.domain.heartbeats import Heartbeat, check_beat
+from storage.domain.heartbeats import Heartbeat, load_beat
 from storage.errors import Damaged, PointNewerFormat, Refused
 from storage.files.fs import Buffer, OsFs
 from storage.format.chunks import MAX_CHUNK_BYTES, ChunkHasher, Decoder, Encoder
@@ -162,7 +162,7 @@ def decoded_cluster(body: bytes, place: Path) -> object:
 
 def decoded_beat(body: bytes, place: Path) -> object:
     place.write_bytes(body)
-    check_beat(OsFs(), str(place))
+    load_beat(OsFs(), str(place))
     return None
 
 

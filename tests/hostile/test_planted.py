@@ -15,7 +15,7 @@ import pytest
 
 from engine.errors import Conflict, EngineError
 from engine.snapshot.sources import open_volume
-from engine.views import Maintenance
+from engine.verb_types import Maintenance
 from storage.check.check import check_point
 from storage.domain.bundling import Bundling
 from storage.domain.domain import Domain

@@ -30,7 +30,6 @@ from engine.service import Engine
 from tests.api_site import MIB, Site, serving, serving_gated
 
 UNKNOWN = "650ea11b-b7fb-4269-8232-aa53865aab3b"
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from engine.errors import Conflict, EngineError, Invalid, NotFound, PoolFull
 from engine.model import BACKUP_DONE, BACKUP_FAILED, BACKUP_RUNNING, Vm
-from engine.views import BackupQuery, NewDisk, RestoreTarget, Scope
+from engine.verb_types import BackupQuery, NewDisk, RestoreTarget, Scope
 from storage.errors import PointFull, PointUnreachable
 from tests.engine_rig import ANYWHERE, ONE_JOB, EngineRig, disk_bytes, files_below
 from tests.rig import random_bytes, write_at

@@ -26,7 +26,7 @@ from engine.jobs.jobs import JobContext
 from engine.model import BACKUP_DONE, BACKUP_FAILED, Backup, Pool, Vm
 from engine.points.distrust import remember
 from engine.restore.rooms import Rooms
-from engine.views import NewDisk, RestoreTarget, Scope
+from engine.verb_types import NewDisk, RestoreTarget, Scope
 from storage.check.check import check_point
 from storage.domain.session import NewBackup, Session
 from storage.errors import PointUnreachable
@@ -297,7 +297,7 @@ def test_a_backup_whose_commit_got_no_answer_is_there_all_the_same(
 
         with monkeypatch.context() as patch:
             patch.setattr(Session, "commit", unanswered)
-            patch.setattr("engine.backup.backups.remember", looking)
+            patch.setattr("engine.backup.backup_job.remember", looking)
             backup, job = rig.ask_backup(rig.make_vm("web", content))
             assert rig.ended(job).state == "failed"
         row = rig.engine.backup(ANYWHERE, backup)

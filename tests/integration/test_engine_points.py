@@ -19,7 +19,7 @@ from engine.errors import Conflict, EngineError, Invalid, NotFound
 from engine.model import Backup
 from engine.points import keeper
 from engine.service import Engine
-from engine.views import BackupQuery, Scope
+from engine.verb_types import BackupQuery, Scope
 from storage.domain.domain import Domain
 from storage.domain.leftovers import Leftovers
 from storage.domain.session import NewBackup

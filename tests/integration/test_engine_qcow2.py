@@ -10,7 +10,7 @@ import pytest
 
 from engine.config import Config, DiskConfig, PoolConfig, VmConfig
 from engine.model import BACKUP_FAILED, Backup, Vm
-from engine.views import BackupQuery, Scope
+from engine.verb_types import BackupQuery, Scope
 from tests.engine_rig import EngineRig
 from tests.qemu.images import MIB, bitmaps, content, create, qemu_img, qemu_io
 from tests.qemu.test_stopped import running_vm

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from engine.model import BACKUP_FAILED, Job
-from engine.points.packreads import BATCH_PACKS
+from engine.points.pack_reads import BATCH_PACKS
 from storage.check.check import check_point
 from storage.point import ClusterLabel, Point
 from storage.view import tables

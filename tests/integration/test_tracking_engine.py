@@ -19,7 +19,7 @@ from engine.probes import Probes
 from engine.snapshot.pinned import Pinned
 from engine.snapshot.snapshot import SNAPSHOTS
 from engine.snapshot.tending import tend
-from engine.views import Scope
+from engine.verb_types import Scope
 from tests.conftest import LoopFs
 from tests.engine_rig import ANYWHERE, EngineRig
 from tests.rig import random_bytes, write_at
@@ -60,7 +60,7 @@ def test_an_incremental_reads_what_changed_also_after_a_restart(rig: EngineRig) 
     backup = rig.back_up(vm)
     assert "changes found by: sda reflink" in backup.label.notes
     assert any(note.startswith("cloned in ") for note in backup.label.notes)
-    assert rig.core.stalls.state.clone.count == 1  # in this process
+    assert rig.core.stuns.state.clone.count == 1  # in this process
     assert rig.restore(backup, "copy") == [content]
 
 

@@ -13,7 +13,7 @@ import pytest
 from engine.errors import ConfigInvalid, Conflict, HypervisorAway
 from engine.libvirt import inventory, watch
 from engine.model import Vm
-from engine.views import NewDisk, RestoreTarget
+from engine.verb_types import NewDisk, RestoreTarget
 from tests.engine_rig import ANYWHERE, EngineRig
 from tests.libvirt.host import MIB, Host, Image
 from tests.libvirt.site import config_for, contents, rig_on, vm_named, wait_for_vm, wait_until

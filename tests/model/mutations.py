@@ -21,7 +21,7 @@ from storage.format.record import FileSeal, Rebase
 from storage.log.fold import _Step
 from storage.view import index, tables
 from storage.view.index import Index
-from storage.view.tables import ManifestState, SessionRow
+from storage.view.tables import ManifestState, SessionState
 from tests.model import collector
 from tests.model.world import Rules
 
@@ -69,9 +69,9 @@ def _retire_any_pack(self: _Step, pack: str, own: dict[str, int]) -> None:
     self.garbage.packs.append(pack)
 
 
-def _session_or_ghost(self: _Step, session: str) -> SessionRow:
+def _session_or_ghost(self: _Step, session: str) -> SessionState:
     row = tables.sessions.get(self.state, session)
-    return row or SessionRow("backup", "host-0", "1", (), 0)
+    return row or SessionState("backup", "host-0", "1", (), 0)
 
 
 def _rebase_whatever(

@@ -20,7 +20,7 @@ from engine.model import (
     Namespace,
 )
 from engine.state import State
-from engine.views import BackupQuery
+from engine.verb_types import BackupQuery
 
 HERE: list[Range] = [
     (Cluster(uuid="c", name="c"), Namespace(uuid="n", name="n", tenant="t")),

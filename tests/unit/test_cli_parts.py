@@ -249,7 +249,7 @@ def test_all_of_a_point_is_imported_however_much_it_is(
     count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     point = Point(count)
-    monkeypatch.setattr(import_module("api.cli.remote"), "Client", lambda _server: point)
+    monkeypatch.setattr(import_module("api.cli.client_command"), "Client", lambda _server: point)
     where = ["--point", ROWS[0].uuid, "--cluster", ROWS[1].uuid]
     ran = CliRunner().invoke(cli, ["backup", "import", "--all", "--json", *where])
     assert ran.exit_code == 0, ran

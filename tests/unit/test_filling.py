@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.format.chunks import CODEC_PATCH, CODEC_ZSTD, ZERO_MARK
-from storage.format.packs import FRAME_HEADER_BYTES, PackEntry
+from storage.format.chunks import CODEC_PATCH, CODEC_ZSTD, FRAME_HEADER_BYTES, ZERO_MARK
+from storage.format.packs import PackEntry
 from storage.view import filling as filling_module
 from storage.view.filling import Filling
 from storage.view.tables import LOST_PACK, ChunkRow, unpack_chunk_row

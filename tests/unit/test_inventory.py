@@ -23,7 +23,7 @@ from engine.inventory.volumes import (
 from engine.model import BackupPoint, Disk, Vm
 from engine.probes import Probes
 from engine.state import State
-from engine.views import Scope
+from engine.verb_types import Scope
 
 THREE = b"""
 [[clusters]]

@@ -27,9 +27,9 @@ def opened(path: Path, map_bytes: int = 1 << 20) -> Store:
     return Store(str(path / "state"), [SHEEP, OTHERS], map_bytes=map_bytes)
 
 
-def names(store: Store, start: str = "", reverse: bool = False) -> list[str]:
+def names(store: Store, reverse: bool = False) -> list[str]:
     with store.read() as txn:
-        return [key for key, _ in txn.rows(SHEEP, start, reverse)]
+        return [key for key, _ in txn.rows(SHEEP, reverse=reverse)]
 
 
 def test_rows_survive_reopening_and_tables_are_apart(tmp_path: Path) -> None:
@@ -66,16 +66,13 @@ def test_an_exception_undoes_the_whole_block(tmp_path: Path) -> None:
     store.close()
 
 
-def test_rows_come_in_order_from_a_start(tmp_path: Path) -> None:
+def test_rows_come_in_order(tmp_path: Path) -> None:
     store = opened(tmp_path)
     with store.write() as txn:
         for key in ("b", "d", "a", "c"):
             txn.put(SHEEP, key, Sheep(key))
     assert names(store) == ["a", "b", "c", "d"]
-    assert names(store, "bb") == ["c", "d"]
-    assert names(store, "c", reverse=True) == ["d", "c"]
     assert names(store, reverse=True) == ["d", "c", "b", "a"]
-    assert names(store, "x") == []
     store.close()
 
 
@@ -128,16 +125,16 @@ def test_what_was_read_is_let_go_and_is_there_still(tmp_path: Path) -> None:
             txn.put(SHEEP, f"{number:03}", Sheep("dolly", fleece=bytes(3000)))
     with store.read() as txn:
         first = txn.get(SHEEP, "000")
-        store.let_go()  # nothing, as somebody reads
+        store.release_memory()  # nothing, as somebody reads
         assert txn.get(SHEEP, "000") == first
-    store.let_go()
+    store.release_memory()
     assert len(names(store)) == 100
     with store.write() as txn:
         txn.put(SHEEP, "100", Sheep("molly"))
-    store.let_go()
+    store.release_memory()
     assert len(names(store)) == 101
     store.close()
-    store.let_go()
+    store.release_memory()
 
 
 def test_keys_that_cannot_be_are_not_there(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from engine.backup.pages import (
     OPEN_PAGES,
-    PAGE_CHUNKS,
     Item,
     PageLine,
     PagePlan,
@@ -21,6 +20,7 @@ from engine.backup.pages import (
     plan_pages,
 )
 from engine.jobs.crew import Stop, run_crew
+from storage.format.manifests import PAGE_ENTRIES
 
 CHUNK = 64 << 10
 GONE = b"gone"
@@ -29,14 +29,14 @@ GONE = b"gone"
 @st.composite
 def disk_ranges(draw: st.DrawFn) -> list[tuple[int, int]]:
     """(offset, length), ascending and apart, over a few pages."""
-    bounds = draw(st.lists(st.integers(0, 5 * PAGE_CHUNKS * CHUNK), unique=True, max_size=40))
+    bounds = draw(st.lists(st.integers(0, 5 * PAGE_ENTRIES * CHUNK), unique=True, max_size=40))
     bounds.sort()
     return [(a, b - a) for a, b in zip(bounds[::2], bounds[1::2], strict=False)]
 
 
 parents = st.dictionaries(
     st.integers(0, 6),
-    st.dictionaries(st.integers(0, PAGE_CHUNKS - 1), st.just(b"old"), min_size=1, max_size=5),
+    st.dictionaries(st.integers(0, PAGE_ENTRIES - 1), st.just(b"old"), min_size=1, max_size=5),
     max_size=4,
 ).map(lambda pages: sorted(pages.items()))
 
@@ -77,7 +77,7 @@ def test_plans_have_all_chunks_and_all_parents_pages(
     plans = list(plan_pages(ranges, CHUNK, parent))
     numbers = [plan.page_no for plan in plans]
     assert numbers == sorted(set(numbers))
-    chunks = [plan.page_no * PAGE_CHUNKS + at for plan in plans for at in plan.chunks]
+    chunks = [plan.page_no * PAGE_ENTRIES + at for plan in plans for at in plan.chunks]
     assert chunks == sorted(touched(ranges))
     assert [(plan.page_no, plan.parent) for plan in plans if plan.parent] == parent
 
@@ -91,11 +91,11 @@ def test_items_cover_the_plan_and_marks_the_rest(
     seen: list[int] = []
     while (item := line.pull()) is not None:
         assert 0 < len(item.chunks) <= item_chunks
-        seen += [item.page.page_no * PAGE_CHUNKS + at for at in item.chunks]
+        seen += [item.page.page_no * PAGE_ENTRIES + at for at in item.chunks]
         line.finish(item, dict.fromkeys(item.chunks, b"new"))
     assert seen == sorted(touched(ranges))
-    found = {no * PAGE_CHUNKS + at: entry for no, page in out for at, entry in page.items()}
-    expected = {no * PAGE_CHUNKS + at: GONE for no, page in parent for at in page}
+    found = {no * PAGE_ENTRIES + at: entry for no, page in out for at, entry in page.items()}
+    expected = {no * PAGE_ENTRIES + at: GONE for no, page in parent for at in page}
     expected |= dict.fromkeys(seen, b"new")
     assert found == expected
     assert [no for no, _ in out] == sorted({no for no, _ in out})
@@ -119,8 +119,8 @@ def test_changed_plans_are_the_changed_part_of_all(
     assert numbers == sorted(set(numbers))
     whole = list(plan_pages(ranges, CHUNK, parent))
     for kind in ("chunks", "gone"):
-        found = [plan.page_no * PAGE_CHUNKS + at for plan in plans for at in getattr(plan, kind)]
-        every = {plan.page_no * PAGE_CHUNKS + at for plan in whole for at in getattr(plan, kind)}
+        found = [plan.page_no * PAGE_ENTRIES + at for plan in plans for at in getattr(plan, kind)]
+        every = {plan.page_no * PAGE_ENTRIES + at for plan in whole for at in getattr(plan, kind)}
         assert found == sorted(every & wanted)
     assert all(plan.parent == pages.get(plan.page_no, {}) for plan in plans)
 

@@ -17,7 +17,7 @@ from storage.errors import ChunkMissing, Damaged, PointFull, Refused
 from storage.format.chunks import Decoder, Encoder
 from storage.format.patches import BLOCK_BYTES, PatchEncoder, changed_blocks, parse_patch, patched
 from storage.point import Point
-from storage.view import runs
+from storage.view import sorted_runs
 from tests.store import (
     CHUNK,
     Saved,
@@ -286,7 +286,7 @@ def test_a_gc_does_not_move_a_patch_away_from_its_base(point: Point, domain: Dom
 @pytest.fixture(params=[1, 1 << 20])
 def at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A large import looks at its chunks in parts: here at one after another, or at all."""
-    monkeypatch.setattr(runs, "IDS_AT_ONCE", request.param)
+    monkeypatch.setattr(sorted_runs, "IDS_AT_ONCE", request.param)
 
 
 @pytest.mark.usefixtures("at_once")
@@ -311,7 +311,7 @@ def test_an_import_without_room_for_what_it_must_remember_changes_nothing(
     one = cluster("one")
     source, target = open_domain(point, one), open_domain(point, cluster("two"), "host-2")
     _, made = three(source)
-    monkeypatch.setattr(runs, "IDS_AT_ONCE", 1)
+    monkeypatch.setattr(sorted_runs, "IDS_AT_ONCE", 1)
     monkeypatch.setattr(tempfile, "TemporaryFile", full)
     with pytest.raises(PointFull, match=r"views?"):
         target.import_backups(one.cluster_uuid, [made[2].backup], lambda row: row.label)

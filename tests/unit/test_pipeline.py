@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from engine.backup.backup import run_backup
-from engine.backup.pages import PAGE_CHUNKS
 from engine.backup.pipeline import ITEM_BYTES, scan_disk, store_again
 from engine.errors import Cancelled, PoolUnreachable
 from engine.snapshot.sources import DiskSource, VolumeSource, open_volume
 from storage.domain.domain import Domain
 from storage.format.chunks import ZERO_MARK
+from storage.format.manifests import PAGE_ENTRIES
 from tests.rig import Made, Rig, counts, random_bytes, sparse, write_at
 
 CHUNK = 64 << 10
@@ -28,7 +28,7 @@ def volume(rig: Rig, content: bytes, name: str = "v") -> Path:
 def entries(domain: Domain, made: Made) -> dict[int, bytes]:
     """Chunk index → id of the disk vda."""
     return {
-        page_no * PAGE_CHUNKS + at: chunk_id
+        page_no * PAGE_ENTRIES + at: chunk_id
         for page_no, page in domain.disk_map(made.disks["vda"]).pages()
         for at, chunk_id in page.items()
     }
@@ -119,15 +119,15 @@ def scan(rig: Rig, path: Path, parent: Made | None, workers: int = 3) -> Pages:
 
 
 def test_what_became_a_hole_or_zeros_gets_a_zero_mark(rig: Rig) -> None:
-    path = sparse(rig.pool / "v", 4 * PAGE_CHUNKS * CHUNK)
+    path = sparse(rig.pool / "v", 4 * PAGE_ENTRIES * CHUNK)
     for page_no in range(4):
-        write_at(path, page_no * PAGE_CHUNKS * CHUNK, random_bytes(3 * CHUNK))
+        write_at(path, page_no * PAGE_ENTRIES * CHUNK, random_bytes(3 * CHUNK))
     first = rig.back_up(path)
     data = bytearray(random_bytes(3 * CHUNK))
     data[CHUNK : 2 * CHUNK] = bytes(CHUNK)  # zeros written over data
-    fresh = sparse(rig.pool / "w", 4 * PAGE_CHUNKS * CHUNK)
-    write_at(fresh, PAGE_CHUNKS * CHUNK, bytes(data))  # the other pages are holes now
-    write_at(fresh, 3 * PAGE_CHUNKS * CHUNK, random_bytes(3 * CHUNK))  # as it was
+    fresh = sparse(rig.pool / "w", 4 * PAGE_ENTRIES * CHUNK)
+    write_at(fresh, PAGE_ENTRIES * CHUNK, bytes(data))  # the other pages are holes now
+    write_at(fresh, 3 * PAGE_ENTRIES * CHUNK, random_bytes(3 * CHUNK))  # as it was
     assert scan(rig, fresh, first).pages == [
         (0, {0: ZERO_MARK, 1: ZERO_MARK, 2: ZERO_MARK}),
         (1, {1: ZERO_MARK}),
@@ -137,7 +137,7 @@ def test_what_became_a_hole_or_zeros_gets_a_zero_mark(rig: Rig) -> None:
 
 @pytest.mark.parametrize("workers", [1, 2, 8])
 def test_pages_do_not_depend_on_the_workers(rig: Rig, workers: int) -> None:
-    path = volume(rig, random_bytes((2 * PAGE_CHUNKS + 77) * 100), "v")
+    path = volume(rig, random_bytes((2 * PAGE_ENTRIES + 77) * 100), "v")
     pages = scan(rig, path, None, workers).pages
     assert pages == scan(rig, path, None, 1).pages
 

@@ -121,4 +121,4 @@ def call_packs_dead(state: ViewTables) -> None:
         tables.packs.put(before, pack, tables.PackState(*fields))
     table = state.table("packs")
     for key, value in before.table("packs").scan():
-        table._txn.put(key, table.sealed(key, value), db=table._db)
+        table._txn.put(key, table.with_check(key, value), db=table._db)

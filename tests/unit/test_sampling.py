@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from engine.backup.pages import PAGE_CHUNKS
 from engine.backup.sampling import FEWEST_CHUNKS, Sample, try_unchanged
 from engine.jobs.jobs import JobContext
 from engine.snapshot.sources import VolumeSource, open_volume
+from storage.format.manifests import PAGE_ENTRIES
 from tests.rig import Made, Rig, counts, found_by, random_bytes, sparse, write_at
 
 CHUNK = 64 << 10
@@ -53,13 +53,13 @@ def test_nothing_changed(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_changed_holes_become_zero_marks_unread(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = sparse(rig.pool / "v", 3 * PAGE_CHUNKS * CHUNK)
-    write_at(path, PAGE_CHUNKS * CHUNK, random_bytes(64 * CHUNK))
+    path = sparse(rig.pool / "v", 3 * PAGE_ENTRIES * CHUNK)
+    write_at(path, PAGE_ENTRIES * CHUNK, random_bytes(64 * CHUNK))
     first = rig.back_up(path)
-    sparse(path, 3 * PAGE_CHUNKS * CHUNK)
-    claim(monkeypatch, [(0, 3 * PAGE_CHUNKS * CHUNK)])
+    sparse(path, 3 * PAGE_ENTRIES * CHUNK)
+    claim(monkeypatch, [(0, 3 * PAGE_ENTRIES * CHUNK)])
     second = rig.back_up(path, parent=first)
-    assert counts(second) == (3 * PAGE_CHUNKS * CHUNK, 0, 0)
+    assert counts(second) == (3 * PAGE_ENTRIES * CHUNK, 0, 0)
     assert not any(rig.restore(second).read_bytes())
 
 
@@ -128,11 +128,11 @@ def test_what_may_have_changed_is_not_tried(rig: Rig) -> None:
     assert attempt(rig, path, first, 1.0, [(3 * CHUNK, 5 * CHUNK)])[0] == Sample(15)
 
 
-@pytest.mark.parametrize("chunk", [0, 1, PAGE_CHUNKS + 1])
+@pytest.mark.parametrize("chunk", [0, 1, PAGE_ENTRIES + 1])
 def test_with_all_chunks_tried_any_miss_is_found(rig: Rig, chunk: int) -> None:
-    path = sparse(rig.pool / "v", 2 * PAGE_CHUNKS * CHUNK)
+    path = sparse(rig.pool / "v", 2 * PAGE_ENTRIES * CHUNK)
     for page_no in range(2):
-        write_at(path, page_no * PAGE_CHUNKS * CHUNK, random_bytes(CHUNK))
+        write_at(path, page_no * PAGE_ENTRIES * CHUNK, random_bytes(CHUNK))
     first = rig.back_up(path)
     assert attempt(rig, path, first, 1.0)[0].sound
     write_at(path, chunk * CHUNK, b"missed")  # over data, and where there was a hole
@@ -142,12 +142,12 @@ def test_with_all_chunks_tried_any_miss_is_found(rig: Rig, chunk: int) -> None:
 @pytest.mark.parametrize("written_since", [False, True])
 def test_a_chunk_that_was_cut_through_is_found(rig: Rig, written_since: bool) -> None:
     """A disk that was made smaller and as large again, by a tracker that doesn't say so."""
-    path = volume(rig, 3 * PAGE_CHUNKS)
+    path = volume(rig, 3 * PAGE_ENTRIES)
     first = rig.back_up(path)
-    cut = 2 * PAGE_CHUNKS
+    cut = 2 * PAGE_ENTRIES
     os.truncate(path, cut * CHUNK - 1)
-    os.truncate(path, 3 * PAGE_CHUNKS * CHUNK)
-    changed = [(cut * CHUNK, PAGE_CHUNKS * CHUNK)]  # else it is found by the holes
+    os.truncate(path, 3 * PAGE_ENTRIES * CHUNK)
+    changed = [(cut * CHUNK, PAGE_ENTRIES * CHUNK)]  # else it is found by the holes
     if written_since:
         write_at(path, 2500 * CHUNK, random_bytes(7 * CHUNK))
     sample, _ = attempt(rig, path, first, 0.0, changed)

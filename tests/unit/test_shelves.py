@@ -14,7 +14,7 @@ from engine.catalogue.shelves import Run, page_of, place_of
 from engine.inventory.scopes import Range
 from engine.model import BACKUP_DONE, BACKUP_FAILED, BACKUP_RUNNING, Backup, Cluster, Namespace
 from engine.state import State
-from engine.views import BackupQuery
+from engine.verb_types import BackupQuery
 from tests.unit.test_catalogue import row
 
 CLUSTERS, NAMESPACES, POINTS, VMS = "cd", "nm", "pq", "vw"

@@ -84,7 +84,7 @@ class TestDirect:
     def test_reads_the_volume_and_guards_it(self, tmp_path: Path) -> None:
         path = volume(tmp_path)
         with take_snapshot([DiskFile("vda", str(path))], NO_HOOK) as snapshot:
-            assert snapshot.method == "direct"
+            assert snapshot.facts.method == "direct"
             assert content(snapshot.sources["vda"]) == path.read_bytes()
             snapshot.verify_unchanged()
             overwrite(path)
@@ -115,7 +115,7 @@ class TestReflink:
         path = volume(pool)
         before = path.read_bytes()
         with take_snapshot([DiskFile("vda", str(path))], NO_HOOK) as snapshot:
-            assert snapshot.method == "reflink"
+            assert snapshot.facts.method == "reflink"
             overwrite(path)
             assert content(snapshot.sources["vda"]) == before
             snapshot.verify_unchanged()
@@ -167,15 +167,15 @@ class TestReflink:
         count = sum(extents(Path(disk.path)) for disk in disks)
         hook = FreezeHook([command], "uuid-1")
         with take_snapshot(disks, hook, CloneLimits(frozen=count, cloned=count)) as snapshot:
-            assert (snapshot.method, snapshot.facts.frozen) == ("reflink", True)
+            assert (snapshot.facts.method, snapshot.facts.frozen) == ("reflink", True)
         journal.write_text("")
         with take_snapshot(disks, hook, CloneLimits(frozen=count - 1)) as snapshot:
-            assert (snapshot.method, snapshot.facts.frozen) == ("reflink", False)
+            assert (snapshot.facts.method, snapshot.facts.frozen) == ("reflink", False)
             assert (
                 f"not frozen: {count} extents, {count - 1} are the limit" in snapshot.facts.notes[0]
             )
         with take_snapshot(disks, hook, CloneLimits(cloned=count - 1)) as snapshot:
-            assert (snapshot.method, snapshot.facts.frozen) == ("direct", False)
+            assert (snapshot.facts.method, snapshot.facts.frozen) == ("direct", False)
             assert snapshot.facts.notes == (
                 f"not cloned: {count} extents, {count - 1} are the limit",
             )
@@ -191,7 +191,7 @@ class TestReflink:
         disks = [DiskFile("vda", str(cloned)), DiskFile("vdb", str(read))]
         with take_snapshot(disks, NO_HOOK) as snapshot:
             assert snapshot.facts.methods == {"vda": "reflink", "vdb": "direct"}
-            assert snapshot.method == "direct"
+            assert snapshot.facts.method == "direct"
             overwrite(cloned)
             snapshot.verify_unchanged()
             overwrite(read)
@@ -206,7 +206,7 @@ class TestReflink:
             try:
                 for _ in range(30):
                     with take_snapshot([DiskFile("vda", str(path))], NO_HOOK) as snapshot:
-                        assert snapshot.method == "reflink"
+                        assert snapshot.facts.method == "reflink"
             except BaseException as error:  # noqa: BLE001
                 failures.append(error)
 
@@ -230,7 +230,7 @@ def test_a_nocow_volume_on_btrfs_is_cloned_too(loop_fs: LoopFs) -> None:
     subprocess.run(["chattr", "+C", str(path)], check=True)
     path.write_bytes(b"a" * MIB)
     with take_snapshot([DiskFile("vda", str(path))], NO_HOOK) as snapshot:
-        assert snapshot.method == "reflink"
+        assert snapshot.facts.method == "reflink"
 
 
 class TestFreeze:

@@ -16,7 +16,7 @@ SLOTS = 4
 
 
 class Disk:
-    """A RestoreTarget that remembers; memory stands for the file."""
+    """A VolumeWriter that remembers; memory stands for the file."""
 
     def __init__(self, size_bytes: int) -> None:
         self.content = bytearray(size_bytes)

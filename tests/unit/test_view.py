@@ -134,10 +134,10 @@ def test_what_was_read_is_let_go_unless_somebody_is_reading(view: View, tmp_path
     with view.read() as state:
         assert sum(1 for _ in state.table("chunks").scan()) == 2000
         full = mapped_bytes(path)
-        view.let_go()
+        view.release_memory()
         assert mapped_bytes(path) == full > 2 << 20
         assert state.table("chunks").get(b"00001") == bytes(1000)
-    view.let_go()
+    view.release_memory()
     assert mapped_bytes(path) < full // 4
     assert value_of(view, b"01999") == bytes(1000)
     view.update(lambda state: put(b"k", b"v", state))
@@ -159,7 +159,7 @@ def test_letting_go_hinders_no_reader_and_no_writer(view: View) -> None:
     for reader in readers:
         reader.start()
     for number in range(200):
-        view.let_go()
+        view.release_memory()
         if number % 20 == 0:
             view.update(lambda state: put(b"k", b"v", state))
     over.set()

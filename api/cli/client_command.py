@@ -30,7 +30,7 @@ class Here:
     screen: Screen
 
 
-def remote(command: Callable[Concatenate[Here, P], None]) -> Callable[P, None]:
+def client_command(command: Callable[Concatenate[Here, P], None]) -> Callable[P, None]:
     """Gives a command --server and --json, and turns a server's errors into exit codes."""
 
     @click.option(

@@ -1,6 +1,7 @@
-"""A seal: the BLAKE3 of a file that nobody writes, beside it, until somebody opens it again.
+"""Whether a file was closed cleanly, and is still what it was then: its seal tells.
 
-A file that is opened loses its seal first, durably. So a seal that is there speaks of the file as
+The seal is the BLAKE3 of a file that nobody writes, beside it, until somebody opens it again. A
+file that is opened loses its seal first, durably. So a seal that is there speaks of the file as
 it was closed, whatever happened to the machine since; a file without one was not closed.
 """
 
@@ -14,6 +15,7 @@ from blake3 import blake3
 
 from storage.errors import Damaged
 from storage.files.bad_places import MEDIUM_ERRORS
+from storage.files.fs import OsFs
 
 _PIECE = 4 << 20
 
@@ -40,11 +42,7 @@ def break_seal(path: str) -> bool:
     if sealed != found:
         raise Damaged(f"{path} is not what it was when it was closed")
     os.unlink(f"{path}.seal")
-    fd = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    OsFs().fsync_dir(os.path.dirname(path))
     return True
 
 

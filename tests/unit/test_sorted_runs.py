@@ -1,4 +1,4 @@
-"""storage.view.runs: all items come, in order, an id's together, a few at a time."""
+"""storage.view.sorted_runs: all items come, in order, an id's together, a few at a time."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from storage.view import runs as sorted_runs
-from storage.view.runs import ChunkSet, Runs, ranges
+from storage.view import sorted_runs
+from storage.view.sorted_runs import ChunkSet, Runs, ranges
 
 ID = 32
 

@@ -1,11 +1,9 @@
-"""Making and deleting backups: what is checked first, and what the job does.
+"""A backup from the request to its end: what is checked first, and what the job does.
 
-create: everything that can be refused is refused before a record exists. Then, in this order, the
-VM's action (a compare-and-set, so one of two wins), the backup with status 1, the job. The job's
+Everything that can be refused is refused before a record exists. Then, in this order, the VM's
+action (a compare-and-set, so one of two wins), the backup with status 1, the job. The job's
 `settle` undoes them in the opposite order of importance; after a crash engine/recovery.py does.
-
-delete: FORGET is durable on the point before the catalogue forgets, and that before we answer. If
-we die in between, the next look at the point says that the backup is gone.
+What reads the disks and writes the point is engine.backup.backup.
 """
 
 from __future__ import annotations
@@ -38,10 +36,9 @@ from engine.snapshot.freeze import FreezeHook
 from engine.snapshot.hold import HoldWish, Resting
 from engine.snapshot.snapshot import CloneLimits, SnapshotFacts
 from engine.snapshot.sources import BitmapPlan, DiskFile
-from engine.snapshot.tending import tend
 from engine.snapshot.tracking import Tracker
-from engine.views import Scope
-from storage.errors import NotOnPoint, StorageError
+from engine.verb_types import Scope
+from storage.errors import StorageError
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +46,6 @@ MOST_DISKS = 256
 MOST_NAME_CHARS = 1024
 MOST_DESCRIPTION_CHARS = 64 << 10
 MOST_LENDERS = 16  # maps that are looked into for a disk without a parent
-RECLAIM_TIMEOUT_S = 30.0
 
 NOTHING_TO_BUILD_ON = "full: nothing to build on"
 
@@ -93,27 +89,6 @@ def create_backup(
     return row.uuid, job.uuid
 
 
-def delete_backup(core: Core, scope: Scope, backup_uuid: str) -> None:
-    """Deletes it here and on the point, durably. Conflict(backup_running), NotFound, StorageError.
-
-    Room comes back before this returns, or, if that takes long, soon after.
-    """
-    row = core.backup_in(scope, backup_uuid)
-    if row.status == BACKUP_RUNNING:
-        raise Conflict("backup_running", f"backup {row.uuid} is being made")
-    if row.status == BACKUP_DONE:
-        domain = core.points.require_answering(row.point_uuid, row.cluster_uuid)
-        try:
-            domain.forget([row.uuid])
-        except NotOnPoint:
-            log.info("backup_gone_already", extra={"backup": row.uuid})
-    core.catalogue.remove(row)
-    if row.status == BACKUP_DONE:
-        core.points.reclaim(row.point_uuid, RECLAIM_TIMEOUT_S)
-        tend(core)
-    log.info("backup_deleted", extra={"backup": row.uuid})
-
-
 class _BackupRun:
     """The job of one backup."""
 
@@ -148,7 +123,7 @@ class _BackupRun:
             ),
             ctx,
         )
-        core.stalls.add(result.facts.snapshot.clone_s, result.facts.snapshot.freeze_s)
+        core.stuns.add(result.facts.snapshot.clone_s, result.facts.snapshot.freeze_s)
         self._row = replace(self._row, parent=result.parent)
         return self._row.label.notes
 

@@ -24,7 +24,7 @@ from engine.model import BACKUP_DONE, Backup, Disk, DiskBackup, Pool, Vm
 from engine.points.distrust import remember
 from engine.qemu.header import VolumeFormat
 from engine.restore.restore import Gaps, RestoreDisk, run_restore
-from engine.views import RestoreTarget, Scope
+from engine.verb_types import RestoreTarget, Scope
 from storage.domain.domain import Domain
 
 log = logging.getLogger(__name__)

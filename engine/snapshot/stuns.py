@@ -1,4 +1,7 @@
-"""How long VMs stood still for their snapshots, since the start of the service."""
+"""How long VMs were stunned: stood still for their snapshots, since the start of the service.
+
+(A job that stalls is another thing: engine/jobs/hangs.py.)
+"""
 
 from __future__ import annotations
 
@@ -7,34 +10,34 @@ from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
-class Stall:
+class Stun:
     """Seconds of all snapshots, and of the longest."""
 
     count: int = 0
     sum_s: float = 0.0
     longest_s: float = 0.0
 
-    def and_one_of(self, seconds: float) -> Stall:
-        return Stall(self.count + 1, self.sum_s + seconds, max(self.longest_s, seconds))
+    def and_one_of(self, seconds: float) -> Stun:
+        return Stun(self.count + 1, self.sum_s + seconds, max(self.longest_s, seconds))
 
 
 @dataclass(frozen=True, slots=True)
-class StallState:
+class StunState:
     """`clone`: writers stood still while a VM's disks were cloned. `freeze`: guests were frozen."""
 
-    clone: Stall = Stall()
-    freeze: Stall = Stall()
+    clone: Stun = Stun()
+    freeze: Stun = Stun()
 
 
-class Stalls:
+class Stuns:
     """Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._state = StallState()
+        self._state = StunState()
 
     @property
-    def state(self) -> StallState:
+    def state(self) -> StunState:
         return self._state
 
     def add(self, clone_s: float, freeze_s: float) -> None:

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 
 from engine.model import PackRead
-from engine.state import State
+from engine.state import State, pack_read_key
 
 BATCH_PACKS = 8  # half a GiB of full packs: a sync for each is little beside reading them
 
@@ -60,4 +60,4 @@ class PackReads:
         """The verify came to its end: the next one reads everything."""
         self.flush()
         gone = {pack for pack, at in self._at.items() if at <= self._began} - self._read
-        self._rows.delete(*(f"{self._point}/{pack}" for pack in ("", *gone)))
+        self._rows.delete(*(pack_read_key(self._point, pack) for pack in ("", *gone)))
