@@ -11,6 +11,7 @@ storage.domain.gc.
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -23,9 +24,7 @@ from storage.domain.maps import DiskMap
 from storage.domain.reader import ChunkReader
 from storage.domain.salvage import Salvage
 from storage.domain.session import Session
-from storage.errors import (
-    NotOnPoint,
-)
+from storage.errors import NotOnPoint, SessionEnded
 from storage.files.ballast import Ballast
 from storage.files.fs import Fs
 from storage.format.chunks import ChunkHasher
@@ -223,7 +222,8 @@ class Domain:
         orphans.remove_directory(self, self.paths.host_tmp(self.host))
         self.salvage.rescue(dead)
         for session in dead:
-            self.abort(session)
+            with contextlib.suppress(SessionEnded):  # a host that took us for gone was first
+                self.abort(session)
         orphans.sweep(self, thorough=False)
         return len(dead)
 

@@ -14,6 +14,7 @@ from msgspec.structs import replace
 
 from storage.domain.domain import Domain
 from storage.domain.heartbeats import Observer, beat
+from storage.domain.salvage import Salvage
 from storage.domain.session import NewBackup
 from storage.errors import (
     AlreadyOnPoint,
@@ -434,6 +435,23 @@ def test_sessions_of_a_silent_host_are_ended(
         assert tables.sessions.get(state, session.id) is None
     with pytest.raises(SessionEnded):
         session.commit([])
+
+
+def test_a_dead_session_that_another_host_ends_meanwhile_is_ended(
+    point: Point, label: ClusterLabel, domain: Domain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = open_domain(point, label, "host-2")
+    sessions = [domain.begin("backup").id for _ in range(2)]
+    domain.close()
+
+    def overtaken(_: Salvage, dead: list[str]) -> int:
+        assert sorted(dead) == sorted(sessions)
+        other.abort(dead[0])
+        return 0
+
+    monkeypatch.setattr(Salvage, "rescue", overtaken)
+    again = open_domain(point, label)
+    assert dump(again)["sessions"] == {}
 
 
 def test_importing_survives_the_owners_delete(point: Point, domain: Domain) -> None:
