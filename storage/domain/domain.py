@@ -292,8 +292,10 @@ class Domain:
         Durable on return. PointFull and the like change nothing.
         """
         with self._lock:
-            if self.refresh() and not self.losses():
-                self.prove_view()
+            if not self.refresh():
+                return
+            self.prove_view()
+            if not self.losses():  # which it may have by that proof only, if it was made anew
                 publish_checkpoint(self)
 
     def checkpoint_if_due(self, every_records: int) -> bool:
