@@ -93,6 +93,9 @@ class Appender:
         """See Domain.require_no_gap."""
         newest = self._log.newest_name()
         last = self.refresh()
+        # That an NFS client finds none may be its memory, which a listing does not correct.
+        while newest > last and self._log.read_surely(last + 1) is not None:
+            last = self.refresh()
         if newest > last:
             raise Damaged(f"{self._paths.log}: record {last + 1} is missing, {newest} is there")
 
