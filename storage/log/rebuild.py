@@ -122,7 +122,7 @@ def _settle_names(records: Log, last: int, us: Host) -> None:
         except Damaged:
             continue
         if found is not None and found[0].host == us.id:
-            records.name_anew(seq)
+            records.name_anew(seq, found[1])
             return
 
 
