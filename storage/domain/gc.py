@@ -274,7 +274,8 @@ def _require_as_copied(trust: Trust, unproved: Mapping[bytes, int], state: Table
 
 
 def _fold_chains(domain: Domain, session: Session, disks: Sequence[str]) -> list[FoldedChain]:
-    """Writes each disk's layer as one manifest of the session; not of one that went meanwhile."""
+    """Writes each disk's layer as one manifest of the session; not of one that went meanwhile, or
+    that a view made anew lacks: it would be written as a disk of zeros."""
     folded = [_fold_chain(domain, session, disk) for disk in disks]
     return [chain for chain in folded if chain is not None]
 
@@ -282,7 +283,7 @@ def _fold_chains(domain: Domain, session: Session, disks: Sequence[str]) -> list
 def _fold_chain(domain: Domain, session: Session, disk: str) -> FoldedChain | None:
     with domain.view.read() as state:
         row = tables.disks.get(state, disk)
-        if row is None:
+        if row is None or row.layer == LOST_LAYER:
             return None
         builder = session.manifest(disk, row.capacity, row.parent or None)
         for page_no, page in tables.layer_pages(state, row.layer):
