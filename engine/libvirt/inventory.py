@@ -149,10 +149,10 @@ class LibvirtInventory(EmbeddedInventory):
     def host_of(self, vm: Vm) -> str:
         return vm.host or (self._host_of(vm).name if vm.disks else "")
 
-    def realize(self, vm: Vm, label: BackupLabel) -> None:
+    def realize(self, vm: Vm, label: BackupLabel) -> bool:
         if label.machine is None:
             log.warning("no_domain_in_backup", extra={"vm": vm.uuid})
-            return
+            return False
         watch = self._host_of(vm)
         paths = {
             disk.target_device: volume_path(pool_of(self.places, disk), disk.volume_name)
@@ -171,6 +171,7 @@ class LibvirtInventory(EmbeddedInventory):
             # It is defined, and has its volumes: the next look sees it.
             with contextlib.suppress(LibvirtFault, StorageError):
                 self._put([self._row(watch.name, seen) for seen in [look_at(made)] if seen])
+        return True
 
     def _host_of(self, vm: Vm) -> Watch:
         """Where its first volume's pool is; of several that have it, the first in sight."""
