@@ -91,8 +91,9 @@ class Inventory(Protocol):
         """More of a VM that `hold_for` has no way for. NotFound, HypervisorAway."""
         ...
 
-    def realize(self, vm: Vm, label: BackupLabel) -> None:
-        """Makes the machine of a VM whose volumes are restored, if its label has one.
+    def realize(self, vm: Vm, label: BackupLabel) -> bool:
+        """Makes the machine of a VM whose volumes are restored, if its label has one. Whether a
+        hypervisor has it now: then it has the volumes too, whatever becomes of our note of that.
 
         HypervisorAway, HypervisorRefused; then there is no machine.
         """
@@ -162,8 +163,9 @@ class EmbeddedInventory:
     def resting(self, vm: Vm, wish: HoldWish) -> Resting:  # noqa: ARG002
         return Resting()
 
-    def realize(self, vm: Vm, label: BackupLabel) -> None:
+    def realize(self, vm: Vm, label: BackupLabel) -> bool:  # noqa: ARG002
         """A VM is its record here."""
+        return False
 
     def add_vm(self, vm: Vm) -> None:
         with self._state.store.write() as txn:
