@@ -2,8 +2,9 @@
 
 For each kind that the configuration lists, it lists all of that kind; a kind that it leaves out is
 the embedded default's single one. Uuids are the configured ones, or those that the thing of that
-name had before, or fresh: made once, and kept in the state. VMs and points that were made through
-the API stay beside the configured ones.
+name had before, or fresh: made once, and kept in the state, also while that name is not listed: a
+start with a wrong configuration costs nothing once the right one is back. VMs and points that were
+made through the API stay beside the configured ones.
 """
 
 from __future__ import annotations
@@ -132,8 +133,9 @@ def _settle(
         if uuid in settled or any(row.name == want.name for row in settled.values()):
             raise ConfigInvalid(f"{kind}: {want.name!r} is listed twice")
         settled[uuid] = make(want, uuid)
+    names = {row.name for row in settled.values()}
     rows.put_all(settled.values())
-    rows.delete(*(row.uuid for row in known if row.uuid not in settled))
+    rows.delete(*(row.uuid for row in known if row.uuid not in settled and row.name in names))
     return tuple(settled.values())
 
 

@@ -83,6 +83,17 @@ def test_uuids_are_made_once(state: State, tmp_path: Path) -> None:
     # The tenant kept its name, so it kept its uuid.
     assert configured.tenants[0] == first.tenants[0]
     assert first.clusters[0] not in configured.clusters
+    # What was left out for a start is the same again.
+    assert settled(state, tmp_path) == first
+    assert settled(state, tmp_path, THREE) == configured
+
+
+def test_a_name_has_the_uuid_that_it_had_last(state: State, tmp_path: Path) -> None:
+    given = b'[[clusters]]\nname = "default"\nuuid = "00000000-0000-4000-8000-000000000000"'
+    for uuid in ("a", "f"):  # of the keys before and after it
+        configured = given.replace(b"00000000", uuid.encode() * 8)
+        (cluster,) = settled(state, tmp_path, configured).clusters
+        assert settled(state, tmp_path).clusters == (cluster,)
 
 
 @pytest.mark.parametrize(
