@@ -115,7 +115,8 @@ def settle_vms(state: State, config: Config, places: Places, size_of: SizeOf) ->
         try:
             require_addable(vm, others)
         except EngineError as error:
-            raise ConfigInvalid(f"vms, {want.name}: {error}") from error
+            hint = "if this is that VM, list it with its uuid"
+            raise ConfigInvalid(f"vms, {want.name}: {error}; {hint}") from error
         known[vm.uuid] = vm
         state.vms.put(vm)
 

@@ -162,11 +162,14 @@ def test_configured_vms_keep_their_uuid_and_are_checked(state: State, tmp_path: 
         with pytest.raises(ConfigInvalid):
             settle_vms(state, config(bad), places, volume_size)
     other = parse_config((text % "n.raw").replace('"m"', '"o"').encode(), "test")
-    with pytest.raises(ConfigInvalid, match="belongs to"):
+    with pytest.raises(ConfigInvalid, match=rf"belongs to VM m \({first.uuid}\); if this is"):
         settle_vms(state, other, places, volume_size)
     twice = parse_config(((text % "n.raw") + (text % "o.raw")).encode(), "test")
     with pytest.raises(ConfigInvalid, match="'m' is listed twice"):
         settle_vms(state, twice, places, volume_size)
+    same = (text % "n.raw").replace('"m"', f'"o"\nuuid = "{first.uuid}"')
+    settle_vms(state, parse_config(same.encode(), "test"), places, volume_size)
+    assert [(vm.uuid, vm.name) for vm in state.vms.values()] == [(first.uuid, "o")]
 
 
 def test_names_and_volumes_are_given_away_once(state: State, tmp_path: Path) -> None:
