@@ -46,8 +46,9 @@ tenant = "acme"
 
 
 def settled(state: State, tmp_path: Path, text: bytes = b"") -> Places:
-    (tmp_path / "pool").mkdir(exist_ok=True)
-    return settle_places(state, parse_config(text, "test"), str(tmp_path / "pool"), Probes())
+    (tmp_path / "data" / "pool").mkdir(parents=True, exist_ok=True)
+    data = str(tmp_path / "data")
+    return settle_places(state, parse_config(text, "test"), data, f"{data}/pool", Probes())
 
 
 def vm_of(places: Places, name: str, *volumes: str, share: bool = False) -> Vm:
@@ -143,6 +144,35 @@ def test_the_directory_of_an_attached_point_is_no_pools(state: State, tmp_path: 
         settled(state, tmp_path, text.encode())
 
 
+@pytest.mark.parametrize("inside", ["", "/domains", "/domains/deep/down", "/none"])
+def test_a_pool_in_a_backup_point_is_refused(state: State, tmp_path: Path, inside: str) -> None:
+    """Its log and packs would be volumes, which a VM that has them can be deleted with."""
+    (tmp_path / "nas" / "domains" / "deep" / "down").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("nas/domains")
+    state.points.put(BackupPoint(uuid="u", name="nas", kind="local", path=f"{tmp_path}/nas"))
+    for path in (f"nas{inside}", f"link/{inside.removeprefix('/domains')}"):
+        text = f'[[pools]]\nname = "b"\npath = "{tmp_path}/{path}"\n'
+        with pytest.raises(ConfigInvalid, match=r"'nas': .*/nas is the directory of pool 'b', or"):
+            settled(state, tmp_path, text.encode())
+
+
+def test_the_data_directory_holds_no_pool_but_its_own(state: State, tmp_path: Path) -> None:
+    def configured(path: str) -> None:
+        settled(state, tmp_path, f'[[pools]]\nname = "p"\npath = "{tmp_path}/{path}"'.encode())
+
+    (tmp_path / "link").symlink_to("data")
+    for path in ("data", "data/", "data/state", "data/none", "link", "link/views"):
+        with pytest.raises(
+            ConfigInvalid, match=r"data directory: .*/data is the directory of pool"
+        ):
+            configured(path)
+    (tmp_path / "data" / "elsewhere").symlink_to(tmp_path)
+    for path in ("data/pool", "data/pool/ssd", "link/pool", ".", "data/elsewhere", "database"):
+        configured(path)
+    (tmp_path / "data" / "pool").rmdir()
+    configured("data/pool")
+
+
 def test_configured_vms_keep_their_uuid_and_are_checked(state: State, tmp_path: Path) -> None:
     places = settled(state, tmp_path)
     text = '[[vms]]\nname = "m"\ndisks = [{target_device = "a", volume_name = "%s"}]\n'
@@ -153,7 +183,7 @@ def test_configured_vms_keep_their_uuid_and_are_checked(state: State, tmp_path: 
     settle_vms(state, config("m.raw"), places, volume_size)
     (first,) = state.vms.values()
     state.vms.put(replace(first, last_error="kept"))
-    (tmp_path / "pool" / "n.raw").write_bytes(b"x" * 10)
+    (tmp_path / "data" / "pool" / "n.raw").write_bytes(b"x" * 10)
     settle_vms(state, config("n.raw"), places, volume_size)
     (second,) = state.vms.values()
     assert (second.uuid, second.last_error) == (first.uuid, "kept")
