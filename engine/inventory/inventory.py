@@ -218,18 +218,17 @@ def require_addable(vm: Vm, others: Sequence[Vm]) -> None:
     """Raises Conflict if the VM's name, or a volume of its, belongs to another VM."""
     mine = {(disk.pool_uuid, disk.volume_name): disk for disk in vm.disks}
     for other in others:
+        owner = f"VM {other.name} ({other.uuid})"
         if (other.cluster_uuid, other.namespace, other.name) == (
             vm.cluster_uuid,
             vm.namespace,
             vm.name,
         ):
-            raise Conflict("name_taken", f"a VM named {vm.name!r} is in that namespace")
+            raise Conflict("name_taken", f"{owner} is in that namespace")
         for disk in other.disks:
             rival = mine.get((disk.pool_uuid, disk.volume_name))
             if rival is not None and not (rival.share and disk.share):
-                raise Conflict(
-                    "volume_in_use", f"volume {disk.volume_name!r} belongs to VM {other.name}"
-                )
+                raise Conflict("volume_in_use", f"volume {disk.volume_name!r} belongs to {owner}")
 
 
 class _Place(Protocol):

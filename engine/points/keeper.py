@@ -132,8 +132,9 @@ class Keeper:
         self._wake.set()
 
     def join(self, timeout_s: float) -> bool:
-        """Whether the thread has ended."""
-        self._thread.join(timeout_s)
+        """Whether the thread has ended, or was never started."""
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
     # What others ask ------------------------------------------------------------------------
