@@ -28,7 +28,7 @@ from engine.config import (
     ZoneConfig,
 )
 from engine.errors import ConfigInvalid, EngineError, Invalid
-from engine.ids import canonical, new_id
+from engine.ids import canonical, new_id, normal
 from engine.inventory.inventory import DEFAULT_NAME, Places, PlaceT, default_of, require_addable
 from engine.inventory.volumes import directory_id, require_plain_name
 from engine.model import BackupPoint, Cluster, Disk, Namespace, ObjectGroup, Pool, Tenant, Vm, Zone
@@ -43,9 +43,7 @@ class _Wanted(Protocol):
     def name(self) -> str: ...
 
 
-SizeOf: TypeAlias = Callable[
-    [Pool, str, str], int | None
-]  # engine.inventory.volumes.volume_size, bounded
+SizeOf: TypeAlias = Callable[[Pool, str, str], int | None]  # of a volume, by its name and format
 _Directory: TypeAlias = str | tuple[int, int]  # a path, or which it is (engine.inventory.volumes)
 _Which: TypeAlias = Callable[[str], tuple[int, int] | None]
 WantedT = TypeVar("WantedT", bound=_Wanted)
@@ -151,7 +149,7 @@ def refer(rows: Sequence[PlaceT], name: str, what: str) -> PlaceT:
     if not name:
         return default_of(rows)
     for row in rows:
-        if name == row.name or name.lower() == row.uuid:
+        if name == row.name or normal(name) == row.uuid:
             return row
     raise ConfigInvalid(f"no {what} {name!r} is listed")
 
