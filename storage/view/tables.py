@@ -1,7 +1,7 @@
 """The folded state as tables of bytes, and their typed rows.
 
 The fold (storage.log.fold) sees only `Tables`. Two implementations: dictionaries here, LMDB in
-storage.view.view. Rows are encoded the same way in both, so two states are equal when their bytes
+storage.view.lmdb_tables. Rows are encoded the same way in both, so two states are equal when their bytes
 are.
 """
 
