@@ -37,7 +37,8 @@ from storage.log.log import Log
 from storage.log.rebuild import fold_records, manifest_chain, merged_pages
 from storage.view import tables
 from storage.view.listing import BackupRow, backup_rows
-from storage.view.tables import BoundedTables, Tables
+from storage.view.memory_tables import BoundedTables
+from storage.view.tables import Tables
 
 if TYPE_CHECKING:
     from storage.domain.domain import Domain

@@ -23,6 +23,7 @@ from storage.errors import ViewDamaged
 from storage.lmdb_env.pages import require_sound_pages
 from storage.view import tables
 from storage.view.lmdb_tables import LmdbTables
+from storage.view.memory_tables import MemoryTables
 from storage.view.view import View
 from tests.damage import site as sites
 from tests.damage.site import HOST, Site, readable
@@ -235,7 +236,7 @@ def test_gc_believes_no_count_alone(own: Site) -> None:
 def _call_packs_dead(state: LmdbTables) -> None:
     """As an older version of each row, whose check is right, would."""
     rows = list(tables.packs.scan(state))
-    before = tables.MemoryTables()
+    before = MemoryTables()
     for pack, row in rows:
         number, size, count, digest = row.number, row.size_bytes, row.count, row.digest
         tables.packs.put(before, pack, tables.PackState(number, size, count, digest))
@@ -249,7 +250,7 @@ def test_a_manifest_that_somebody_needs_stays(own: Site) -> None:
     first, second, _, last = own.images
 
     def one_user(state: LmdbTables) -> None:
-        table, before = state.table("manifests"), tables.MemoryTables()
+        table, before = state.table("manifests"), MemoryTables()
         for name, row in list(tables.manifests.scan(state)):
             fewer = tables.ManifestState(row.size_bytes, row.count, row.digest, row.base, 1)
             tables.manifests.put(before, name, fewer)

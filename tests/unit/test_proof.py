@@ -9,6 +9,7 @@ import pytest
 from storage.domain.domain import Domain
 from storage.view import proof, tables
 from storage.view.lmdb_tables import LmdbTables
+from storage.view.memory_tables import MemoryTables
 from storage.view.proof import REST, Proof
 from tests.store import CHUNK, Saved, files, load, save
 
@@ -115,7 +116,7 @@ def rows_of(state: LmdbTables) -> list[tuple[str, tables.PackState]]:
 
 def call_packs_dead(state: LmdbTables) -> None:
     rows = rows_of(state)
-    before = tables.MemoryTables()
+    before = MemoryTables()
     for pack, row in rows:
         fields = row.number, row.size_bytes, row.count, row.digest
         tables.packs.put(before, pack, tables.PackState(*fields))
