@@ -1,7 +1,7 @@
 """The service's own log: an event name with fields, a line each, to standard error.
 
-`log.info("backup_started", extra={"backup": uuid})` becomes
-`2026-01-02T03:04:05Z INFO engine.backup.backup backup_started backup=…`, or a JSON object a line.
+`log.info("backup_deleted", extra={"backup": uuid})` becomes
+`2026-01-02T03:04:05Z INFO engine.backup.deletion backup_deleted backup=…`, or a JSON object a line.
 """
 
 from __future__ import annotations

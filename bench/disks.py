@@ -1,4 +1,4 @@
-"""Real disks for the demo: an ext4 file system with this machine's own files, and changes to it."""
+"""An ext4 file system of this machine's own files, and changes to it: for demo and corpora."""
 
 from __future__ import annotations
 

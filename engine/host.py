@@ -16,9 +16,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import uuid as uuids
 
 from engine.errors import AlreadyRunning, ConfigInvalid
+from engine.ids import canonical, new_id
 from storage.errors import Damaged, translated
 from storage.files.fs import OsFs
 
@@ -94,7 +94,7 @@ def _host_id(path: str) -> str:
         with open(path, encoding="ascii", errors="replace") as file:
             return _checked_id(file.read(100).strip(), path)
     except FileNotFoundError:
-        made = str(uuids.uuid4())
+        made = new_id()
     fresh = f"{path}.new"
     with open(fresh, "w", encoding="ascii") as file:
         file.write(f"{made}\n")
@@ -106,7 +106,7 @@ def _host_id(path: str) -> str:
 
 
 def _checked_id(text: str, path: str) -> str:
-    try:
-        return str(uuids.UUID(text))
-    except ValueError:
-        raise Damaged(f"{path} does not hold a host id") from None
+    found = canonical(text)
+    if found is None:
+        raise Damaged(f"{path} does not hold a host id")
+    return found

@@ -49,9 +49,9 @@ from engine.points.points import Points
 from engine.probes import Probes
 from engine.recovery import recover
 from engine.restore import restore_job
+from engine.snapshot.baseline_tending import BaselineTending, tend_baselines
 from engine.snapshot.baselines import Baselines
 from engine.snapshot.stuns import StunState
-from engine.snapshot.tending import Tending, tend
 from engine.state import State
 from engine.verb_types import (
     EVERYWHERE,
@@ -76,7 +76,9 @@ STOP_SHARE_OF_JOBS = 0.7  # of the time to stop in; the points get the rest
 class Engine:
     """Made by `start`, ended by `stop`."""
 
-    def __init__(self, host: Host, core: Core, operations: OperationLog, tending: Tending) -> None:
+    def __init__(
+        self, host: Host, core: Core, operations: OperationLog, tending: BaselineTending
+    ) -> None:
         self._host = host
         self._core = core
         self._operations = operations
@@ -114,7 +116,7 @@ class Engine:
             if not config.points:
                 core.points.make_default(host.default_point_path)
             core.jobs.start()
-            tending = Tending(core)
+            tending = BaselineTending(core)
             tending.start()
         except BaseException:
             core.points.stop(1.0)
@@ -327,7 +329,7 @@ class Engine:
             self._core.points.erase(uuid)
             self._require_unused(uuid)  # erasing takes its time
         self._core.points.detach(uuid)
-        tend(self._core)
+        tend_baselines(self._core)
 
     def _require_unused(self, point_uuid: str) -> None:
         if self._core.jobs.active_on(point_uuid):

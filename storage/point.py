@@ -32,9 +32,9 @@ from storage.format.paths import DomainPaths
 from storage.format.record import Digest32, Uuid
 from storage.log.rebuild import Host, open_view
 from storage.log.seen import Seen
-from storage.view import tables
+from storage.view import memory_tables
 from storage.view.listing import BackupRow
-from storage.view.tables import BoundedTables
+from storage.view.memory_tables import BoundedTables
 
 POINT_MAGIC = b"VKPO"
 DOMAIN_MAGIC = b"VKDO"
@@ -254,7 +254,7 @@ class Point:
     def _forget_foreign(self) -> None:
         """All together may take up what one alone may: anybody may make any number of domains."""
         size_bytes = sum(state.size_bytes for state in self._foreign.values())
-        while size_bytes > tables.FOREIGN_BYTES_LIMIT:
+        while size_bytes > memory_tables.FOREIGN_BYTES_LIMIT:
             size_bytes -= self._foreign.pop(next(iter(self._foreign))).size_bytes
 
     def close(self) -> None:

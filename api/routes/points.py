@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
-
 from api.calls import AnyCall, Call, Reply
 from api.schemas import Empty, NoArguments, RowList
 from api.schemas_companion import (
@@ -17,7 +14,7 @@ from api.schemas_companion import (
     PointRow,
 )
 from engine.service import Engine
-from engine.verb_types import PointState
+from engine.verb_types import Maintenance, PointState
 
 
 def _list(engine: Engine, _query: NoArguments) -> Reply[RowList[PointRow]]:
@@ -39,16 +36,6 @@ def _delete(engine: Engine, body: PointDelete) -> Reply[Empty]:
     return Reply(Empty())
 
 
-def _starter(
-    kind: Literal["verify", "gc", "rebuild"],
-) -> Callable[[Engine, PointMaintenance], Reply[JobStarted]]:
-    def start(engine: Engine, body: PointMaintenance) -> Reply[JobStarted]:
-        job_uuid = engine.start_maintenance(kind, body.backup_point_uuid, body.deep)
-        return Reply(JobStarted(job_uuid=job_uuid))
-
-    return start
-
-
 def _row(state: PointState) -> PointRow:
     point = state.point
     return PointRow(
@@ -68,9 +55,11 @@ def _row(state: PointState) -> PointRow:
     )
 
 
-def _maintenance(
-    kind: Literal["verify", "gc", "rebuild"], summary: str
-) -> Call[PointMaintenance, JobStarted]:
+def _maintenance(kind: Maintenance, summary: str) -> Call[PointMaintenance, JobStarted]:
+    def start(engine: Engine, body: PointMaintenance) -> Reply[JobStarted]:
+        job_uuid = engine.start_maintenance(kind, body.backup_point_uuid, body.deep)
+        return Reply(JobStarted(job_uuid=job_uuid))
+
     return Call(
         method="POST",
         path=f"/v1/backup_point/{kind}",
@@ -78,7 +67,7 @@ def _maintenance(
         tag="backup point",
         request=PointMaintenance,
         answer=JobStarted,
-        run=_starter(kind),
+        run=start,
         pace="slow",
         target="backup_point_uuid",
     )

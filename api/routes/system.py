@@ -17,6 +17,7 @@ from api.errors import ApiError
 from api.routes.jobs import job_row
 from api.schemas_companion import Health
 from api.service import SERVICE
+from engine.jobs.jobs import ACTIVE_STATES
 from engine.model import Job
 
 log = logging.getLogger(__name__)
@@ -24,7 +25,6 @@ log = logging.getLogger(__name__)
 HEARTBEAT_S = 15.0  # also how soon a client that went away is noticed
 SEND_TIMEOUT_S = 30.0
 _HEARTBEAT = b": still here\n\n"
-_UNFINISHED = ("queued", "running")
 
 
 async def _health(request: web.Request) -> web.StreamResponse:
@@ -58,7 +58,7 @@ async def _job_events(request: web.Request) -> web.StreamResponse:
     service = request.app[SERVICE]
     with service.feed.listen() as listener:
         jobs = await service.looking.run(service.engine.jobs)
-        listener.seed(job for job in reversed(jobs) if job.state in _UNFINISHED)
+        listener.seed(job for job in reversed(jobs) if job.state in ACTIVE_STATES)
         response = web.StreamResponse(
             headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"}
         )

@@ -30,7 +30,7 @@ from engine.model import (
     DiskBackup,
     Vm,
 )
-from engine.points.distrust import remember
+from engine.points.distrust import remember_distrusted
 from engine.qemu.bitmaps import bitmap_name
 from engine.snapshot.freeze import FreezeHook
 from engine.snapshot.hold import HoldWish, Resting
@@ -132,7 +132,9 @@ class _BackupRun:
         if error is not None:
             reason = str(error) or type(error).__name__
             row = replace(self._row, status=BACKUP_FAILED, error=reason)
-        remember(self._core.state, self._core.points, row.point_uuid, (row.cluster_uuid,))
+        remember_distrusted(
+            self._core.state, self._core.points, row.point_uuid, (row.cluster_uuid,)
+        )
         try:
             self._core.catalogue.put(row)
             if error is not None:

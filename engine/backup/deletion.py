@@ -11,7 +11,7 @@ import logging
 from engine.core import Core
 from engine.errors import Conflict
 from engine.model import BACKUP_DONE, BACKUP_RUNNING
-from engine.snapshot.tending import tend
+from engine.snapshot.baseline_tending import tend_baselines
 from engine.verb_types import Scope
 from storage.errors import NotOnPoint
 
@@ -37,5 +37,5 @@ def delete_backup(core: Core, scope: Scope, backup_uuid: str) -> None:
     core.catalogue.remove(row)
     if row.status == BACKUP_DONE:
         core.points.reclaim(row.point_uuid, RECLAIM_TIMEOUT_S)
-        tend(core)
+        tend_baselines(core)
     log.info("backup_deleted", extra={"backup": row.uuid})

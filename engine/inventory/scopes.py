@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TypeAlias
 
 from engine.errors import NotFound
+from engine.ids import normal
 from engine.inventory.inventory import DEFAULT_NAME, Places, default_of, find
 from engine.model import Cluster, Namespace, Tenant
 from engine.verb_types import Scope
@@ -19,7 +20,7 @@ Range: TypeAlias = tuple[Cluster, Namespace]
 def ranges(places: Places, scope: Scope) -> list[Range]:
     """All pairs in scope, clusters in their order. NotFound for an unknown member of the scope."""
     clusters = (
-        (find("cluster", places.clusters, scope.cluster_uuid.lower()),)
+        (find("cluster", places.clusters, normal(scope.cluster_uuid)),)
         if scope.cluster_uuid
         else places.clusters
     )
@@ -53,7 +54,7 @@ def _namespaces(places: Places, scope: Scope) -> list[Namespace]:
     inside = _tenant_namespaces(places, scope)
     if not scope.namespace_uuid:
         return inside
-    return [find("namespace", inside, scope.namespace_uuid.lower())]
+    return [find("namespace", inside, normal(scope.namespace_uuid))]
 
 
 def _tenant_namespaces(places: Places, scope: Scope) -> list[Namespace]:
@@ -70,6 +71,6 @@ def _tenant_namespaces(places: Places, scope: Scope) -> list[Namespace]:
 def find_tenant(places: Places, tenant: str) -> Tenant:
     """The tenant of that uuid, or of that name. NotFound."""
     for row in places.tenants:
-        if tenant.lower() == row.uuid or tenant == row.name:
+        if normal(tenant) == row.uuid or tenant == row.name:
             return row
     raise NotFound("tenant", tenant)

@@ -29,7 +29,7 @@ from engine.config import (
     ZoneConfig,
 )
 from engine.errors import ConfigInvalid, EngineError, Invalid
-from engine.ids import canonical, new_id
+from engine.ids import canonical, new_id, normal
 from engine.inventory.inventory import DEFAULT_NAME, Places, PlaceT, default_of, require_addable
 from engine.inventory.volumes import (
     Directory,
@@ -50,9 +50,7 @@ class _Wanted(Protocol):
     def name(self) -> str: ...
 
 
-SizeOf: TypeAlias = Callable[
-    [Pool, str, str], int | None
-]  # engine.inventory.volumes.volume_size, bounded
+SizeOf: TypeAlias = Callable[[Pool, str, str], int | None]  # of a volume, by its name and format
 _Which: TypeAlias = Callable[[str], DirectoryId | None]
 WantedT = TypeVar("WantedT", bound=_Wanted)
 KnownT = TypeVar("KnownT", Cluster, Tenant, Namespace, Zone, ObjectGroup, Pool)
@@ -170,7 +168,7 @@ def refer(rows: Sequence[PlaceT], name: str, what: str) -> PlaceT:
     if not name:
         return default_of(rows)
     for row in rows:
-        if name == row.name or name.lower() == row.uuid:
+        if name == row.name or normal(name) == row.uuid:
             return row
     raise ConfigInvalid(f"no {what} {name!r} is listed")
 

@@ -27,7 +27,7 @@ from engine.inventory.volumes import (
     volume_size,
 )
 from engine.model import Disk, Pool, Vm
-from engine.snapshot.tending import tend
+from engine.snapshot.baseline_tending import tend_baselines
 from engine.verb_types import NewDisk, Scope
 
 log = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ def delete_vm(core: Core, scope: Scope, uuid: str, delete_volumes: bool) -> None
         log.info("vm_deleted", extra={"vm": vm.uuid})
         if delete_volumes:
             _remove_volumes(core, vm)
-    tend(core)
+    tend_baselines(core)
 
 
 def _require_answering(core: Core, pool_uuids: Iterable[str]) -> None:

@@ -10,15 +10,15 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import PurePath
 from typing import TypeAlias
 
-from engine.errors import Conflict, Invalid, PoolFull, PoolUnreachable
+from engine.errors import Conflict, Invalid, PoolUnreachable
 from engine.model import Pool
 from engine.probes import Probes
 from engine.qemu.header import read_header
-from engine.snapshot.sources import open_volume
+from engine.snapshot.sources import open_volume, pool_errors
 from storage.files.fs import OsFs
 
 MOST_NAME_BYTES = 200  # leaves room for the hidden names that stand beside it while it is made
@@ -59,21 +59,14 @@ def volume_path(pool: Pool, volume_name: str) -> str:
     return os.path.join(pool.path, volume_name)
 
 
-@contextlib.contextmanager
-def pool_errors(pool: Pool) -> Iterator[None]:
-    """Turns an OSError inside the block into the pool's error."""
-    try:
-        yield
-    except OSError as error:
-        detail = f"pool {pool.name}: {error.strerror or error}"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise PoolFull(detail) from error
-        raise PoolUnreachable(detail) from error
+def errors_of(pool: Pool) -> AbstractContextManager[None]:
+    """Turns an OSError inside the block into an EngineError that names the pool."""
+    return pool_errors(f"pool {pool.name}")
 
 
 def pool_room(pool: Pool) -> tuple[int, int]:
     """(capacity, free) of the pool's file system. PoolUnreachable. May hang with the medium."""
-    with pool_errors(pool):
+    with errors_of(pool):
         found = os.statvfs(pool.path)
     return found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize
 
@@ -84,7 +77,7 @@ def volume_size(pool: Pool, volume_name: str, volume_format: str = "raw") -> int
     Conflict(name_taken) if it is no plain file, DiskServerRefused if it is not of that format.
     """
     path = volume_path(pool, volume_name)
-    with pool_errors(pool):
+    with errors_of(pool):
         try:
             found = os.lstat(path)
         except FileNotFoundError:
@@ -96,7 +89,7 @@ def volume_size(pool: Pool, volume_name: str, volume_format: str = "raw") -> int
 
 
 def _qcow2_size(pool: Pool, path: str) -> int:
-    with pool_errors(pool):
+    with errors_of(pool):
         fd = open_volume(path)
         try:
             return read_header(fd, path).size_bytes
@@ -155,7 +148,7 @@ def _upwards(path: str) -> list[str]:
 def make_volume(pool: Pool, volume_name: str, capacity: int) -> None:
     """A new sparse volume, durable on return. Conflict(name_taken), PoolFull, PoolUnreachable."""
     path = volume_path(pool, volume_name)
-    with pool_errors(pool):
+    with errors_of(pool):
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
             fd = os.open(path, flags, 0o600)
@@ -174,7 +167,7 @@ def make_volume(pool: Pool, volume_name: str, capacity: int) -> None:
 def remove_volume(pool: Pool, volume_name: str) -> None:
     """The volume is gone on return, durably. None there is no error. PoolUnreachable."""
     path = volume_path(pool, volume_name)
-    with pool_errors(pool):
+    with errors_of(pool):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
         OsFs().fsync_dir(pool.path)

@@ -18,7 +18,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-import uuid as uuids
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from typing import TypeAlias
 from msgspec.structs import replace
 
 from engine.errors import Cancelled, Conflict, EngineError, NotFound
+from engine.ids import new_id
 from engine.jobs.hangs import HangOf, log_hang, never
 from engine.jobs.history import shortened
 from engine.jobs.progress import Counters, Speedometer, to_progress
@@ -461,7 +461,7 @@ def new_job(
 ) -> Job:
     """A job row with a fresh uuid, for `Jobs.submit`."""
     return Job(
-        uuid=str(uuids.uuid4()),
+        uuid=new_id(),
         kind=kind,
         backup_uuid=backup_uuid,
         compute_uuid=compute_uuid,

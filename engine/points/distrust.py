@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 MOST_CHUNKS = 4096  # of one pack; with more of them damaged, all of it is distrusted
 
 
-def remember(state: State, points: Points, point_uuid: str, clusters: Iterable[str]) -> None:
+def remember_distrusted(
+    state: State, points: Points, point_uuid: str, clusters: Iterable[str]
+) -> None:
     """Writes down what these clusters' domains distrust now. A point that is gone is no error."""
     for cluster_uuid in clusters:
         try:
@@ -44,7 +46,9 @@ def remember(state: State, points: Points, point_uuid: str, clusters: Iterable[s
             state.distrusts.put_all(fresh)
 
 
-def recall(distrusts: Rows[Distrust], point_uuid: str, cluster_uuid: str, domain: Domain) -> None:
+def recall_distrusted(
+    distrusts: Rows[Distrust], point_uuid: str, cluster_uuid: str, domain: Domain
+) -> None:
     """Tells a domain that was just opened what it has to distrust."""
     for row in _distrusts_of(distrusts, point_uuid, cluster_uuid):
         domain.trust.withdraw(row.pack, frozenset(row.chunks) if row.chunks else None)

@@ -27,7 +27,7 @@ from engine.errors import NotFound, PointStateError
 from engine.host import Host
 from engine.inventory.inventory import Places
 from engine.model import Backup, BackupPoint, Cluster, Distrust
-from engine.points.distrust import recall
+from engine.points.distrust import recall_distrusted
 from engine.state import Rows
 from engine.verb_types import PointState, PointStateName
 from storage.domain.bundling import Bundling
@@ -271,7 +271,7 @@ class Keeper:
             return
         opened.domains[cluster.uuid] = domain
         opened.damaged.pop(cluster.uuid, None)
-        recall(around.distrusts, row.uuid, cluster.uuid, domain)
+        recall_distrusted(around.distrusts, row.uuid, cluster.uuid, domain)
 
     def _reopened(self, opened: Opened) -> Opened:
         """With the domains that could not be opened before, and can be now: what was damaged may

@@ -8,7 +8,7 @@ from engine.core import Core
 from engine.errors import Invalid
 from engine.ids import normal
 from engine.jobs.jobs import JobContext, new_job
-from engine.points.distrust import remember
+from engine.points.distrust import remember_distrusted
 from engine.points.keeper import Opened
 from engine.points.pack_reads import PackReads
 from engine.points.verify import report_lines, run_verify
@@ -66,7 +66,7 @@ def _verify(core: Core, point_uuid: str, deep: bool, ctx: JobContext) -> tuple[s
     finally:
         if reads is not None:
             reads.flush()
-        remember(core.state, core.points, point_uuid, opened.domains)
+        remember_distrusted(core.state, core.points, point_uuid, opened.domains)
     if reads is not None:
         reads.end()
         for _, domain in opened.sound():
@@ -140,7 +140,7 @@ def _in_each_domain(
             failures.append(error)
             lines = [f"failed: cluster {cluster.name}: {error}"]
         finally:
-            remember(core.state, core.points, point_uuid, (cluster.uuid,))
+            remember_distrusted(core.state, core.points, point_uuid, (cluster.uuid,))
         ctx.lines = (*ctx.lines, *lines)
     if failures:
         raise failures[0]

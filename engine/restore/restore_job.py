@@ -21,7 +21,7 @@ from engine.inventory.inventory import find, require_addable
 from engine.inventory.volumes import bounded_volume_size, require_plain_name, volume_path
 from engine.jobs.jobs import JobContext, new_job
 from engine.model import BACKUP_DONE, Backup, Disk, DiskBackup, Pool, Vm
-from engine.points.distrust import remember
+from engine.points.distrust import remember_distrusted
 from engine.qemu.header import VolumeFormat
 from engine.restore.restore import Gaps, RestoreDisk, run_restore
 from engine.verb_types import RestoreTarget, Scope
@@ -279,7 +279,7 @@ class _RestoreRun:
     def settle(self, error: Exception | None) -> None:
         core, vm = self._core, self._plan.vm
         row = self._plan.backup
-        remember(core.state, core.points, row.point_uuid, (row.cluster_uuid,))
+        remember_distrusted(core.state, core.points, row.point_uuid, (row.cluster_uuid,))
         core.rooms.release(self._job_uuid)
         reason = "" if error is None else str(error) or type(error).__name__
         core.inventory.end_action(vm.uuid, lambda now: after_restore(now, reason))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from engine.errors import PoolFull
-from engine.inventory.volumes import pool_errors, pool_room
+from engine.inventory.volumes import errors_of, pool_room
 from engine.model import Pool
 
 
@@ -63,5 +63,5 @@ class Rooms:
 
 
 def _device(pool: Pool) -> int:
-    with pool_errors(pool):
+    with errors_of(pool):
         return os.stat(pool.path).st_dev

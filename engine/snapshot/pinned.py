@@ -1,8 +1,8 @@
 """How much room baselines take up: what VMs have overwritten since, and would be free without them.
 
 That is read from the extents of each baseline, some microseconds an extent; so it is looked at in
-the rounds of engine/snapshot/tending.py, each baseline only so often that it takes a hundredth of
-the time, and kept in memory for whoever asks.
+the rounds of engine/snapshot/baseline_tending.py, each baseline only so often that it takes a
+hundredth of the time, and kept in memory for whoever asks.
 """
 
 from __future__ import annotations

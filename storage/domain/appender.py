@@ -27,9 +27,9 @@ from storage.log.log import Log
 from storage.log.rebuild import Host, make_view
 from storage.log.seen import Seen
 from storage.view import tables
+from storage.view.lmdb_tables import LmdbTables
 from storage.view.tables import Tables
 from storage.view.tally import Delta, Noticing, Tally
-from storage.view.view_tables import ViewTables
 
 if TYPE_CHECKING:
     from storage.domain.domain import Domain
@@ -175,7 +175,7 @@ class Appender:
         digest = b""
         garbage = Garbage()
 
-        def change(view: ViewTables) -> Delta:
+        def change(view: LmdbTables) -> Delta:
             nonlocal published, digest, garbage
             state = Noticing(view)
             record = published or self._next_record(state, build(state))

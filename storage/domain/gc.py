@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING
 from storage.domain import orphans
 from storage.domain.session import FoldedChain, Session
 from storage.errors import Damaged, FileGone, PointFull, PointNewerFormat, Refused, translated
-from storage.files.bad_places import open_to_read, read_at
+from storage.files.bad_places import open_to_read
 from storage.format.chunks import FRAME_HEADER_BYTES, Decoder, Frame, make_frame
-from storage.format.packs import ROW_BYTES, PackEntry, parse_frame, require_content, require_entry
+from storage.format.packs import ROW_BYTES, PackEntry, read_frame, require_content
 from storage.format.record import DISKS_LIMIT
 from storage.format.sealed import HEADER_BYTES, TAIL_BYTES
 from storage.log.rebuild import own_part
@@ -242,7 +242,7 @@ def _copy_live(domain: Domain, session: Session, pack: str, unproved: dict[bytes
         try:
             for entry in wanted:
                 try:
-                    frame = _read_frame(domain, fd, path, entry, decoder)
+                    frame = _checked_frame(domain, fd, path, entry, decoder)
                 except Damaged:
                     domain.trust.withdraw(pack, frozenset({entry.chunk_id}))
                     raise
@@ -253,14 +253,10 @@ def _copy_live(domain: Domain, session: Session, pack: str, unproved: dict[bytes
     return copied_bytes
 
 
-def _read_frame(domain: Domain, fd: int, path: str, entry: PackEntry, decoder: Decoder) -> Frame:
-    what = f"{path} at {entry.offset}"
-    size_bytes = FRAME_HEADER_BYTES + entry.stored_len
-    raw = memoryview(read_at(domain.fs, fd, size_bytes, entry.offset, path))
-    view = parse_frame(raw, domain.chunk_size, what)
-    require_entry(view, entry, what)
+def _checked_frame(domain: Domain, fd: int, path: str, entry: PackEntry, decoder: Decoder) -> Frame:
+    view = read_frame(domain.fs, fd, entry, domain.chunk_size, path)
     if not entry.base:
-        require_content(view, decoder, domain.hasher, what)
+        require_content(view, decoder, domain.hasher, f"{path} at {entry.offset}")
     return make_frame(view.chunk_id, view.raw_len, view.codec, view.payload)
 
 

@@ -28,18 +28,19 @@ from storage.errors import (
     Refused,
     translated,
 )
-from storage.files.bad_places import open_to_read, read_at
+from storage.files.bad_places import open_to_read
 from storage.files.fs import Fs
-from storage.format.chunks import FRAME_HEADER_BYTES, ZERO_MARK, Decoder, Encoder
+from storage.format.chunks import ZERO_MARK, Decoder, Encoder
 from storage.format.manifests import PAGE_ENTRIES, decode_page
-from storage.format.packs import PackEntry, parse_frame, read_footer, require_content, require_entry
+from storage.format.packs import PackEntry, read_footer, read_frame, require_content
 from storage.format.paths import DomainPaths, FileContents
 from storage.log.log import Log
 from storage.log.rebuild import fold_records, manifest_chain, merged_pages
 from storage.view import tables
 from storage.view.listing import BackupRow, backup_rows
+from storage.view.memory_tables import BoundedTables
 from storage.view.sorted_runs import ChunkSet
-from storage.view.tables import BoundedTables, Tables
+from storage.view.tables import Tables
 
 if TYPE_CHECKING:
     from storage.domain.domain import Domain
@@ -306,11 +307,7 @@ def _prove(domain: Domain, path: str, entries: Sequence[PackEntry]) -> None:
         fd = open_to_read(domain.fs, path)
         try:
             for entry in entries:
-                what = f"{path} at {entry.offset}"
-                size_bytes = FRAME_HEADER_BYTES + entry.stored_len
-                raw = read_at(domain.fs, fd, size_bytes, entry.offset, path)
-                frame = parse_frame(memoryview(raw), domain.chunk_size, what)
-                require_entry(frame, entry, what)
-                require_content(frame, decoder, domain.hasher, what)
+                frame = read_frame(domain.fs, fd, entry, domain.chunk_size, path)
+                require_content(frame, decoder, domain.hasher, f"{path} at {entry.offset}")
         finally:
             domain.fs.close(fd)

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from storage.errors import Damaged, PointNewerFormat, Refused
-from storage.files.bad_places import open_to_read
+from storage.files.bad_places import open_to_read, read_at
 from storage.files.fs import Buffer, Fs
 from storage.format.chunks import (
     CHUNK_ID_BYTES,
@@ -205,6 +205,18 @@ def parse_frame(buffer: memoryview, chunk_size: int, what: str) -> FrameView:
     if codec == CODEC_PATCH and not is_base_of(base_of(payload), chunk_id):
         raise Damaged(f"{what}: a patch of itself")
     return FrameView(chunk_id, raw_len, stored_len, codec, payload)
+
+
+def read_frame(fs: Fs, fd: int, entry: PackEntry, chunk_size: int, path: str) -> FrameView:
+    """The frame of a row of the pack at `path`, on which `fd` is open. It is not decoded.
+
+    Raises Damaged unless it is the one that the row says; PointNewerFormat.
+    """
+    what = f"{path} at {entry.offset}"
+    raw = read_at(fs, fd, FRAME_HEADER_BYTES + entry.stored_len, entry.offset, path)
+    view = parse_frame(memoryview(raw), chunk_size, what)
+    require_entry(view, entry, what)
+    return view
 
 
 def require_entry(view: FrameView, entry: PackEntry, what: str) -> None:

@@ -4,7 +4,7 @@ Theory: LMDB follows the numbers in its pages as they are. A wrong one ends the 
 makes it go in circles, or lets it write over pages that are in use. So the file is walked first, by
 plain reads: every page that the state to be opened reaches is inside the file, carries its own
 number, has the kind that its place asks for, and is reached once; its nodes fill it exactly; the
-list of free pages names none of them. What the rows say is storage.view.view_tables' to prove.
+list of free pages names none of them. What the rows say is storage.view.lmdb_tables' to prove.
 
 The layout is that of LMDB 0.9's data version 1 (mdb.c: MDB_meta, MDB_db, MDB_page, MDB_node).
 """

@@ -14,9 +14,9 @@ import time
 from collections.abc import Callable, Sequence
 
 from storage.view import tables
+from storage.view.lmdb_tables import LmdbTables
 from storage.view.tables import Tables
 from storage.view.view import View
-from storage.view.view_tables import ViewTables
 
 QUICK_ROWS = 5_000
 REST = 20.0
@@ -58,7 +58,7 @@ class Proof:
         self._dead = frozenset()
 
     def _prove(self, packs: Sequence[str]) -> tuple[str, ...]:
-        def proved(state: ViewTables) -> tuple[str, ...]:
+        def proved(state: LmdbTables) -> tuple[str, ...]:
             state.prove()
             return plan_dead(state, packs)
 

@@ -2,7 +2,7 @@
 
 A view is proved before anything in it is used: by its seal (storage.lmdb_env.clean_close) when it
 was closed, else by a walk over its pages (storage.lmdb_env.pages) and all of its rows
-(storage.view.view_tables). What is found damaged later raises ViewDamaged and is remembered as
+(storage.view.lmdb_tables). What is found damaged later raises ViewDamaged and is remembered as
 `suspect`: the domain makes it anew.
 
 `update(change)` runs `change(tables)` in a write transaction and commits it when it returns;
@@ -33,8 +33,8 @@ from storage.files.in_flight import InFlight
 from storage.lmdb_env.clean_close import break_seal, put_seal
 from storage.lmdb_env.lock_file import READERS, lock_in_memory, occupy
 from storage.lmdb_env.pages import require_sound_pages
+from storage.view.lmdb_tables import SUMS, Db, LmdbTables
 from storage.view.tables import TABLE_NAMES
-from storage.view.view_tables import SUMS, Db, ViewTables
 
 FIRST_MAP_BYTES = 1 << 30
 _DATA_FILE = "data.mdb"
@@ -156,16 +156,16 @@ class View:
         destroy(old)
 
     @contextlib.contextmanager
-    def read(self) -> Iterator[ViewTables]:
+    def read(self) -> Iterator[LmdbTables]:
         """The state after the last commit. Keep it short; never across a wait."""
         with self._watched():
             if self._panicked and not getattr(self._reading, "depth", 0):
                 with self._writing:
                     self._revive()
             with self._entered() as current, current.env.begin() as txn:
-                yield ViewTables(txn, current.databases)
+                yield LmdbTables(txn, current.databases)
 
-    def ask(self, question: Callable[[ViewTables], ResultT]) -> ResultT:
+    def ask(self, question: Callable[[LmdbTables], ResultT]) -> ResultT:
         """`question` of the state after the last commit; asked once more, of the view made anew,
         when this one turns out to be damaged. Not from within a transaction that it may wait for.
         """
@@ -223,7 +223,7 @@ class View:
             self._replaced.remove(opened)
             opened.close()
 
-    def update(self, change: Callable[[ViewTables], ResultT]) -> ResultT:
+    def update(self, change: Callable[[LmdbTables], ResultT]) -> ResultT:
         """Runs `change` in a write transaction, durable on return; none of it when it raises.
         (Of a scratch view nothing is durable yet.)
 
@@ -240,10 +240,10 @@ class View:
                     self._panicked = self._is_panicked()
                     raise
 
-    def _changed(self, change: Callable[[ViewTables], ResultT]) -> ResultT:
+    def _changed(self, change: Callable[[LmdbTables], ResultT]) -> ResultT:
         txn = self._current.env.begin(write=True)
         try:
-            tables = ViewTables(txn, self._current.databases)
+            tables = LmdbTables(txn, self._current.databases)
             result = change(tables)
             tables.flush()
             with InFlight(self.path):  # LMDB's writing; what comes before it computes

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage.errors import ViewDamaged
-from storage.view.tables import TABLE_NAMES, MemoryTables, Table
+from storage.view.memory_tables import MemoryTables
+from storage.view.tables import TABLE_NAMES, Table
 from storage.view.view import View
 
 Change = Callable[[Table], None]

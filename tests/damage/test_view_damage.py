@@ -22,8 +22,9 @@ from storage.domain.domain import Domain
 from storage.errors import ViewDamaged
 from storage.lmdb_env.pages import require_sound_pages
 from storage.view import tables
+from storage.view.lmdb_tables import LmdbTables
+from storage.view.memory_tables import MemoryTables
 from storage.view.view import View
-from storage.view.view_tables import ViewTables
 from tests.damage import site as sites
 from tests.damage.site import HOST, Site, readable
 from tests.store import dump, load, save
@@ -103,7 +104,7 @@ def test_a_sound_view_is_not_made_anew(
     chance = random.Random(3)
     for number in range(60):
 
-        def change(state: ViewTables) -> None:
+        def change(state: LmdbTables) -> None:
             for _ in range(chance.randrange(200)):
                 key = chance.randrange(300).to_bytes(12, "big")
                 name = chance.choice(("pages", "chunks"))
@@ -156,7 +157,7 @@ def test_an_older_copy_of_the_view_is_brought_up_to_date(own: Site) -> None:
 # next start proves the file; these are rows that LMDB gives as if nothing had happened.
 
 
-def flipped(chance: random.Random, name: str, key: bytes, state: ViewTables) -> None:
+def flipped(chance: random.Random, name: str, key: bytes, state: LmdbTables) -> None:
     """A bit of the row has changed."""
     table = state.table(name)
     row = bytearray(table._txn.get(key, db=table._db) or b"")
@@ -164,7 +165,7 @@ def flipped(chance: random.Random, name: str, key: bytes, state: ViewTables) -> 
     table._txn.put(key, bytes(row), db=table._db)
 
 
-def lost(_chance: random.Random, name: str, key: bytes, state: ViewTables) -> None:
+def lost(_chance: random.Random, name: str, key: bytes, state: LmdbTables) -> None:
     """LMDB does not come upon the row any more."""
     table = state.table(name)
     table._txn.delete(key, db=table._db)
@@ -173,7 +174,7 @@ def lost(_chance: random.Random, name: str, key: bytes, state: ViewTables) -> No
 @pytest.mark.parametrize("name", [*SMALL_TABLES, "chunks", "pages"])
 @pytest.mark.parametrize("how", [flipped, lost])
 def test_rows_that_go_wrong_beside_us(
-    own: Site, name: str, how: Callable[[random.Random, str, bytes, ViewTables], None]
+    own: Site, name: str, how: Callable[[random.Random, str, bytes, LmdbTables], None]
 ) -> None:
     """A restore, a new backup, a delete with gc: right, or refused, and right the next time."""
     chance = random.Random(f"{name} {how.__name__}")
@@ -232,10 +233,10 @@ def test_gc_believes_no_count_alone(own: Site) -> None:
     assert packs <= set(own.files()["packs"])
 
 
-def _call_packs_dead(state: ViewTables) -> None:
+def _call_packs_dead(state: LmdbTables) -> None:
     """As an older version of each row, whose check is right, would."""
     rows = list(tables.packs.scan(state))
-    before = tables.MemoryTables()
+    before = MemoryTables()
     for pack, row in rows:
         number, size, count, digest = row.number, row.size_bytes, row.count, row.digest
         tables.packs.put(before, pack, tables.PackState(number, size, count, digest))
@@ -262,8 +263,8 @@ def test_a_manifest_that_somebody_needs_stays(own: Site) -> None:
     """Though the count of its users is an older one."""
     first, second, _, last = own.images
 
-    def one_user(state: ViewTables) -> None:
-        table, before = state.table("manifests"), tables.MemoryTables()
+    def one_user(state: LmdbTables) -> None:
+        table, before = state.table("manifests"), MemoryTables()
         for name, row in list(tables.manifests.scan(state)):
             fewer = tables.ManifestState(row.size_bytes, row.count, row.digest, row.base, 1)
             tables.manifests.put(before, name, fewer)

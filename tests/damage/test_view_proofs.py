@@ -20,16 +20,16 @@ from storage.format.manifests import encode_page
 from storage.format.paths import DomainPaths, FileContents
 from storage.lmdb_env.pages import _Walk, require_sound_pages
 from storage.view.index import Index
+from storage.view.lmdb_tables import LmdbTables
 from storage.view.tables import page_key
 from storage.view.view import View
-from storage.view.view_tables import ViewTables
 from tests.damage.site import Site
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 LAYER, CHILD = 3, 4
 
 
-def lose(state: ViewTables, name: str, key: bytes) -> None:
+def lose(state: LmdbTables, name: str, key: bytes) -> None:
     """LMDB does not come upon the row any more; its pages are sound."""
     table = state.table(name)
     assert table._txn.delete(key, db=table._db)
@@ -76,7 +76,7 @@ def test_a_layer_is_emptied_only_of_all_its_pages(
     contents = FileContents(OsFs(), DomainPaths(str(tmp_path), "domain"))
     view = View(str(tmp_path / "view"), b"mine")
 
-    def fill(state: ViewTables) -> None:
+    def fill(state: LmdbTables) -> None:
         for layer in (LAYER, CHILD):
             for page_no in range(3):
                 state.table("pages").put(page_key(layer, page_no), encode_page({0: ZERO_MARK}))

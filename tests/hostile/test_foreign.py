@@ -28,7 +28,7 @@ from storage.format.record import (
 )
 from storage.log.log import Log, record_path
 from storage.point import ClusterLabel, Point
-from storage.view import tables
+from storage.view import memory_tables
 from storage.view.listing import BackupRow
 from tests import forging
 from tests.engine_rig import EngineRig, disk_bytes
@@ -169,7 +169,7 @@ def test_sessions_without_end(point: Point, evil: Forger) -> None:
 def test_a_state_without_end(
     point: Point, mine: Domain, evil: Forger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, "FOREIGN_BYTES_LIMIT", 8 * MIB)
+    monkeypatch.setattr(memory_tables, "FOREIGN_BYTES_LIMIT", 8 * MIB)
     for number in range(12):
         session = f"{number:032x}"
         seal = BackupSeal(backup=new_uuid(), label=bytes(LABEL_LIMIT_BYTES), disks=())
@@ -187,7 +187,7 @@ def test_a_state_without_end(
 
 def test_domains_without_end(point: Point, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is within its bounds; what is remembered of all of them is, too."""
-    monkeypatch.setattr(tables, "FOREIGN_BYTES_LIMIT", 4 * MIB)
+    monkeypatch.setattr(memory_tables, "FOREIGN_BYTES_LIMIT", 4 * MIB)
     many = [Forger(Path(point.path), f"evil{number}") for number in range(20)]
     for one in many:
         seal = BackupSeal(backup=new_uuid(), label=os.urandom(LABEL_LIMIT_BYTES), disks=())
@@ -230,7 +230,7 @@ def test_a_bundle_without_end(point: Point, evil: Forger) -> None:
 def test_what_goes_is_not_counted(
     point: Point, mine: Domain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, "FOREIGN_BYTES_LIMIT", 40_000)
+    monkeypatch.setattr(memory_tables, "FOREIGN_BYTES_LIMIT", 40_000)
     for number in range(30):
         saved = save(mine, image_of(number + 1), label=bytes(4_000))
         if number % 5:

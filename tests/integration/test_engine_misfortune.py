@@ -24,7 +24,7 @@ from engine.config import (
 from engine.errors import NotFound, PoolUnreachable
 from engine.jobs.jobs import JobContext
 from engine.model import BACKUP_DONE, BACKUP_FAILED, Backup, Pool, Vm
-from engine.points.distrust import remember
+from engine.points.distrust import remember_distrusted
 from engine.restore.rooms import Rooms
 from engine.verb_types import NewDisk, RestoreTarget, Scope
 from storage.check.check import check_point
@@ -293,11 +293,11 @@ def test_a_backup_whose_commit_got_no_answer_is_there_all_the_same(
 
         def looking(*args: Any) -> None:
             rig.core.points.look_again(rig.point_uuid)
-            remember(*args)
+            remember_distrusted(*args)
 
         with monkeypatch.context() as patch:
             patch.setattr(Session, "commit", unanswered)
-            patch.setattr("engine.backup.backup_job.remember", looking)
+            patch.setattr("engine.backup.backup_job.remember_distrusted", looking)
             backup, job = rig.ask_backup(rig.make_vm("web", content))
             assert rig.ended(job).state == "failed"
         row = rig.engine.backup(ANYWHERE, backup)

@@ -16,9 +16,9 @@ from api.schemas_companion import ComputeInspectQuery
 from engine.config import Clone, Config, Freeze, PoolConfig, Tracking
 from engine.model import Baseline, Vm
 from engine.probes import Probes
+from engine.snapshot.baseline_tending import tend_baselines
 from engine.snapshot.pinned import Pinned
 from engine.snapshot.snapshot import SNAPSHOTS
-from engine.snapshot.tending import tend
 from engine.verb_types import Scope
 from tests.conftest import LoopFs
 from tests.engine_rig import ANYWHERE, EngineRig
@@ -164,10 +164,10 @@ def test_of_a_pool_that_hangs_one_is_looked_at(monkeypatch: pytest.MonkeyPatch) 
 def test_without_room_they_go(rig: EngineRig) -> None:
     vm = rig.make_vm("web", random_bytes(SIZE))
     rig.back_up(vm)
-    tend(rig.core)
+    tend_baselines(rig.core)
     assert len(kept(rig)) == 1
     rig.core.baselines._reserve_share = 1.0
-    tend(rig.core)
+    tend_baselines(rig.core)
     assert kept(rig) == []
     backup = rig.back_up(vm)
     assert any("the pool is short of room" in note for note in backup.label.notes)

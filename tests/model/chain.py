@@ -35,7 +35,8 @@ from storage.format.record import (
 )
 from storage.log.fold import Garbage, fold
 from storage.view import tables
-from storage.view.tables import TABLE_NAMES, MemoryTables
+from storage.view.memory_tables import MemoryTables
+from storage.view.tables import TABLE_NAMES
 from tests.model import invariants
 from tests.model.files import DiskContents, Files
 

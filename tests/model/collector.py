@@ -11,7 +11,8 @@ from storage.domain.session import FoldedChain
 from storage.errors import StorageError
 from storage.format.record import Abort, Op
 from storage.view import tables
-from storage.view.tables import MemoryTables, unpack_chunk_row
+from storage.view.memory_tables import MemoryTables
+from storage.view.tables import unpack_chunk_row
 from tests.model.chain import Edge
 from tests.model.drafts import Draft
 from tests.model.files import File, Pages

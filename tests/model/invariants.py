@@ -20,7 +20,8 @@ from storage.log.log import Log
 from storage.log.rebuild import fill
 from storage.view import tables
 from storage.view.index import Contents
-from storage.view.tables import TABLE_NAMES, MemoryTables, Tables, unpack_chunk_row
+from storage.view.memory_tables import MemoryTables
+from storage.view.tables import TABLE_NAMES, Tables, unpack_chunk_row
 from storage.view.view import View
 
 ResultT = TypeVar("ResultT")

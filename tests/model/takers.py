@@ -13,7 +13,8 @@ from storage.format.manifests import decode_page
 from storage.format.record import Abort, Op
 from storage.log.rebuild import manifest_chain, merged_pages
 from storage.view import tables
-from storage.view.tables import MemoryTables, unpack_chunk_row
+from storage.view.memory_tables import MemoryTables
+from storage.view.tables import unpack_chunk_row
 from storage.view.view import View
 from tests.model.chain import Edge
 from tests.model.drafts import Draft

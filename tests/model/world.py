@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 from storage.errors import FileGone, StorageError
 from storage.format.record import Op
-from storage.view.tables import MemoryTables
+from storage.view.memory_tables import MemoryTables
 from tests.model.chain import Chain, Edge, Image, Names, Node
 from tests.model.files import File, Files
 from tests.model.invariants import must

@@ -11,7 +11,8 @@ from storage.errors import ChunkMissing, StorageError
 from storage.format.chunks import ZERO_MARK
 from storage.format.manifests import encode_page
 from storage.format.record import Forget, Op, Open, SessionKind
-from storage.view.tables import MemoryTables, unpack_chunk_row
+from storage.view.memory_tables import MemoryTables
+from storage.view.tables import unpack_chunk_row
 from tests.model.chain import Edge
 from tests.model.drafts import Draft
 from tests.model.files import Pages

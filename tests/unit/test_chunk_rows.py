@@ -8,7 +8,7 @@ import pytest
 
 from storage.view import chunk_rows
 from storage.view.chunk_rows import ChunkRows
-from storage.view.tables import MemoryTable
+from storage.view.memory_tables import MemoryTable
 
 
 @pytest.mark.parametrize("most", [1, 7, 1000])

@@ -32,7 +32,7 @@ from storage.format.record import (
 )
 from storage.log.fold import Garbage, fold
 from storage.view import tables
-from storage.view.tables import MemoryTables
+from storage.view.memory_tables import MemoryTables
 from tests.store import new_uuid
 
 A, B, C = (letter * 32 for letter in "abc")

@@ -11,14 +11,8 @@ from storage.format.manifests import encode_page
 from storage.format.packs import PackEntry
 from storage.view import tables
 from storage.view.index import Index
-from storage.view.tables import (
-    LOST_PACK,
-    ChunkRow,
-    ManifestState,
-    MemoryTables,
-    pack_chunk_row,
-    unpack_chunk_row,
-)
+from storage.view.memory_tables import MemoryTables
+from storage.view.tables import LOST_PACK, ChunkRow, ManifestState, pack_chunk_row, unpack_chunk_row
 
 LOST, FOUND, BASE, ABSENT = (bytes([number]) * 32 for number in range(1, 5))
 MANIFEST = "session/0"

@@ -10,9 +10,15 @@ from hypothesis import strategies as st
 
 from storage.errors import Damaged, PointNewerFormat, Refused
 from storage.files.fs import NO_FD, OsFs
-from storage.format.chunks import ChunkHasher, Decoder, Encoder, Frame, make_frame
-from storage.format.packs import (
+from storage.format.chunks import (
     FRAME_HEADER_BYTES,
+    ChunkHasher,
+    Decoder,
+    Encoder,
+    Frame,
+    make_frame,
+)
+from storage.format.packs import (
     PackEntry,
     PackWriter,
     parse_frame,

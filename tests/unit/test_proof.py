@@ -8,8 +8,9 @@ import pytest
 
 from storage.domain.domain import Domain
 from storage.view import proof, tables
+from storage.view.lmdb_tables import LmdbTables
+from storage.view.memory_tables import MemoryTables
 from storage.view.proof import REST, Proof
-from storage.view.view_tables import ViewTables
 from tests.store import CHUNK, Saved, files, load, save
 
 
@@ -19,14 +20,14 @@ class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_s = 0.0
         self.proofs = 0
-        prove = ViewTables.prove
+        prove = LmdbTables.prove
 
-        def proved(state: ViewTables) -> None:
+        def proved(state: LmdbTables) -> None:
             self.now_s += 1
             self.proofs += 1
             prove(state)
 
-        monkeypatch.setattr(ViewTables, "prove", proved)
+        monkeypatch.setattr(LmdbTables, "prove", proved)
         monkeypatch.setattr(proof, "QUICK_ROWS", 0)
 
     def __call__(self) -> float:
@@ -109,13 +110,13 @@ def test_nothing_is_retired_on_an_unproved_word(domain: Domain, clock: Clock) ->
     assert not domain.has_dead_packs()
 
 
-def rows_of(state: ViewTables) -> list[tuple[str, tables.PackState]]:
+def rows_of(state: LmdbTables) -> list[tuple[str, tables.PackState]]:
     return list(tables.packs.scan(state))
 
 
-def call_packs_dead(state: ViewTables) -> None:
+def call_packs_dead(state: LmdbTables) -> None:
     rows = rows_of(state)
-    before = tables.MemoryTables()
+    before = MemoryTables()
     for pack, row in rows:
         fields = row.number, row.size_bytes, row.count, row.digest
         tables.packs.put(before, pack, tables.PackState(*fields))

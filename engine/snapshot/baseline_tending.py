@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 POOL_TIMEOUT_S = 5.0
 
 
-def tend(core: Core) -> None:
-    """One round. Raises StorageError."""
+def tend_baselines(core: Core) -> None:
+    """One round over all baselines. Raises StorageError."""
     used = _used(core)
     short: dict[str, bool] = {}
     for row in core.baselines.rows():
@@ -74,7 +74,7 @@ def _short_of_room(core: Core, place: str) -> bool:
         return False
 
 
-class Tending:
+class BaselineTending:
     """The thread that does the rounds."""
 
     def __init__(self, core: Core) -> None:
@@ -93,7 +93,7 @@ class Tending:
     def _run(self) -> None:
         while not self._stopped.wait(self._core.config.tracking.look_every_s):
             try:
-                tend(self._core)
+                tend_baselines(self._core)
                 self._core.pinned.look(self._core.baselines.rows(), self._core.probes)
             except (EngineError, StorageError):
                 if not self._stopped.is_set():

@@ -133,7 +133,7 @@ class Sums:
         }
 
 
-class ViewTable(_Checked):
+class LmdbTable(_Checked):
     """A storage.view.tables.Table in a transaction. Everything raises ViewDamaged."""
 
     def __init__(self, txn: lmdb.Transaction, db: Db, name: str, sums: Sums) -> None:
@@ -215,19 +215,19 @@ class ViewTable(_Checked):
             raise _wrong(self.name, group, "rows are missing, or older ones in their place")
 
 
-class ViewTables:
+class LmdbTables:
     """All tables in one transaction."""
 
     def __init__(self, txn: lmdb.Transaction, databases: dict[str, Db]) -> None:
         self._txn = txn
         self._databases = databases
         self._sums = Sums(txn, databases[SUMS])
-        self._tables: dict[str, ViewTable] = {}
+        self._tables: dict[str, LmdbTable] = {}
 
-    def table(self, name: str) -> ViewTable:
+    def table(self, name: str) -> LmdbTable:
         found = self._tables.get(name)
         if found is None:  # most transactions ask one or two
-            found = ViewTable(self._txn, self._databases[name], name, self._sums)
+            found = LmdbTable(self._txn, self._databases[name], name, self._sums)
             self._tables[name] = found
         return found
 
