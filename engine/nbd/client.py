@@ -25,7 +25,7 @@ from storage.files.in_flight import InFlight
 
 # Less is more system calls, more falls out of the processor's caches (bench/nbd.py).
 REQUEST_BYTES = 512 << 10
-# One question about a disk's state, or one order without data: lengths are 32 bits.
+# One question about a disk's state: lengths are 32 bits.
 _STATUS_BYTES = (1 << 32) - (64 << 10)
 # Less than this, and not the end, is not an answer but a way to keep us busy.
 _LEAST_ANSWER_BYTES = 512
@@ -118,7 +118,8 @@ class NbdClient:
     def write(self, offset: int, buffer: Buffer) -> None:
         """Writes `buffer`; durable after the next `flush`. Raises as read_into."""
         view = memoryview(buffer).cast("B")
-        self._require(0, "write")
+        if self.read_only:
+            raise DiskServerRefused(f"{self._name} is read-only")
         self._require_inside(offset, len(view))
         self._run(
             [
@@ -129,19 +130,10 @@ class NbdClient:
             ]
         )
 
-    def write_zeroes(self, offset: int, size_bytes: int) -> None:
-        """Makes a range read as zeros, as holes where that works. Raises as read_into."""
-        self._without_data(
-            protocol.CMD_WRITE_ZEROES, protocol.FLAG_SEND_WRITE_ZEROES, offset, size_bytes
-        )
-
-    def trim(self, offset: int, size_bytes: int) -> None:
-        """Gives up a range's content: it reads as anything. Raises as read_into."""
-        self._without_data(protocol.CMD_TRIM, protocol.FLAG_SEND_TRIM, offset, size_bytes)
-
     def flush(self) -> None:
         """What was written before is durable on return. Raises as read_into."""
-        self._require(protocol.FLAG_SEND_FLUSH, "flush")
+        if not self._facts.flags & protocol.FLAG_SEND_FLUSH:
+            raise DiskServerRefused(f"{self._name} can't flush")
         self._run([Request(protocol.CMD_FLUSH)])
 
     def close(self) -> None:
@@ -164,13 +156,6 @@ class NbdClient:
         exchange = self._exchanges[next(self._turns) % len(self._exchanges)]
         with _naming(self._name), InFlight(self._place):
             exchange.run(requests)
-
-    def _without_data(self, command: int, flag: int, offset: int, size_bytes: int) -> None:
-        self._require_inside(offset, size_bytes)
-        self._require(flag, "write zeroes" if command == protocol.CMD_WRITE_ZEROES else "trim")
-        most = _STATUS_BYTES
-        ends = range(offset, offset + size_bytes, most)
-        self._run([Request(command, at, min(most, offset + size_bytes - at)) for at in ends])
 
     def _answers(self, number: int, offset: int, end: int) -> Iterator[Extent]:
         """The extents from `offset` to `end` as they come: an answer may stop early, or overrun."""
@@ -202,12 +187,6 @@ class NbdClient:
             raise ValueError(f"{size_bytes} bytes at {offset} of {self.size_bytes}")
         if offset % block or size_bytes % block:
             raise ValueError(f"{size_bytes} bytes at {offset}: {self._name} has blocks of {block}")
-
-    def _require(self, flag: int, verb: str) -> None:
-        if self.read_only and verb != "flush":
-            raise DiskServerRefused(f"{self._name} is read-only")
-        if self._facts.flags & flag != flag:
-            raise DiskServerRefused(f"{self._name} can't {verb}")
 
 
 def _open(

@@ -278,8 +278,6 @@ _VERBS = {
     protocol.CMD_READ: "reading",
     protocol.CMD_WRITE: "writing",
     protocol.CMD_FLUSH: "flushing",
-    protocol.CMD_TRIM: "trimming",
-    protocol.CMD_WRITE_ZEROES: "zeroing",
     protocol.CMD_BLOCK_STATUS: "the status of",
 }
 

@@ -18,7 +18,7 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from msgspec.structs import replace
 
@@ -192,11 +192,3 @@ def _remove(path: str) -> None:
         log.warning("baseline_left", extra={"file": path, "why": str(error)})
     with contextlib.suppress(OSError):
         os.rmdir(os.path.dirname(path))
-
-
-def sweep(baselines: Baselines, wanted: Iterable[tuple[str, str, str]]) -> None:
-    """Forgets the disks that are none of `wanted`: (VM, target device, volume's path)."""
-    here = frozenset(wanted)
-    for row in baselines.rows():
-        if (row.vm_uuid, row.target_device, row.volume) not in here:
-            baselines.forget(row)
