@@ -238,8 +238,16 @@ class _RestoreRun:
         self._core = core
         self._plan = plan
         self._job_uuid = job_uuid
+        self._working = False
 
     def __call__(self, ctx: JobContext) -> tuple[str, ...]:
+        self._working = True
+        try:
+            return self._restore(ctx)
+        finally:
+            self._working = False
+
+    def _restore(self, ctx: JobContext) -> tuple[str, ...]:
         core, row = self._core, self._plan.backup
         disks = [
             RestoreDisk(
@@ -277,7 +285,11 @@ class _RestoreRun:
             log.exception("restore_not_noted", extra={"vm": plan.vm.uuid})
 
     def settle(self, error: Exception | None) -> None:
+        """A restore that a stop did not wait for may have given its volumes their names, or do so
+        yet. Its VM stays as it is: the next start takes back what was not complete by then."""
         core, vm = self._core, self._plan.vm
+        if self._working:
+            return
         row = self._plan.backup
         remember_distrusted(core.state, core.points, row.point_uuid, (row.cluster_uuid,))
         core.rooms.release(self._job_uuid)
