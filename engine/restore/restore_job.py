@@ -26,7 +26,7 @@ from engine.qemu.header import VolumeFormat
 from engine.restore.restore import Gaps, RestoreDisk, run_restore
 from engine.verb_types import RestoreTarget, Scope
 from storage.domain.domain import Domain
-from storage.errors import StorageError
+from storage.errors import Damaged, StorageError
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def restore_backup(
         compute_uuid=plan.vm.uuid,
         backup_point_uuid=row.point_uuid,
     )
-    _claim_room(core, domain, plan, job.uuid)
+    _claim_room(core, domain, plan, job.uuid, allow_damaged=allow_damaged)
     try:
         core.inventory.add_vm(plan.vm)
         try:
@@ -187,7 +187,9 @@ def _require_free_name(core: Core, planned: PlannedDisk) -> None:
         raise Conflict("volume_in_use", f"volume {name!r} is in pool {pool.name} already")
 
 
-def _claim_room(core: Core, domain: Domain, plan: RestorePlan, job_uuid: str) -> None:
+def _claim_room(
+    core: Core, domain: Domain, plan: RestorePlan, job_uuid: str, *, allow_damaged: bool
+) -> None:
     """Reserves what the volumes can grow to; if there is no room for that, what they will hold."""
     most: Counter[Pool] = Counter()
     for planned in plan.disks:
@@ -199,16 +201,24 @@ def _claim_room(core: Core, domain: Domain, plan: RestorePlan, job_uuid: str) ->
     try:
         claim(most)
     except PoolFull:
-        claim(_measured(core, domain, plan))
+        claim(_measured(core, domain, plan, allow_damaged=allow_damaged))
 
 
-def _measured(core: Core, domain: Domain, plan: RestorePlan) -> Counter[Pool]:
-    """What the volumes will take: chunks that are zero stay holes."""
+def _measured(
+    core: Core, domain: Domain, plan: RestorePlan, *, allow_damaged: bool
+) -> Counter[Pool]:
+    """What the volumes will take: chunks that are zero stay holes, and so does a disk whose map
+    can't be read, if that is allowed."""
 
     def measure() -> Counter[Pool]:
         needs: Counter[Pool] = Counter()
         for planned in plan.disks:
-            disk_map = domain.disk_map(planned.source.disk_uuid)
+            try:
+                disk_map = domain.disk_map(planned.source.disk_uuid)
+            except Damaged:
+                if not allow_damaged:
+                    raise
+                continue
             chunks = sum(len(entries) for _, entries in disk_map.pages())
             needs[planned.pool] += min(chunks * disk_map.chunk_size, disk_map.capacity)
         return needs
