@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -202,6 +203,36 @@ def test_a_restored_vm_that_we_did_not_live_to_note_is_undone(
         (vm,) = (vm for vm in rig.engine.vms(ANYWHERE) if vm.name == "copy")
         assert (vm.state, vm.disks) == ("restore_failed", ())
         assert files_below(pool) == [str(copy)] * theirs + [str(pool / "web-0.raw")]
+
+
+def test_a_pool_that_hangs_is_waited_for_once_however_much_is_left_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a start takes too long for who waits for it, and then so do all that follow."""
+    with EngineRig(tmp_path / "data") as rig:
+        web = rig.make_vm("web", disk_bytes(MIB, 1))
+        for name in ("a", "b", "c"):
+            disk = replace(web.disks[0], volume_name=name)
+            rig.core.inventory.add_vm(
+                replace(
+                    web,
+                    uuid=name,
+                    name=name,
+                    disks=(disk,),
+                    state="restoring",
+                    action="restoring",
+                )
+            )
+        asked, answers = list[str](), threading.Event()
+        monkeypatch.setattr("engine.recovery.POOL_TIMEOUT_S", 0.2)
+        monkeypatch.setattr(
+            "engine.recovery.unname_left",
+            lambda path: bool(asked.append(path)) or answers.wait(PATIENCE_S),
+        )
+        rig.restart()
+        assert len(asked) == 1
+        assert [vm.state for vm in rig.engine.vms(ANYWHERE)] == [*["restore_failed"] * 3, "stopped"]
+        answers.set()
 
 
 # argv: the data directory. The machine is never defined, and the service is stopped meanwhile.
