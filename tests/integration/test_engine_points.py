@@ -16,8 +16,8 @@ import pytest
 from engine.catalogue.labels import UNREADABLE_NAME
 from engine.config import Config, parse_config
 from engine.errors import Conflict, EngineError, Invalid, NotFound
-from engine.model import Backup
-from engine.points import keeper
+from engine.model import Backup, PointKind
+from engine.points import keeper, points
 from engine.service import Engine
 from engine.verb_types import BackupQuery, Scope
 from storage.domain.domain import Domain
@@ -230,11 +230,13 @@ def test_junk_labels_are_shown_and_crash_nothing(tmp_path: Path) -> None:
 
 def test_attaching_twice_or_rubbish_is_refused(tmp_path: Path) -> None:
     with EngineRig(tmp_path / "a") as rig:
-        attach(rig, tmp_path / "shared")
-        (tmp_path / "link").symlink_to(tmp_path / "shared")
+        around = tmp_path / "around"
+        around.mkdir()
+        attach(rig, around / "shared")
+        (tmp_path / "link").symlink_to(around / "shared")
         (tmp_path / "full").mkdir()
         (tmp_path / "full" / "file").write_bytes(b"x")
-        inside = tmp_path / "shared" / "domains"
+        inside = around / "shared" / "domains"
 
         def refused(name: str, kind: str, path: str) -> str:
             try:
@@ -244,10 +246,10 @@ def test_attaching_twice_or_rubbish_is_refused(tmp_path: Path) -> None:
                 return error.code
             return "not at all"
 
-        assert refused("other", "local", str(tmp_path / "shared")) == "point_in_use"
+        assert refused("other", "local", str(around / "shared")) == "point_in_use"
         assert refused("other", "local", str(tmp_path / "link")) == "point_in_use"
         assert refused("other", "local", str(inside)) == "point_in_use"
-        assert refused("other", "local", str(tmp_path)) == "point_in_use"
+        assert refused("other", "local", str(around)) == "point_in_use"
         assert refused("shared", "local", str(tmp_path / "new")) == "name_taken"
         assert refused("other", "local", str(tmp_path / "full")) == PointNotEmpty.code
         assert refused("other", "local", str(tmp_path / "none")) == PointUnreachable.code
@@ -257,6 +259,26 @@ def test_attaching_twice_or_rubbish_is_refused(tmp_path: Path) -> None:
         (tmp_path / "new").mkdir()
         assert refused("other", "nfs", str(tmp_path / "new")) == "invalid_member"
         assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_of_two_points_that_are_attached_at_once_one_gets_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with EngineRig(tmp_path / "data") as rig:
+        made, refused = points._open_or_create, list[str]()
+
+        def meanwhile(path: str, name: str, kind: PointKind) -> str:
+            if path.endswith("one"):
+                with pytest.raises(Conflict) as caught:
+                    attach(rig, tmp_path / "two")
+                refused.append(caught.value.code)
+            return made(path, name, kind)
+
+        monkeypatch.setattr(points, "_open_or_create", meanwhile)
+        attach(rig, tmp_path / "one")
+        assert refused == ["name_taken"]
+        assert [state.point.name for state in rig.engine.points()] == ["default", "shared"]
+        assert attach(rig, tmp_path / "two", "other")
 
 
 def test_a_copy_of_a_point_is_the_same_point(tmp_path: Path) -> None:
