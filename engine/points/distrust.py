@@ -66,9 +66,7 @@ def recall_distrusted(
         domain.trust.withdraw(row.pack, frozenset(row.chunks) if row.chunks else None)
 
 
-def _of_domain(
-    rows: Iterable[Distrust], point_uuid: str, cluster_uuid: str
-) -> list[Distrust]:
+def _of_domain(rows: Iterable[Distrust], point_uuid: str, cluster_uuid: str) -> list[Distrust]:
     return [row for row in rows if (row.point_uuid, row.cluster_uuid) == (point_uuid, cluster_uuid)]
 
 
