@@ -228,7 +228,7 @@ class Points:
 
     @contextlib.contextmanager
     def _claimed(self, name: str, place: str) -> Iterator[None]:
-        """Nobody else uses the name, or attaches this place or one inside or around it, meanwhile."""
+        """Nobody else takes the name, or this place, or one inside or around it, meanwhile."""
         with self._lock:
             taken = {keeper.row.path: keeper.row.name for keeper in self._keepers.values()}
             taken |= self._attaching

@@ -11,9 +11,10 @@ import pytest
 from engine.model import Backup, Vm
 from engine.points.keeper import Keeper
 from engine.verb_types import EVERYWHERE, NewDisk
+from storage.check.check import Finding
 from storage.domain.domain import Domain
 from storage.domain.maps import DiskMap
-from storage.errors import Damaged
+from storage.errors import Damaged, PointUnreachable
 from storage.files.fs import OsFs
 from storage.format.packs import read_footer
 from tests.engine_rig import ANYWHERE, EngineRig
@@ -93,6 +94,21 @@ def test_a_disk_whose_map_is_damaged_needs_no_room(
         made, job = rig.ask_restore(backup, "left", allow_damaged=True)
         assert rig.succeed(job).result[1] == f"sda: missing offset=0 length={8 << 40}"
         assert rig.volume(rig.engine.vm(made).disks[1]).read_bytes() == b"x" * MIB
+
+
+def test_what_a_verify_found_is_said_though_it_fails_later(
+    hit: Hit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig, _, backup, pack = hit
+
+    def away(_domain: Domain) -> list[Finding]:
+        raise PointUnreachable("the point went")
+
+    monkeypatch.setattr("engine.points.upkeep.check_view", away)
+    with rig:
+        ended = rig.ended(rig.engine.start_maintenance("verify", rig.point_uuid, True))
+        assert (ended.state, ended.error) == ("failed", "the point went")
+        assert any(str(pack) in line and backup.uuid in line for line in ended.result)
 
 
 @pytest.mark.parametrize("how", ["verify", "restore"])
