@@ -22,7 +22,6 @@ from engine.service import Engine
 from engine.verb_types import BackupQuery, Scope
 from storage.domain.domain import Domain
 from storage.domain.gc import GcReport
-from storage.domain.gc import GcReport
 from storage.domain.session import NewBackup
 from storage.errors import Damaged, PointNotEmpty, PointUnreachable, StorageError
 from storage.format import bundles
@@ -281,23 +280,6 @@ def test_of_two_points_that_are_attached_at_once_one_gets_the_name(
         assert refused == ["name_taken"]
         assert [state.point.name for state in rig.engine.points()] == ["default", "shared"]
         assert attach(rig, tmp_path / "two", "other")
-
-
-def test_a_gc_that_was_cut_short_is_cancelled_and_says_what_it_did(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with EngineRig(tmp_path / "data") as rig:
-        reclaim = Domain.reclaim
-
-        def meanwhile(self: Domain, **wishes: Any) -> GcReport:
-            rig.engine.cancel_job(rig.engine.jobs()[0].uuid)
-            return reclaim(self, **wishes)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Domain, "reclaim", meanwhile)
-            ended = rig.ended(rig.engine.start_maintenance("gc", rig.point_uuid, False))
-        assert ended.state == "cancelled"
-        assert ended.result[0].startswith("0 packs of 0 bytes removed")
 
 
 def test_a_gc_that_was_cut_short_is_cancelled_and_says_what_it_did(
