@@ -178,7 +178,7 @@ class Domain:
 
     def reader(self) -> ChunkReader:
         """For reading what storage.domain.reader.plan_reads plans. Hold the backup by a session."""
-        return ChunkReader(self, self.hasher)
+        return ChunkReader(self)
 
     # Sessions.
 
