@@ -39,10 +39,10 @@ from engine.snapshot.sources import BitmapPlan, DiskFile
 from engine.snapshot.tracking import Tracker
 from engine.verb_types import Scope
 from storage.errors import StorageError
+from storage.format.record import DISKS_LIMIT
 
 log = logging.getLogger(__name__)
 
-MOST_DISKS = 256
 MOST_NAME_CHARS = 1024
 MOST_DESCRIPTION_CHARS = 64 << 10
 MOST_LENDERS = 16  # maps that are looked into for a disk without a parent
@@ -77,7 +77,7 @@ def create_backup(
             job = new_job(
                 "backup", backup_uuid=row.uuid, compute_uuid=vm.uuid, backup_point_uuid=point_uuid
             )
-            run = _BackupRun(core, row, vm, full)
+            run = _BackupJob(core, row, vm, full)
             core.jobs.submit(job, run, run.settle)
         except BaseException:
             core.catalogue.remove(row)
@@ -89,7 +89,7 @@ def create_backup(
     return row.uuid, job.uuid
 
 
-class _BackupRun:
+class _BackupJob:
     """The job of one backup."""
 
     def __init__(self, core: Core, row: Backup, vm: Vm, full_wanted: bool) -> None:
@@ -311,8 +311,8 @@ def _require_texts(name: str, description: str) -> None:
 
 
 def _require_disks(vm: Vm) -> None:
-    if not 0 < len(vm.disks) <= MOST_DISKS:
-        detail = f"VM {vm.name} has {len(vm.disks)} disks; a backup takes 1 to {MOST_DISKS}"
+    if not 0 < len(vm.disks) <= DISKS_LIMIT:
+        detail = f"VM {vm.name} has {len(vm.disks)} disks; a backup takes 1 to {DISKS_LIMIT}"
         raise Conflict("vm_no_disks", detail)
 
 

@@ -29,10 +29,10 @@ from engine.inventory.volumes import (
 from engine.model import Disk, Pool, Vm
 from engine.snapshot.baseline_tending import tend_baselines
 from engine.verb_types import NewDisk, Scope
+from storage.format.record import DISKS_LIMIT
 
 log = logging.getLogger(__name__)
 
-MOST_DISKS = 256
 MOST_NAME_CHARS = 200
 POOL_TIMEOUT_S = 10.0
 
@@ -116,8 +116,8 @@ def _require_answering(core: Core, pool_uuids: Iterable[str]) -> None:
 
 
 def _plan_disks(disks: Sequence[NewDisk], pools: Sequence[Pool]) -> list[_Planned]:
-    if len(disks) > MOST_DISKS:
-        raise Invalid("disks", f"has {len(disks)} entries; {MOST_DISKS} are the limit")
+    if len(disks) > DISKS_LIMIT:
+        raise Invalid("disks", f"has {len(disks)} entries; {DISKS_LIMIT} are the limit")
     if len({disk.target_device for disk in disks}) != len(disks):
         raise Invalid("disks", "names a target_device twice")
     if len({(normal(disk.pool_uuid), disk.volume_name) for disk in disks}) != len(disks):

@@ -79,7 +79,7 @@ def restore_backup(
     try:
         core.inventory.add_vm(plan.vm)
         try:
-            run = _RestoreRun(core, plan, job.uuid, allow_damaged)
+            run = _RestoreJob(core, plan, job.uuid, allow_damaged)
             core.jobs.submit(job, run, run.settle)
         except BaseException:
             core.inventory.end_action(plan.vm.uuid)
@@ -229,7 +229,7 @@ def _share_left(core: Core, job_uuid: str) -> float:
     return max(1.0 - progress.bytes_restored / progress.bytes_total, 0.0)
 
 
-class _RestoreRun:
+class _RestoreJob:
     """The job of one restore."""
 
     def __init__(self, core: Core, plan: RestorePlan, job_uuid: str, allow_damaged: bool) -> None:
