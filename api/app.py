@@ -35,6 +35,8 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 LOOK_EVERY_S = 0.5  # whether a call that takes long waits for a silent disk
 SHUTDOWN_TIMEOUT_S = 1.0  # for requests under way; their calls go on in the workers
 WORKERS_TIMEOUT_S = 0.5
+IDLE_TIMEOUT_S = 75.0  # of a connection that has not sent a whole head since the last answer
+BODY_TIMEOUT_S = 60.0
 # A query may be long: 4096 characters are up to 48 KiB when they are percent-encoded.
 MAX_LINE_BYTES = 64 << 10
 
@@ -47,6 +49,7 @@ def make_runner(engine: Engine, host_names: Collection[str] | None = None) -> we
         make_app(engine, host_names),
         shutdown_timeout_s=SHUTDOWN_TIMEOUT_S,
         access_log=None,
+        keepalive_timeout=IDLE_TIMEOUT_S,
         max_line_size=MAX_LINE_BYTES,
         max_field_size=MAX_LINE_BYTES,
     )
@@ -109,7 +112,10 @@ async def _receive(call: AnyCall | Batch, request: web.Request) -> Received:
     if call.method == "GET":
         return list(request.query.items())
     try:
-        return await request.read()
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            return await request.read()
+    except TimeoutError:
+        return ApiError("malformed", f"the body did not come within {BODY_TIMEOUT_S:g} s")
     except web.HTTPRequestEntityTooLarge:
         return ApiError("body_too_large", f"the body may have {MAX_BODY_BYTES} bytes")
     except (web.RequestPayloadError, ConnectionError) as error:

@@ -109,8 +109,9 @@ class Client:
                 method, self.server + path, params=query, data=body, headers=headers
             ) as answer:
                 return answer.status, await answer.read(), answer.headers
-        except aiohttp.InvalidURL as error:
-            raise ServerUnreachable(f"{self.server} is not an http address") from error
+        except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError) as error:
+            what = "is not an address such as http://127.0.0.1:8080"
+            raise ServerUnreachable(f"{self.server} {what}") from error
         except (aiohttp.ClientError, TimeoutError) as error:
             raise ServerUnreachable(f"no answer from {self.server}: {_reason(error)}") from error
 

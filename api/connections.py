@@ -2,10 +2,15 @@
 
 That is what is no HTTP, and an `Expect` that nobody knows. aiohttp's way to have that said in other
 words is a connection's `handle_error`, so the server has to make connections of ours.
+
+And it makes no more than MAX_CONNECTIONS at a time: each is an open file, and those that jobs need
+must not be taken by who connects and says nothing.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
@@ -16,6 +21,9 @@ from api.dispatch import Answered, answer_error
 from api.errors import ApiError
 from api.printable import one_line
 
+log = logging.getLogger(__name__)
+
+MAX_CONNECTIONS = 512  # half of the files that a process may open where nobody can raise that
 HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 _MAX_SHOWN_CHARS = 200
@@ -52,6 +60,15 @@ class _Server(web.Server):
         handle = partial(_handle, server.request_handler)
         super().__init__(handle, request_factory=server.request_factory)
         self._options = options
+        self._full = False
+
+    def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
+        super().connection_made(handler, transport)
+        was_full, self._full = self._full, len(self.connections) > MAX_CONNECTIONS
+        if self._full:
+            self._loop.call_soon(handler.force_close)  # it is not quite made yet
+            if not was_full:
+                log.warning("connections_refused", extra={"open": MAX_CONNECTIONS})
 
     def __call__(self) -> web.RequestHandler:
         return _Connection(self, loop=self._loop, **self._options)

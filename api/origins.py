@@ -33,16 +33,22 @@ def refuse_foreign_host(request: web.Request, names: Collection[str]) -> None:
     """ApiError when the request asks for a host of a name that somebody else may own: not one of
     `names`, and none that only leads to this machine or its network."""
     host = request.headers.get("Host", "")
-    if not _is_ours(host, names):
-        raise ApiError("foreign_host", f"{host[:200]!r} is not in [api] host_names")
+    name = _name_in(host)
+    if name is None or not _is_ours(name, names):
+        shown = host if name is None else name
+        raise ApiError("foreign_host", f"{shown[:200]!r} is not in [api] host_names")
 
 
-def _is_ours(host: str, names: Collection[str]) -> bool:
-    """Addresses can't be rebound, and names without a dot are in nobody's domain."""
+def _name_in(host: str) -> str | None:
+    """Without the port; None if it is no name."""
     try:
-        name = (urlsplit(f"//{host}").hostname or "").removesuffix(".")
+        return (urlsplit(f"//{host}").hostname or "").removesuffix(".")
     except ValueError:
-        return False
+        return None
+
+
+def _is_ours(name: str, names: Collection[str]) -> bool:
+    """Addresses can't be rebound, and names without a dot are in nobody's domain."""
     if "." not in name.removesuffix(".localhost") or name in names:
         return True
     try:

@@ -3,8 +3,9 @@
 Jobs that were queued or running are failed, backups in progress get status 2, VMs lose their
 action. A VM that was being restored, and is not noted as complete, is failed, and its volumes are
 removed: those that the restore has made, and not what somebody else has put there under their
-names. Sessions on the points are aborted when the points are opened. A backup whose COMMIT made it
-is found there then, and counts as done after all.
+names. While a hypervisor is away they stay, for it may have the VM and them. Sessions on the points
+are aborted when the points are opened. A backup whose COMMIT made it is found there then, and
+counts as done after all.
 """
 
 from __future__ import annotations
@@ -32,8 +33,12 @@ def recover(core: Core) -> None:
     """Before any job starts. A pool that does not answer is left as it is."""
     jobs = core.jobs.recover()
     backups = core.catalogue.fail_running(RESTARTED)
+    away = [host.name for host in core.inventory.hypervisors() if host.problem]
     for vm in core.inventory.vms():
         if vm.action == "restoring" and vm.state == "restoring" and not vm.host:
+            if away:
+                log.warning("restore_not_undone", extra={"vm": vm.uuid, "away": away})
+                continue
             _bounded(core, f"undo {vm.uuid}", partial(_remove_volumes, core, vm))
     vms = core.inventory.end_all_actions(_ended)
     kept = _settled_baselines(core)

@@ -382,7 +382,7 @@ class Engine:
 
 def _assemble(host: Host, state: State, config: Config) -> Core:
     probes = Probes()
-    places = settle_places(state, config, host.default_pool_path, probes)
+    places = settle_places(state, config, host.path, host.default_pool_path, probes)
     if not config.pools and config.inventory == "embedded":
         host.make_default_pool()
     catalogue = Catalogue(state)

@@ -91,8 +91,9 @@ class Inventory(Protocol):
         """More of a VM that `hold_for` has no way for. NotFound, HypervisorAway."""
         ...
 
-    def realize(self, vm: Vm, label: BackupLabel) -> None:
-        """Makes the machine of a VM whose volumes are restored, if its label has one.
+    def realize(self, vm: Vm, label: BackupLabel) -> bool:
+        """Makes the machine of a VM whose volumes are restored, if its label has one. Whether a
+        hypervisor has it now: then it has the volumes too, whatever becomes of our note of that.
 
         HypervisorAway, HypervisorRefused; then there is no machine.
         """
@@ -162,8 +163,9 @@ class EmbeddedInventory:
     def resting(self, vm: Vm, wish: HoldWish) -> Resting:  # noqa: ARG002
         return Resting()
 
-    def realize(self, vm: Vm, label: BackupLabel) -> None:
+    def realize(self, vm: Vm, label: BackupLabel) -> bool:  # noqa: ARG002
         """A VM is its record here."""
+        return False
 
     def add_vm(self, vm: Vm) -> None:
         with self._state.store.write() as txn:
@@ -216,18 +218,17 @@ def require_addable(vm: Vm, others: Sequence[Vm]) -> None:
     """Raises Conflict if the VM's name, or a volume of its, belongs to another VM."""
     mine = {(disk.pool_uuid, disk.volume_name): disk for disk in vm.disks}
     for other in others:
+        owner = f"VM {other.name} ({other.uuid})"
         if (other.cluster_uuid, other.namespace, other.name) == (
             vm.cluster_uuid,
             vm.namespace,
             vm.name,
         ):
-            raise Conflict("name_taken", f"a VM named {vm.name!r} is in that namespace")
+            raise Conflict("name_taken", f"{owner} is in that namespace")
         for disk in other.disks:
             rival = mine.get((disk.pool_uuid, disk.volume_name))
             if rival is not None and not (rival.share and disk.share):
-                raise Conflict(
-                    "volume_in_use", f"volume {disk.volume_name!r} belongs to VM {other.name}"
-                )
+                raise Conflict("volume_in_use", f"volume {disk.volume_name!r} belongs to {owner}")
 
 
 class _Place(Protocol):

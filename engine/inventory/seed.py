@@ -2,8 +2,9 @@
 
 For each kind that the configuration lists, it lists all of that kind; a kind that it leaves out is
 the embedded default's single one. Uuids are the configured ones, or those that the thing of that
-name had before, or fresh: made once, and kept in the state. VMs and points that were made through
-the API stay beside the configured ones.
+name had before, or fresh: made once, and kept in the state, also while that name is not listed: a
+start with a wrong configuration costs nothing once the right one is back. VMs and points that were
+made through the API stay beside the configured ones.
 """
 
 from __future__ import annotations
@@ -30,7 +31,13 @@ from engine.config import (
 from engine.errors import ConfigInvalid, EngineError, Invalid
 from engine.ids import canonical, new_id, normal
 from engine.inventory.inventory import DEFAULT_NAME, Places, PlaceT, default_of, require_addable
-from engine.inventory.volumes import directory_id, require_plain_name
+from engine.inventory.volumes import (
+    Directory,
+    DirectoryId,
+    directories_above,
+    directory_id,
+    require_plain_name,
+)
 from engine.model import BackupPoint, Cluster, Disk, Namespace, ObjectGroup, Pool, Tenant, Vm, Zone
 from engine.probes import Probes
 from engine.state import Rows, State
@@ -44,14 +51,18 @@ class _Wanted(Protocol):
 
 
 SizeOf: TypeAlias = Callable[[Pool, str, str], int | None]  # of a volume, by its name and format
-_Directory: TypeAlias = str | tuple[int, int]  # a path, or which it is (engine.inventory.volumes)
-_Which: TypeAlias = Callable[[str], tuple[int, int] | None]
+_Which: TypeAlias = Callable[[str], DirectoryId | None]
 WantedT = TypeVar("WantedT", bound=_Wanted)
 KnownT = TypeVar("KnownT", Cluster, Tenant, Namespace, Zone, ObjectGroup, Pool)
 
 
-def settle_places(state: State, config: Config, default_pool_path: str, probes: Probes) -> Places:
-    """What there is, as configured; recorded in the state. ConfigInvalid names what is wrong."""
+def settle_places(
+    state: State, config: Config, data: str, default_pool_path: str, probes: Probes
+) -> Places:
+    """What there is, as configured; recorded in the state. ConfigInvalid names what is wrong.
+
+    data: the data directory, in which only the default pool may be.
+    """
     clusters = _settle(
         "clusters",
         state.clusters,
@@ -61,8 +72,14 @@ def settle_places(state: State, config: Config, default_pool_path: str, probes: 
     pools = _wanted_pools(config, default_pool_path)
     _require_listed_once(config.points)
     which = cache(partial(directory_id, probes))  # one that does not answer is waited for once
-    for points in (config.points, state.points.values()):
-        _require_apart(pools, points, which)
+    _require_apart(pools, which)
+    above = {pool.name: directories_above(probes, pool.path) for pool in pools}
+    points: list[PointConfig | BackupPoint] = [*config.points, *state.points.values()]
+    for point in points:
+        _require_outside(above, f"backup point {point.name!r}", _names(point.path, which))
+    inside = _names(default_pool_path, which)
+    others = {name: directories for name, directories in above.items() if not directories & inside}
+    _require_outside(others, "data directory", _names(data, which))
     tenants = _settle(
         "tenants",
         state.tenants,
@@ -112,7 +129,8 @@ def settle_vms(state: State, config: Config, places: Places, size_of: SizeOf) ->
         try:
             require_addable(vm, others)
         except EngineError as error:
-            raise ConfigInvalid(f"vms, {want.name}: {error}") from error
+            hint = "if this is that VM, list it with its uuid"
+            raise ConfigInvalid(f"vms, {want.name}: {error}; {hint}") from error
         known[vm.uuid] = vm
         state.vms.put(vm)
 
@@ -130,8 +148,9 @@ def _settle(
         if uuid in settled or any(row.name == want.name for row in settled.values()):
             raise ConfigInvalid(f"{kind}: {want.name!r} is listed twice")
         settled[uuid] = make(want, uuid)
+    names = {row.name for row in settled.values()}
     rows.put_all(settled.values())
-    rows.delete(*(row.uuid for row in known if row.uuid not in settled))
+    rows.delete(*(row.uuid for row in known if row.uuid not in settled and row.name in names))
     return tuple(settled.values())
 
 
@@ -156,38 +175,40 @@ def refer(rows: Sequence[PlaceT], name: str, what: str) -> PlaceT:
 
 def _require_listed_once(points: Sequence[PointConfig]) -> None:
     names = [want.name for want in points]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigInvalid(f"points: {name!r} is listed twice")
+    paths = [os.path.normpath(want.path) for want in points]  # others: the uuid tells, when opened
+    for listed in (names, paths):
+        for one in listed:
+            if listed.count(one) > 1:
+                raise ConfigInvalid(f"points: {one!r} is listed twice")
 
 
-def _require_apart(
-    pools: Sequence[PoolConfig],
-    points: Sequence[PointConfig | BackupPoint],
-    which: _Which,
-) -> None:
-    """A directory is one pool's or one point's: a volume in two pools would be two VMs', and one
-    beside a point's files could have their names."""
-    taken: dict[_Directory, str] = {}
+def _require_apart(pools: Sequence[PoolConfig], which: _Which) -> None:
+    """A volume in two pools would be two VMs'."""
+    taken: dict[Directory, str] = {}
     for pool in pools:
-        what = f"pool {pool.name!r}"
-        taken |= dict.fromkeys(_free_directory(what, pool.path, which, taken), what)
-    for point in points:
-        what = f"backup point {point.name!r}"
-        path, *_ = _free_directory(what, point.path, which, taken)
-        taken[path] = what  # two paths to one point: its uuid tells, when it is opened
+        names = _names(pool.path, which)
+        for name in names & taken.keys():
+            where = f"pool {pool.name!r}: {os.path.normpath(pool.path)}"
+            raise ConfigInvalid(f"{where} is the directory of pool {taken[name]!r}")
+        taken |= dict.fromkeys(names, pool.name)
 
 
-def _free_directory(
-    what: str, path: str, which: _Which, taken: Mapping[_Directory, str]
-) -> list[_Directory]:
-    """By its path, and by what is there if something is. ConfigInvalid if it is taken."""
+def _require_outside(
+    above: Mapping[str, frozenset[Directory]], what: str, names: frozenset[Directory]
+) -> None:
+    """What is in there is ours, and no volume: a VM that has it could be deleted with it. `above`:
+    what each pool is, and is in."""
+    for pool, directories in above.items():
+        if directories & names:
+            path = next(name for name in names if isinstance(name, str))
+            raise ConfigInvalid(f"{what}: {path} is the directory of pool {pool!r}, or holds it")
+
+
+def _names(path: str, which: _Which) -> frozenset[Directory]:
+    """A directory by its path, and by what is there if something is."""
     path = os.path.normpath(path)
-    names = [name for name in (path, which(path)) if name is not None]
-    for name in names:
-        if name in taken:
-            raise ConfigInvalid(f"{what}: {path} is the directory of {taken[name]}")
-    return names
+    found = which(path)
+    return frozenset({path} if found is None else {path, found})
 
 
 def _wanted_pools(config: Config, default_path: str) -> tuple[PoolConfig, ...]:

@@ -11,6 +11,8 @@ import errno
 import os
 import stat
 from contextlib import AbstractContextManager
+from pathlib import PurePath
+from typing import TypeAlias
 
 from engine.errors import Conflict, Invalid, PoolUnreachable
 from engine.model import Pool
@@ -22,6 +24,9 @@ from storage.files.fs import OsFs
 MOST_NAME_BYTES = 200  # leaves room for the hidden names that stand beside it while it is made
 MOST_CAPACITY_BYTES = 1 << 60
 DIRECTORY_TIMEOUT_S = 2.0
+
+DirectoryId: TypeAlias = tuple[int, int]  # device, inode
+Directory: TypeAlias = str | DirectoryId
 
 
 def require_plain_name(name: str) -> None:
@@ -103,11 +108,11 @@ def bounded_volume_size(
         raise PoolUnreachable(f"pool {pool.name}: {error}") from None
 
 
-def directory_id(probes: Probes, path: str) -> tuple[int, int] | None:
+def directory_id(probes: Probes, path: str) -> DirectoryId | None:
     """Which directory that is, by whatever path (a link, a bind mount): (device, inode). None when
     it is not there, or does not answer in time."""
 
-    def look() -> tuple[int, int]:
+    def look() -> DirectoryId:
         found = os.stat(path)
         return found.st_dev, found.st_ino
 
@@ -115,6 +120,29 @@ def directory_id(probes: Probes, path: str) -> tuple[int, int] | None:
         return probes.ask(f"directory {path}", look, DIRECTORY_TIMEOUT_S)
     except OSError:
         return None
+
+
+def directories_above(probes: Probes, path: str) -> frozenset[Directory]:
+    """That directory and all that it is in, each by its path and by its id. When it does not answer
+    in time, the paths only, as they are written."""
+
+    def look() -> frozenset[Directory]:
+        found: set[Directory] = {os.path.normpath(path)}
+        for place in _upwards(os.path.realpath(path)):
+            found.add(place)
+            with contextlib.suppress(OSError):
+                stated = os.stat(place)
+                found.add((stated.st_dev, stated.st_ino))
+        return frozenset(found)
+
+    try:
+        return probes.ask(f"directories above {path}", look, DIRECTORY_TIMEOUT_S)
+    except TimeoutError:
+        return frozenset(_upwards(os.path.normpath(path)))
+
+
+def _upwards(path: str) -> list[str]:
+    return [path, *map(str, PurePath(path).parents)]
 
 
 def make_volume(pool: Pool, volume_name: str, capacity: int) -> None:

@@ -112,7 +112,8 @@ _loop: threading.Thread | None = None
 def require_libvirt() -> None:
     """ConfigInvalid when libvirt-python is not installed."""
     if libvirt is None:
-        raise ConfigInvalid('inventory = "libvirt" needs the extra: pip install vmkeep[libvirt]')
+        how = "pip install --require-hashes --no-build-isolation -r requirements/libvirt.txt"
+        raise ConfigInvalid(f'inventory = "libvirt" needs libvirt-python: {how}')
 
 
 def connect(uri: str) -> Connection:

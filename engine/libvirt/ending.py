@@ -1,8 +1,11 @@
 """Ending backup jobs: as long as one is on, QEMU puts aside what the guest overwrites.
 
 So none may stay. libvirt is asked again and again; when it is away for long the backup's end does
-not wait for it, but a thread goes on (`end_later`). What a killed service left is ended before the
-next backup, and at the next start.
+not wait for it, but a thread goes on (`end_later`). What a former process left is ended when the
+host is first in sight again, and before the next backup.
+
+A domain has one job at a time, whosever it is, and libvirt ends the one that there is. So a job is
+known by the socket that it serves its disks at, and what is not ours is left alone.
 """
 
 from __future__ import annotations
@@ -34,23 +37,24 @@ LATER_TIMEOUT_S = 86400.0
 LATER_PAUSE_S = 1.0
 _POLL_S = 0.02
 _RETRY_S = 0.2
+_NOT_RUNNING = (OPERATION_INVALID, NO_SUCH_DOMAIN)
 
 FindDomain: TypeAlias = Callable[[], Domain]
 End: TypeAlias = Literal["running", "stopped", "unknown"]  # what the domain does now
 
 
-def end_job(find: FindDomain, scratch: str) -> End:
-    """Ends the backup job, and waits until it has; `unknown` if libvirt does not answer.
-
-    `scratch`: the directory where it puts things aside.
+def end_job(find: FindDomain, ours: str, socket: str) -> End:
+    """Ends the backup job that serves at `socket`, if it is on, and waits until it has; `unknown`
+    if libvirt does not answer. `ours`: see LiveSetup.
     """
     deadline_s = time.monotonic() + END_TIMEOUT_S
     while time.monotonic() < deadline_s:
         try:
             domain = find()
-            with contextlib.suppress(LibvirtFault):
-                domain.abortJob()
-            while _is_on(domain, scratch):
+            if _socket_of(domain, ours) == socket:
+                with contextlib.suppress(LibvirtFault):
+                    domain.abortJob()
+            while _socket_of(domain, ours) == socket:
                 if time.monotonic() > deadline_s:
                     break
                 time.sleep(_POLL_S)
@@ -59,50 +63,55 @@ def end_job(find: FindDomain, scratch: str) -> End:
         except NotFound:
             return "stopped"
         except (LibvirtFault, EngineError) as error:
-            if code_of(error) in (OPERATION_INVALID, NO_SUCH_DOMAIN):
+            if code_of(error) in _NOT_RUNNING:
                 return "stopped"
             time.sleep(_RETRY_S)
     log.error("job_not_ended", extra={"after_s": END_TIMEOUT_S})
     return "unknown"
 
 
-def _is_on(domain: Domain, scratch: str) -> bool:
-    """Whether a job is on. One that libvirt can't end has none of QEMU's any more."""
+def _socket_of(domain: Domain, ours: str) -> str:
+    """Where its backup job serves its disks; "" if none is on. LibvirtFault.
+
+    One that libvirt can't end has none of QEMU's any more.
+    """
     try:
-        return bool(domain.jobInfo()[0])
+        domain.jobInfo()
+        return job_socket(domain.backupGetXMLDesc())
     except LibvirtFault as error:
-        if not is_half_begun(error):
+        if is_half_begun(error):
+            end_in_qemu(domain, ours)
+        elif code_of(error) != NO_SUCH_BACKUP_JOB:
             raise
-    end_in_qemu(domain, scratch)
-    return False
+    return ""
 
 
-def end_left_job(find: FindDomain, scratch: str) -> None:
-    """Ends a backup job that a killed service left: one that serves its disks in our directory."""
-    if not scratch:
-        return
+def end_left_job(find: FindDomain, ours: str) -> None:
+    """Ends a backup job that a former process of ours left on the domain. LibvirtFault if libvirt
+    can't be asked; what `find` raises."""
     try:
-        domain = find()
-        _is_on(domain, scratch)
-        socket = job_socket(domain.backupGetXMLDesc())
-    except (LibvirtFault, ValueError):
-        return
-    if socket.startswith(f"{scratch}/"):
+        socket = _socket_of(find(), ours)
+    except LibvirtFault as error:
+        if code_of(error) in _NOT_RUNNING:
+            return
+        raise
+    if socket.startswith(ours):
         log.warning("left_job_ended", extra={"socket": socket})
-        end_job(find, scratch)
+        if end_job(find, ours, socket) == "unknown":
+            end_later(find, ours, socket, [socket])
         remove_left([socket])
 
 
-def end_later(find: FindDomain, scratch: str, socket: str, files: Sequence[str]) -> None:
+def end_later(find: FindDomain, ours: str, socket: str, files: Sequence[str]) -> None:
     """Goes on ending the job that serves at `socket`, in a thread; then `files` are removed."""
 
     def go_on() -> None:
         deadline_s = time.monotonic() + LATER_TIMEOUT_S
         while time.monotonic() < deadline_s:
             time.sleep(LATER_PAUSE_S)
-            if not _still_serves(find, scratch, socket):
+            if not _still_serves(find, ours, socket):
                 break
-            if end_job(find, scratch) != "unknown":
+            if end_job(find, ours, socket) != "unknown":
                 log.info("job_ended_late", extra={"socket": socket})
                 break
         remove_left(files)
@@ -110,15 +119,13 @@ def end_later(find: FindDomain, scratch: str, socket: str, files: Sequence[str])
     threading.Thread(target=go_on, name="end of a backup job", daemon=True).start()
 
 
-def _still_serves(find: FindDomain, scratch: str, socket: str) -> bool:
-    """Whether that job is on, as far as we know; another one is not ours to end."""
+def _still_serves(find: FindDomain, ours: str, socket: str) -> bool:
+    """Whether that job is on, as far as we know."""
     try:
-        domain = find()
-        _is_on(domain, scratch)
-        return job_socket(domain.backupGetXMLDesc()) == socket
-    except (NotFound, ValueError):
+        return _socket_of(find(), ours) == socket
+    except NotFound:
         return False
     except EngineError:
         return True
     except LibvirtFault as error:
-        return code_of(error) not in (NO_SUCH_BACKUP_JOB, OPERATION_INVALID, NO_SUCH_DOMAIN)
+        return code_of(error) not in _NOT_RUNNING

@@ -44,27 +44,27 @@ def is_half_begun(error: Exception) -> bool:
     return code_of(error) == INTERNAL_ERROR and _SAID in str(error)
 
 
-def end_in_qemu(domain: Domain, scratch: str) -> None:
-    """Ends the job, and lets go of its files, if it is one that puts aside in `scratch`.
+def end_in_qemu(domain: Domain, ours: str) -> None:
+    """Ends the job, and lets go of its files, if it is one that puts aside in files of `ours`.
 
     LibvirtFault if QEMU can't be asked, or refuses; then it may be tried again.
     """
-    if not _nodes(domain, scratch):
+    if not _nodes(domain, ours):
         return
-    log.warning("half_begun_job_ended", extra={"scratch": scratch})
+    log.warning("half_begun_job_ended", extra={"files": ours})
     _end_jobs(domain)
     with contextlib.suppress(LibvirtFault):  # there may be no server yet
         ask_qemu(domain, "nbd-server-stop")
-    for node in _nodes(domain, scratch):
+    for node in _nodes(domain, ours):
         ask_qemu(domain, "blockdev-del", **{"node-name": node})
 
 
-def _nodes(domain: Domain, scratch: str) -> list[str]:
-    """What is open in `scratch`; what stands on others first."""
+def _nodes(domain: Domain, ours: str) -> list[str]:
+    """What of ours is open; what stands on others first."""
     asked = ask_qemu(domain, "query-named-block-nodes", flat=True)
     nodes = msgspec.convert(asked, type=list[_Node])
-    ours = [node for node in nodes if f"{scratch}/" in node.file]
-    return [node.node_name for node in sorted(ours, key=lambda node: node.drv == "file")]
+    found = [node for node in nodes if ours in node.file]
+    return [node.node_name for node in sorted(found, key=lambda node: node.drv == "file")]
 
 
 def _end_jobs(domain: Domain) -> None:

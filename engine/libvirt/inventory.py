@@ -22,7 +22,7 @@ from functools import partial
 from msgspec.structs import replace
 
 from engine.config import Config, LibvirtHost
-from engine.errors import ConfigInvalid, Conflict, EngineError, HypervisorAway, NotFound
+from engine.errors import ConfigInvalid, Conflict, HypervisorAway, NotFound
 from engine.inventory.inventory import EmbeddedInventory, Places, find, pool_of
 from engine.inventory.seed import refer
 from engine.inventory.volumes import volume_path
@@ -34,6 +34,7 @@ from engine.libvirt.live import begin_live
 from engine.libvirt.resting import resting_domain
 from engine.libvirt.restored import define_restored
 from engine.libvirt.rows import directories_of, pools_of, vm_of
+from engine.libvirt.scratch import clear_left
 from engine.libvirt.setup import LiveSetup
 from engine.libvirt.watch import DomainSeen, Sight, Watch, look_at
 from engine.model import BackupLabel, Disk, Pool, Vm, VmAction
@@ -48,6 +49,7 @@ log = logging.getLogger(__name__)
 
 FIRST_LOOK_S = 5.0
 ANSWER_TIMEOUT_S = 5.0  # of libvirt, for a caller that has others behind it
+SCRATCH_TIMEOUT_S = 2.0
 AWAY_TIMEOUT_S = 90.0  # what was restored is not thrown away sooner
 AWAY_PAUSE_S = 0.2
 
@@ -80,10 +82,13 @@ class LibvirtInventory(EmbeddedInventory):
         self._probes = Probes()
         self._lock = threading.Lock()
         self._pools: dict[str, dict[str, Pool]] = {}  # by host, then by directory
+        self._cleared: set[str] = set()  # hosts without jobs of a former process
 
     def start(self) -> None:
         """Returns when every host was looked at once, or is taking too long for that."""
         self._forget_other_hosts()
+        with contextlib.suppress(TimeoutError):
+            self._probes.ask("scratch", partial(clear_left, self._live.ours), SCRATCH_TIMEOUT_S)
         end = time.monotonic() + FIRST_LOOK_S
         for watch in self._watches.values():
             watch.start()
@@ -144,10 +149,10 @@ class LibvirtInventory(EmbeddedInventory):
     def host_of(self, vm: Vm) -> str:
         return vm.host or (self._host_of(vm).name if vm.disks else "")
 
-    def realize(self, vm: Vm, label: BackupLabel) -> None:
+    def realize(self, vm: Vm, label: BackupLabel) -> bool:
         if label.machine is None:
             log.warning("no_domain_in_backup", extra={"vm": vm.uuid})
-            return
+            return False
         watch = self._host_of(vm)
         paths = {
             disk.target_device: volume_path(pool_of(self.places, disk), disk.volume_name)
@@ -166,6 +171,7 @@ class LibvirtInventory(EmbeddedInventory):
             # It is defined, and has its volumes: the next look sees it.
             with contextlib.suppress(LibvirtFault, StorageError):
                 self._put([self._row(watch.name, seen) for seen in [look_at(made)] if seen])
+        return True
 
     def _host_of(self, vm: Vm) -> Watch:
         """Where its first volume's pool is; of several that have it, the first in sight."""
@@ -198,14 +204,6 @@ class LibvirtInventory(EmbeddedInventory):
         except TimeoutError as error:
             raise HypervisorAway(f"{vm.host}: {error}") from None
         return super().begin_action(uuid, action)
-
-    def end_all_actions(self, change: Callable[[Vm], Vm]) -> list[Vm]:
-        ended = super().end_all_actions(change)
-        for vm in ended:
-            if vm.host and vm.action == "backing_up":
-                with contextlib.suppress(EngineError):  # away: its next backup ends the job
-                    end_left_job(partial(self.domain, vm), self._live.scratch)
-        return ended
 
     def remove_vm(self, uuid: str) -> Vm:
         vm = super().vm(uuid)
@@ -240,6 +238,17 @@ class LibvirtInventory(EmbeddedInventory):
         rows = {seen.facts.uuid: self._row(watch.name, seen) for seen in sight.domains}
         self._put(list(rows.values()))
         self._remove_but(watch, rows)
+        if watch.name not in self._cleared:
+            self._end_left_jobs(watch, sight)
+
+    def _end_left_jobs(self, watch: Watch, sight: Sight) -> None:
+        """Those of a former process; none of this one can be on before the host is in sight."""
+        for seen in sight.domains:
+            if seen.state != "stopped":
+                with contextlib.suppress(LibvirtFault):  # then its next backup does it
+                    end_left_job(partial(watch.domain, seen.facts.uuid), self._live.ours)
+        if watch.connection().isAlive():
+            self._cleared.add(watch.name)
 
     def _row(self, host: str, seen: DomainSeen) -> Vm | None:
         with self._lock:

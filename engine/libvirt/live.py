@@ -77,7 +77,8 @@ def begin_live(
     if not setup.scratch:
         raise HypervisorRefused("a live backup needs a directory: scratch in [libvirt]")
     domain = find()
-    end_left_job(find, setup.scratch)
+    with contextlib.suppress(LibvirtFault):  # what follows says so
+        end_left_job(find, setup.ours)
     facts = _facts_of(domain, vm)
     job = _Job(find, vm, setup, wish)
     job.watch.require_room()
@@ -149,14 +150,14 @@ class _Job:
         self.setup = setup
         self.wish = wish
         self.checkpoint = checkpoints.name_for(setup.host, wish.backup_uuid)
-        self.socket = f"{setup.scratch}/{wish.backup_uuid[:8]}.sock"
+        self.socket = f"{setup.ours}{wish.backup_uuid[:8]}.sock"
         self._files = [self.scratch_for(number) for number in range(len(vm.disks))]
         self.watch = ScratchWatch(
             setup.scratch, self._files, setup.reserve_bytes, setup.limit_bytes, self._abort
         )
 
     def scratch_for(self, number: int) -> str:
-        return f"{self.setup.scratch}/{self.wish.backup_uuid}.{number}"
+        return f"{self.setup.ours}{self.wish.backup_uuid}.{number}"
 
     def open(self, disk: JobDisk, path: str) -> NbdSource:
         bitmap = export_bitmap(disk.target) if disk.base else ""
@@ -170,10 +171,10 @@ class _Job:
 
     def _end(self, committed: bool) -> bool:
         self.watch.stop()
-        end = end_job(self.find, self.setup.scratch)
+        end = end_job(self.find, self.setup.ours, self.socket)
         if end == "unknown":
             files = [*self._files, self.socket]
-            end_later(self.find, self.setup.scratch, self.socket, files)
+            end_later(self.find, self.setup.ours, self.socket, files)
         try:
             domain = self.find()
             if committed:
@@ -270,6 +271,7 @@ def _read_in_full(facts: DomainFacts, job: _Job, since: frozenset[str], why: str
 def _begin_with_less(
     domain: Domain, job: _Job, rungs: list[list[JobDisk]], notes: list[str]
 ) -> list[JobDisk]:
+    _require_no_job(domain, job.vm)  # somebody may have begun one while the guest was being frozen
     for disks in rungs:
         checkpoint = checkpoint_xml(job.checkpoint, disks) or None
         try:

@@ -9,6 +9,7 @@ libvirt does not answer the job can't be ended: then it is asked again.
 from __future__ import annotations
 
 import contextlib
+import glob
 import logging
 import os
 import threading
@@ -94,6 +95,12 @@ def remove_left(paths: Sequence[str]) -> None:
     for path in paths:
         with contextlib.suppress(OSError):
             os.unlink(path)
+
+
+def clear_left(ours: str) -> None:
+    """Deletes what a former process of ours left: QEMU may have it open, in a job that is going to
+    be ended; where host and QEMU stopped too, nobody else knows of it. `ours`: see LiveSetup."""
+    remove_left(glob.glob(f"{glob.escape(ours)}*"))
 
 
 def _used_bytes(path: str) -> int:

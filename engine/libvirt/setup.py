@@ -19,3 +19,8 @@ class LiveSetup:
     freeze_timeout_s: float
     freeze_hold_s: float
     tpm_directory: str = ""
+
+    @property
+    def ours(self) -> str:
+        """What the paths of all that we have in the scratch directory begin with."""
+        return f"{self.scratch}/{self.host}-"

@@ -91,7 +91,8 @@ class Watch:
         """Ends the thread, or leaves it to its end if libvirt hangs."""
         self._stopping.set()
         self._wake.set()
-        self._thread.join(STOP_S)
+        if self._thread.is_alive():  # not where a start failed before it came to that
+            self._thread.join(STOP_S)
 
     def first_look(self, timeout_s: float) -> bool:
         """Whether the host was looked at, or found away, within that time."""

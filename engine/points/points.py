@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from engine.config import PointConfig
 from engine.errors import Conflict, Invalid, NotFound
 from engine.inventory.inventory import DEFAULT_NAME
-from engine.inventory.volumes import directory_id
+from engine.inventory.volumes import directories_above, directory_id
 from engine.model import BackupPoint, PointKind
 from engine.points.keeper import Keeper, Opened, Surroundings
 from engine.probes import Probes
@@ -174,10 +174,11 @@ class Points:
         return row
 
     def _require_no_pool(self, place: str) -> None:
-        there = directory_id(self._probes, place)
+        names = {place, directory_id(self._probes, place)}
         for pool in self._around.places.pools:
-            if pool.path == place or (there and directory_id(self._probes, pool.path) == there):
-                raise Invalid("path", f"{place} is the directory of pool {pool.name!r}")
+            if names & directories_above(self._probes, pool.path):
+                what = f"the directory of pool {pool.name!r}, or holds it"
+                raise Invalid("path", f"{place} is {what}")
 
     def detach(self, uuid: str) -> None:
         """Lets go of the point; nothing on it changes. NotFound. Whether jobs run is not asked."""

@@ -127,9 +127,9 @@ class Qcow2Source:
 
     def check_unchanged(self) -> None:
         """Raises Conflict("volume_changed") if anybody wrote to or replaced a file of the chain."""
-        self._check_open_files()
         for member in self._members:
             require_named(member.path, member.mark)
+        self._check_open_files()
 
     def committed(self) -> None:
         """The backup is on its point: the next one may build on it."""

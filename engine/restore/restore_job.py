@@ -26,6 +26,7 @@ from engine.qemu.header import VolumeFormat
 from engine.restore.restore import Gaps, RestoreDisk, run_restore
 from engine.verb_types import RestoreTarget, Scope
 from storage.domain.domain import Domain
+from storage.errors import StorageError
 
 log = logging.getLogger(__name__)
 
@@ -264,11 +265,16 @@ class _RestoreJob:
         )
 
     def _complete(self) -> None:
-        """The volumes become the VM's: without a machine, or a note of it, they go again."""
+        """The volumes become the VM's. Without a machine they go again, and without a note if no
+        hypervisor has them."""
         inventory, plan = self._core.inventory, self._plan
-        inventory.realize(plan.vm, plan.backup.label)
-        if not inventory.vm(plan.vm.uuid).host:  # what a hypervisor has has been noted
+        defined = inventory.realize(plan.vm, plan.backup.label)
+        try:
             inventory.note(plan.vm.uuid, lambda now: after_restore(now, ""))
+        except StorageError:
+            if not defined:
+                raise
+            log.exception("restore_not_noted", extra={"vm": plan.vm.uuid})
 
     def settle(self, error: Exception | None) -> None:
         core, vm = self._core, self._plan.vm

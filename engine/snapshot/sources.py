@@ -240,8 +240,8 @@ class VolumeSource:
         """Raises Conflict("volume_changed") if anybody wrote to, resized or replaced the volume."""
         if self._mark is None:
             return
-        self._check_open_file()
         require_named(self._path, self._mark)
+        self._check_open_file()
 
     def close(self) -> None:
         fd, self._fd = self._fd, -1
@@ -263,14 +263,21 @@ class VolumeSource:
 
 
 def require_named(path: str, mark: Mark) -> None:
-    """Raises Conflict("volume_changed") unless `path` still names the file that `mark` is of."""
+    """Raises Conflict("volume_changed") unless `path` still names the file that `mark` is of.
+
+    From then on a descriptor of the file tells what was written before, by other hosts too. Else an
+    NFS client tells for up to a minute what it remembers; it asks the server when a file is opened.
+    """
     try:
         named = os.stat(path, follow_symlinks=False)
+        same = (named.st_dev, named.st_ino) == (mark.device, mark.inode)
+        if same:
+            os.close(open_volume(path))
     except FileNotFoundError:
         raise was_changed(path, "it was deleted or renamed") from None
     except OSError as error:
         raise from_pool_error(error, path) from error
-    if (named.st_dev, named.st_ino) != (mark.device, mark.inode):
+    if not same:
         raise was_changed(path, "it was replaced")
 
 

@@ -93,6 +93,9 @@ class Appender:
         """See Domain.require_no_gap."""
         newest = self._log.newest_name()
         last = self.refresh()
+        # That an NFS client finds none may be its memory, which a listing does not correct.
+        while newest > last and self._log.read_surely(last + 1) is not None:
+            last = self.refresh()
         if newest > last:
             raise Damaged(f"{self._paths.log}: record {last + 1} is missing, {newest} is there")
 
@@ -125,20 +128,20 @@ class Appender:
     def _fold_some(self, view: Tables) -> Delta:
         state = Noticing(view)
         first = tables.applied(state)[0] + 1
-        own = 0
+        own = (0, b"")
         for _ in range(RECORDS_PER_TRANSACTION):
             found = self._log.read(tables.applied(state)[0] + 1)
             if found is None:
                 break
             fold(state, *found, self._domain.contents)
             if found[0].host == self._domain.host:
-                own = found[0].seq
+                own = (found[0].seq, found[1])
         last = tables.applied(state)[0]
         # Who linked them may have died before their names were durable; a view that outlives them
         # would look like a point that was put back.
         self._log.make_names_durable(first, last)
-        if own:  # ours, and not in our view: how its append ended is not known
-            self._log.name_anew(own)
+        if own[0]:  # ours, and not in our view: how its append ended is not known
+            self._log.name_anew(*own)
         return state.delta()
 
     def append(

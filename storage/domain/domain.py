@@ -11,6 +11,7 @@ storage.domain.gc.
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from storage.domain.maps import DiskMap
 from storage.domain.reader import ChunkReader
 from storage.domain.salvage import Salvage
 from storage.domain.session import Session
-from storage.errors import NotOnPoint
+from storage.errors import NotOnPoint, PointFull, PointUnreachable, SessionEnded
 from storage.files.ballast import Ballast
 from storage.files.fs import Fs
 from storage.format.chunks import ChunkHasher
@@ -88,6 +89,7 @@ class Domain:
         self._tally = Tally()
         self._appender = Appender(self, self._log, seen, self._tally)
         self._lock = self._appender.lock
+        self._left_open: set[str] = set()
 
     # The log (storage.domain.appender).
 
@@ -193,12 +195,32 @@ class Domain:
             holds=tuple(holds),
         )
         frees = kind in ("gc", "read")
-        self.append(lambda _: [op], spend_ballast=frees)
+        try:
+            self.append(lambda _: [op], spend_ballast=frees)
+        except (PointFull, PointUnreachable):
+            self.leave_open(session)  # the record may be there all the same
+            raise
         return Session(self, session, may_use_reserve=frees)
 
     def abort(self, session: str) -> None:
         """Ends a session without outcome and deletes its files. SessionEnded if it has one."""
         orphans.unlink_garbage(self, self.append(lambda _: [Abort(session=session)]))
+
+    def leave_open(self, session: str) -> None:
+        """Notes a session of ours that may be open, though nobody works in it: `end_left_open`."""
+        self._left_open.add(session)
+
+    def end_left_open(self) -> int:
+        """Ends the sessions whose own end did not get to the point, which did not answer; returns
+        how many. Else they would keep their files, and what they hold, while this process lives.
+        Raises StorageErrors."""
+        ended = 0
+        for session in tuple(self._left_open):
+            with contextlib.suppress(SessionEnded):  # it never began, or did end
+                self.abort(session)
+                ended += 1
+            self._left_open.discard(session)
+        return ended
 
     def clear_dead_sessions(self) -> int:
         """Aborts sessions that this host left open before it last stopped; returns how many.
@@ -215,7 +237,8 @@ class Domain:
         orphans.remove_directory(self.fs, self.paths.host_tmp(self.host))
         self.salvage.rescue(dead)
         for session in dead:
-            self.abort(session)
+            with contextlib.suppress(SessionEnded):  # a host that took us for gone was first
+                self.abort(session)
         orphans.sweep(self, thorough=False)
         return len(dead)
 
@@ -284,8 +307,10 @@ class Domain:
         Durable on return. PointFull and the like change nothing.
         """
         with self._lock:
-            if self.refresh() and not self.losses():
-                self.prove_view()
+            if not self.refresh():
+                return
+            self.prove_view()
+            if not self.losses():  # which it may have by that proof only, if it was made anew
                 publish_checkpoint(self)
 
     def checkpoint_if_due(self, every_records: int) -> bool:
@@ -319,9 +344,13 @@ class Domain:
         """Whether a reclaim would find some."""
         return bool(self._tally.counts(self.view).dead)
 
+    @property
+    def view_on_point(self) -> bool:
+        """Whether the view takes room of the point."""
+        return self.view.path.startswith(self.paths.root + "/")
+
     def _view_bytes_on_point(self) -> int:
-        on_point = self.view.path.startswith(self.paths.root + "/")
-        return self.view.size_bytes() if on_point else 0
+        return self.view.size_bytes() if self.view_on_point else 0
 
     def close(self) -> None:
         """Lets go of the view once nobody is in it; sessions stay open until the next start."""

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 CHAIN_LIMIT = 16
 CHECKPOINT_EVERY_RECORDS = 512
+PACKS_PER_RETIRE = 1 << 18  # 11 MiB: a record has a limit, what dies at once has none
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +116,10 @@ def reclaim(
     domain.refresh()
     # What takes no room goes first: it makes room for the rest.
     dead = domain.dead_packs(at_once=copy_budget_bytes > 0)
-    report = execute_gc(domain, GcPlan(dead), cancelled)
+    report = GcReport()
+    for at in range(0, len(dead), PACKS_PER_RETIRE):
+        plan = GcPlan(dead[at : at + PACKS_PER_RETIRE])
+        report = _both(report, execute_gc(domain, plan, cancelled))
     if not copy_budget_bytes:
         return report
     plan = _proved_plan(domain, sparse_below, copy_budget_bytes)
@@ -270,7 +274,8 @@ def _require_as_copied(trust: Trust, unproved: Mapping[bytes, int], state: Table
 
 
 def _fold_chains(domain: Domain, session: Session, disks: Sequence[str]) -> list[FoldedChain]:
-    """Writes each disk's layer as one manifest of the session; not of one that went meanwhile."""
+    """Writes each disk's layer as one manifest of the session; not of one that went meanwhile, or
+    that a view made anew lacks: it would be written as a disk of zeros."""
     folded = [_fold_chain(domain, session, disk) for disk in disks]
     return [chain for chain in folded if chain is not None]
 
@@ -278,7 +283,7 @@ def _fold_chains(domain: Domain, session: Session, disks: Sequence[str]) -> list
 def _fold_chain(domain: Domain, session: Session, disk: str) -> FoldedChain | None:
     with domain.view.read() as state:
         row = tables.disks.get(state, disk)
-        if row is None:
+        if row is None or row.layer == LOST_LAYER:
             return None
         builder = session.manifest(disk, row.capacity, row.parent or None)
         for page_no, page in tables.layer_pages(state, row.layer):

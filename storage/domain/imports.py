@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 from storage.domain.adopted import Vouched, sound_chunks
@@ -29,7 +30,7 @@ from storage.errors import (
 )
 from storage.files.bad_places import open_to_read
 from storage.files.fs import Fs
-from storage.format.chunks import CHUNK_ID_BYTES, ZERO_MARK, Decoder, Encoder
+from storage.format.chunks import ZERO_MARK, Decoder, Encoder
 from storage.format.manifests import PAGE_ENTRIES, decode_page
 from storage.format.packs import PackEntry, read_footer, read_frame, require_content
 from storage.format.paths import DomainPaths, FileContents
@@ -38,6 +39,7 @@ from storage.log.rebuild import fold_records, manifest_chain, merged_pages
 from storage.view import tables
 from storage.view.listing import BackupRow, backup_rows
 from storage.view.memory_tables import BoundedTables
+from storage.view.sorted_runs import ChunkSet
 from storage.view.tables import Tables
 
 if TYPE_CHECKING:
@@ -122,19 +124,48 @@ def _take(
     if absent:
         raise NotOnPoint(f"backup {absent[0]} is not on the point")
     vouched = cache(partial(_same_file, domain, source.paths))
-    with domain.begin("import") as session:
-        needed: set[bytes] = set()
+    beside_view = os.path.dirname(domain.view.path)
+    with (
+        translated(beside_view),
+        domain.begin("import") as session,
+        _Gathered(beside_view) as gathered,
+    ):
         for backup in wanted:
             for disk in rows[backup].disks:
-                needed |= _write_manifest(domain, session, source, disk.disk, vouched)
-        fresh = _link_packs(domain, session, source, needed, vouched)
+                _write_manifest(domain, session, source, disk.disk, vouched, gathered.needed)
+        _link_packs(domain, session, source, vouched, gathered)
         session.commit(
             [
                 NewBackup(backup, relabel(rows[backup]), [d.disk for d in rows[backup].disks])
                 for backup in wanted
             ],
-            partial(_require_fresh, fresh),
+            partial(_require_fresh, gathered.fresh),
         )
+
+
+class _Gathered:
+    """Chunks that an import has to know of until its commit; a large one's don't fit into memory.
+
+    `needed`: those of its manifests that we lack. `bases`: what these are patches of, as the source
+    has them. `ours`: what must be stored whole again beside the adopted packs: chunks that we have
+    and that are patches there, since patches of ours may stand on them; and bases that are patches
+    here. `fresh`: those of the adopted packs that we did not have, and so could not prove ours by.
+    """
+
+    def __init__(self, directory: str) -> None:
+        self.needed, self.bases, self.ours, self.fresh = (ChunkSet(directory) for _ in range(4))
+
+    def __enter__(self) -> _Gathered:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for gathered in (self.needed, self.bases, self.ours, self.fresh):
+            gathered.close()
 
 
 def _same_file(domain: Domain, source: DomainPaths, pack: str, maker: str) -> bool:
@@ -150,13 +181,17 @@ def _same_file(domain: Domain, source: DomainPaths, pack: str, maker: str) -> bo
 
 
 def _write_manifest(
-    domain: Domain, session: Session, source: ForeignDomain, disk: str, vouched: Vouched
-) -> set[bytes]:
-    """Writes a disk's whole map as a full manifest of ours; returns the chunks we lack."""
+    domain: Domain,
+    session: Session,
+    source: ForeignDomain,
+    disk: str,
+    vouched: Vouched,
+    needed: ChunkSet,
+) -> None:
+    """Writes a disk's whole map as a full manifest of ours; adds the chunks we lack."""
     row = tables.disks.require(source.state, disk)
     chain = manifest_chain(source.state, row.manifest)
     builder = session.manifest(disk, row.capacity, None)
-    lacking: set[bytes] = set()
     contents = FileContents(domain.fs, source.paths)
     for manifest, _ in chain:
         _require_directory(domain.fs, os.path.dirname(source.paths.manifest(manifest)))
@@ -167,60 +202,68 @@ def _write_manifest(
             raise Damaged(f"disk {disk}: page {page_no} is not one of a full disk of its size")
         builder.add_page(page_no, entries)
         ids = list(set(entries.values()))
-        known = session.known(ids, vouched)
-        lacking.update(chunk for chunk, there in zip(ids, known, strict=True) if not there)
-    return lacking
+        needed.update(_lacking(session, ids, vouched))
+
+
+def _lacking(session: Session, ids: Sequence[bytes], vouched: Vouched) -> set[bytes]:
+    known = session.known(ids, vouched)
+    return {chunk for chunk, there in zip(ids, known, strict=True) if not there}
 
 
 def _link_packs(
     domain: Domain,
     session: Session,
     source: ForeignDomain,
-    needed: set[bytes],
     vouched: Vouched,
-) -> list[bytes]:
-    """Gives those of the source's live packs that hold a needed chunk a name in the session;
-    returns the ids of their chunks that we did not have, and so could not prove ours by.
+    gathered: _Gathered,
+) -> None:
+    """Gives those of the source's live packs that hold a needed chunk, or the base of one, a name
+    in the session.
 
     Older packs first, so that of two copies of a chunk the newer one becomes its place, as it is
-    with the source. Patches take no place of ours: we store again what they would (see _ours).
+    with the source. Patches take no place of ours: we store again what they would.
     """
-    chosen = dict(_holders(domain, source, needed))
-    bases = list({base for found in chosen.values() for base in found.values() if base})
-    known = session.known(bases, vouched)
-    lacking = [base for base, there in zip(bases, known, strict=True) if not there]
-    chosen |= dict(_holders(domain, source, set(lacking)))
-    ours, fresh = set[bytes](), list[bytes]()
+    chosen = set[tuple[int, str]]()
+    for part in gathered.needed.parts():
+        for holder, bases in _holders(domain, source, part):
+            chosen.add(holder)
+            gathered.bases.update(bases)
+    for part in gathered.bases.parts():
+        lacking = _lacking(session, list(part), vouched)
+        chosen.update(holder for holder, _ in _holders(domain, source, lacking))
+        gathered.ours.update(_patches_here(domain, part))
     for _, pack in sorted(chosen):
-        path = source.paths.pack(pack)
-        with translated(path):
-            adopted = domain.paths.pack(session.adopt_pack(path))
-            _, entries = read_footer(domain.fs, adopted)
-        with domain.view.read() as state:
-            here = state.table("chunks").get_many([entry.chunk_id for entry in entries])
-            ours |= _ours(domain, state, [entry for entry in entries if entry.base], needed)
-        _prove(domain, adopted, [e for e in entries if e.chunk_id in here and not e.base])
-        fresh.append(b"".join(e.chunk_id for e in entries if e.chunk_id not in here))
-    _store_whole(domain, session, ours)
-    return fresh
+        _link_pack(domain, session, source.paths.pack(pack), gathered)
+    for part in gathered.ours.parts():
+        _store_whole(domain, session, part)
 
 
-def _require_fresh(fresh: Sequence[bytes], state: Tables) -> None:
-    """Raises _Overtaken if one of the chunks, whose ids are joined, is ours by now: the copy that
-    is about to take its place has not been proved."""
-    for ids in fresh:
-        chunks = [ids[at : at + CHUNK_ID_BYTES] for at in range(0, len(ids), CHUNK_ID_BYTES)]
-        if state.table("chunks").get_many(chunks):
+def _link_pack(domain: Domain, session: Session, path: str, gathered: _Gathered) -> None:
+    with translated(path):
+        adopted = domain.paths.pack(session.adopt_pack(path))
+        _, entries = read_footer(domain.fs, adopted)
+    with domain.view.read() as state:
+        here = state.table("chunks").get_many([entry.chunk_id for entry in entries])
+        patches = [entry.chunk_id for entry in entries if entry.base]
+        gathered.ours.update(domain.trust.sound(state, patches))
+    _prove(domain, adopted, [e for e in entries if e.chunk_id in here and not e.base])
+    gathered.fresh.update(e.chunk_id for e in entries if e.chunk_id not in here)
+
+
+def _require_fresh(fresh: ChunkSet, state: Tables) -> None:
+    """Raises _Overtaken if one of the chunks is ours by now: the copy that is about to take its
+    place has not been proved."""
+    for part in fresh.parts():
+        if state.table("chunks").get_many(sorted(part)):
             raise _Overtaken("chunks of an imported backup were stored here meanwhile")
 
 
 def _holders(
-    domain: Domain, source: ForeignDomain, needed: set[bytes]
-) -> Iterator[tuple[tuple[int, str], dict[bytes, bytes]]]:
-    """(number, pack) of the source's packs that have the newest copies of the chunks, and these:
-    chunk → base."""
+    domain: Domain, source: ForeignDomain, left: set[bytes]
+) -> Iterator[tuple[tuple[int, str], list[bytes]]]:
+    """(number, pack) of the source's packs that have the newest copies of the chunks, and the bases
+    of these. Empties the set."""
     numbered = ((row.number, pack) for pack, row in tables.packs.scan(source.state))
-    left = set(needed)
     for number, pack in sorted(numbered, reverse=True):
         if not left:
             return
@@ -230,21 +273,16 @@ def _holders(
             _, entries = read_footer(domain.fs, path)
         held = {entry.chunk_id: entry.base for entry in entries if entry.chunk_id in left}
         if held:
-            yield (number, pack), held
+            yield (number, pack), [base for base in held.values() if base]
         left -= held.keys()
     if left:
         raise ChunkMissing(frozenset(left))
 
 
-def _ours(
-    domain: Domain, state: Tables, patches: Sequence[PackEntry], needed: set[bytes]
-) -> set[bytes]:
-    """What must be stored whole again beside an adopted pack: chunks that we have and that are
-    patches there, since patches of ours may stand on them; and bases that are patches here."""
-    here = domain.trust.sound(state, [entry.chunk_id for entry in patches])
-    wanted = [entry.base for entry in patches if entry.chunk_id in needed]
-    bases = domain.trust.sound(state, wanted)
-    return here.keys() | {base for base, row in bases.items() if row.base}
+def _patches_here(domain: Domain, bases: set[bytes]) -> set[bytes]:
+    with domain.view.read() as state:
+        rows = domain.trust.sound(state, list(bases))
+    return {base for base, row in rows.items() if row.base}
 
 
 def _store_whole(domain: Domain, session: Session, ids: set[bytes]) -> None:

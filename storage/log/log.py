@@ -240,21 +240,27 @@ class Log:
             raise error
         if found[0].nonce != record.nonce:
             return False
-        self.name_anew(record.seq)
+        self.name_anew(record.seq, found[1])
         return True
 
-    def name_anew(self, seq: int) -> None:
+    def name_anew(self, seq: int, digest: bytes) -> None:
         """Makes the name of a record that is there durable, though an fsync of it may have failed.
 
         A failed fsync is final: the next one reports success for what the first has dropped. So the
         name is written again, by putting an identical file in its place. Until that has succeeded
         the record is neither acknowledged nor believed by its author, and nothing follows it.
+
+        `digest` is the record's, as it was read before. PointUnreachable when other bytes come now:
+        they must not take its place.
         """
         path = os.path.join(self._directory, record_path(seq))
         tmp = os.path.join(self._tmp, secrets.token_hex(16))
         with translated(path):
             make_dirs(self._fs, self._tmp, os.path.dirname(self._tmp))
-            replace_same(self._fs, tmp, path, self._read_file(path))
+            body = self._read_file(path)
+            if record_digest(body) != digest:
+                raise PointUnreachable(f"{path}: reads otherwise than a moment ago")
+            replace_same(self._fs, tmp, path, body)
 
     def _revalidate(self, seq: int) -> None:
         """Makes an NFS client drop what it believes about the names in the record's directory."""

@@ -10,6 +10,7 @@ seal and name.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import logging
 import os
@@ -83,15 +84,26 @@ def open_view(fs: Fs, paths: DomainPaths, path: str, identity: bytes, us: Host) 
 
 def make_view(fs: Fs, paths: DomainPaths, path: str, identity: bytes, us: Host) -> str:
     """Makes a view from log, footers and manifests alone; returns the directory beside `path`
-    that it lies in, closed. Raises Damaged when the log is; see `fill` for damaged files."""
+    that it lies in, closed. Raises Damaged when the log is; see `fill` for damaged files. Nothing
+    is left of one that was not finished."""
     unfinished = _unfinished(path)
+    try:
+        _make_view(fs, paths, unfinished, identity, us)
+    except BaseException:
+        with contextlib.suppress(StorageError):
+            destroy(unfinished)  # it may have taken all the room that there was
+        raise
+    return unfinished
+
+
+def _make_view(fs: Fs, paths: DomainPaths, path: str, identity: bytes, us: Host) -> None:
     records = Log(fs, paths.log, paths.tmp)
     before = frozenset[str]()
     while True:
-        destroy(unfinished)
-        view = View(unfinished, identity, scratch=True)
+        destroy(path)
+        view = View(path, identity, scratch=True)
         try:
-            lost = fill(view.update, records, FileContents(fs, paths), unfinished)
+            lost = fill(view.update, records, FileContents(fs, paths), path)
             with view.read() as state:
                 last, _ = tables.applied(state)
             view.close(seal=True)
@@ -104,19 +116,25 @@ def make_view(fs: Fs, paths: DomainPaths, path: str, identity: bytes, us: Host) 
             if lost:
                 log.warning("view_incomplete path=%s: what the point lost is missing in it", path)
             _settle_names(records, last, us)
-            return unfinished
+            return
         before = lost
 
 
 def _settle_names(records: Log, last: int, us: Host) -> None:
     """The names of the last records are durable on return. Our own newest one may be there though
-    its fsync failed, unless we have seen it so; and then another fsync proves nothing."""
+    its fsync failed, unless we have seen it so; and then another fsync proves nothing.
+
+    One that can't be read came from its bundle: others have gone on from it long ago.
+    """
     first = max(1, last - RECORDS_PER_STEP + 1)
     records.make_names_durable(first, last)
     for seq in range(last, max(first - 1, us.seen), -1):
-        found = records.read(seq)
+        try:
+            found = records.read(seq)
+        except Damaged:
+            continue
         if found is not None and found[0].host == us.id:
-            records.name_anew(seq)
+            records.name_anew(seq, found[1])
             return
 
 
@@ -176,17 +194,28 @@ def _announced(records: Log, names: list[str]) -> Iterator[str]:
     vouched: set[str] = set()
     known = None  # what this record and those after it vouch for
     for name in sorted(names, reverse=True):
-        seq = int(name[:16], 16) + 1
-        start = seq
-        while seq != known and (found := records.read(seq)) is not None:
-            ops = (op for op in found[0].ops if isinstance(op, Checkpoint))
-            vouched.update(checkpoint_name(op.seq, op.digest) for op in ops)
-            seq += 1
+        start = int(name[:16], 16) + 1
+        try:
+            vouched |= _announced_from(records, start, known)
+        except Damaged as error:
+            # Who starts from there needs this record itself; from the log's start, its bundle.
+            log.warning("checkpoint_unusable name=%s error=%s", name, error)
+            return
         known = start
         if name in vouched:
             yield name
         else:
             log.warning("checkpoint_unannounced name=%s", name)
+
+
+def _announced_from(records: Log, seq: int, end: int | None) -> set[str]:
+    """The names that the records from `seq` on announce, up to `end` or the log's end."""
+    names: set[str] = set()
+    while seq != end and (found := records.read(seq)) is not None:
+        ops = (op for op in found[0].ops if isinstance(op, Checkpoint))
+        names.update(checkpoint_name(op.seq, op.digest) for op in ops)
+        seq += 1
+    return names
 
 
 def _copied(fs: Fs, source: str, target: str) -> bytes:

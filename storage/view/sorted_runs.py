@@ -13,12 +13,14 @@ from __future__ import annotations
 import os
 import tempfile
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import BinaryIO
 
 from storage.errors import Damaged
 from storage.format.chunks import CHUNK_ID_BYTES
+
+IDS_AT_ONCE = 1 << 20  # about 130 MB as a set
 
 
 class Runs:
@@ -126,3 +128,34 @@ def ranges(most_items: int, *kinds: Runs) -> Iterator[list[list[bytes]]]:
         known = [last for run in runs if (last := run.last_known()) is not None]
         last = min(known, default=None)
         yield [[run.take(last) for run in kind] for kind in opened]
+
+
+class ChunkSet:
+    """A set of chunk ids that may be larger than memory. `directory`: where the file is made when
+    one is needed."""
+
+    def __init__(self, directory: str) -> None:
+        self._runs = Runs(CHUNK_ID_BYTES, directory)
+        self._run: set[bytes] = set()
+
+    def update(self, ids: Iterable[bytes]) -> None:
+        """Adds them. Not while `parts` is read."""
+        self._run.update(ids)
+        if len(self._run) >= IDS_AT_ONCE:
+            self._sort()
+
+    def _sort(self) -> None:
+        self._runs.add(b"".join(sorted(self._run)))
+        self._run = set()
+
+    def parts(self) -> Iterator[set[bytes]]:
+        """All of them, each in one of the parts. About IDS_AT_ONCE are in a part, or fewer."""
+        self._sort()
+        for (pieces,) in ranges(IDS_AT_ONCE, self._runs):
+            ids = b"".join(pieces)
+            starts = range(0, len(ids), CHUNK_ID_BYTES)
+            yield {ids[start : start + CHUNK_ID_BYTES] for start in starts}
+
+    def close(self) -> None:
+        """Gives the room back."""
+        self._runs.close()

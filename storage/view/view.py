@@ -27,7 +27,7 @@ from typing import TypeVar
 
 import lmdb
 
-from storage.errors import Damaged, ViewDamaged, translated
+from storage.errors import Damaged, PointUnreachable, ViewDamaged, translated
 from storage.files.fs import NO_FD
 from storage.files.in_flight import InFlight
 from storage.lmdb_env.clean_close import break_seal, put_seal
@@ -114,6 +114,7 @@ class View:
         self._growing = False
         self._writing = threading.Lock()
         self._panicked = False  # LMDB refuses all, until it is opened anew
+        self._closed = False
         with translated(f"view {path}", ViewDamaged):
             os.makedirs(path, mode=0o700, exist_ok=True)
             self._current = _open(path, scratch=scratch)
@@ -139,6 +140,7 @@ class View:
         No update may be under way. Reads that are go on with the old state, which is closed, and
         gives its room back, with the last of them.
         """
+        self._require_open()
         old = self.path + ".old"
         destroy(old)
         with translated(f"view {self.path}"):
@@ -277,9 +279,15 @@ class View:
         file is as it was: until it is opened anew. `_writing` is held."""
         if self._panicked:
             with self._unread():
+                self._require_open()
                 self._current.close()
                 self._current = _open(self.path, scratch=self._scratch)
                 self._panicked = False
+
+    def _require_open(self) -> None:
+        """Nobody would close what a call that comes late had opened again."""
+        if self._closed:
+            raise PointUnreachable(f"view {self.path} is closed")
 
     @contextlib.contextmanager
     def _unread(self) -> Iterator[None]:
@@ -318,10 +326,12 @@ class View:
                     with translated(f"view {self.path}"):
                         self._current.env.sync(True)
             finally:
+                self._closed = True
                 for opened in (*self._replaced, self._current):
                     opened.close()
         if seal and not self.suspect:
             put_seal(os.path.join(self.path, _DATA_FILE))
+        self.suspect = ""  # who comes late has nothing to mend
 
 
 def adopt_copy(source: str, path: str) -> None:

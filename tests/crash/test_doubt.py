@@ -76,6 +76,43 @@ def test_nothing_follows_a_record_whose_name_is_in_doubt(world: World, anew: boo
     proved(world, world.fs.disk.crashed(Choice("none", 1)))
 
 
+def test_a_session_whose_begin_failed_is_ended_if_it_began(world: World) -> None:
+    kept = world.save(FULL)
+    domain = world.domain()
+    refusing = Refusing(world.fs, epoch(world), 2)
+    with pytest.raises(PointUnreachable):
+        domain.begin("read", [kept.backup])
+    assert not refusing.left
+    domain.refresh()
+    assert dump(domain)["sessions"]
+    assert domain.end_left_open() == 1
+    assert not dump(domain)["sessions"]
+
+
+def test_other_bytes_than_the_records_do_not_take_its_place(world: World) -> None:
+    """What a failing medium gives when it is asked once more."""
+    world.save(FULL)
+    domain, fs, real = world.domain(), world.fs, world.fs.pread
+    refusing = Refusing(fs, epoch(world), 1)
+    reads: list[int] = []
+
+    def second_one_wrong(fd: int, size_bytes: int, offset: int) -> bytes:
+        found = real(fd, size_bytes, offset)
+        if refusing.left or not found:
+            return found
+        reads.append(fd)
+        return found[:-1] + bytes([found[-1] ^ 1]) if len(reads) == 2 else found
+
+    with (
+        mock.patch.object(fs, "pread", second_one_wrong),
+        pytest.raises(PointUnreachable, match="otherwise"),
+    ):
+        domain.begin("read")
+    assert len(reads) == 2
+    world.save(CHANGED)
+    proved(world, fs.disk.crashed(Choice("none", 1)))
+
+
 def test_a_record_stands_though_the_view_could_not_take_it(world: World) -> None:
     world.save(FULL)
     domain = world.domain()

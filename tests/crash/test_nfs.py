@@ -175,6 +175,26 @@ def test_a_view_made_anew_from_a_stale_log_takes_nothing_for_lost() -> None:
         world.discard()
 
 
+def test_a_record_that_is_remembered_as_absent_is_no_gap_at_a_start() -> None:
+    with repeatable() as scratch, Chance.seeded("stale start"):
+        world = NfsWorld(scratch)
+        other = world.domain(0, "h2")
+        world.save(noise(1, 3))
+        other.refresh_to_end()
+        other.refresh()  # and believes from here on that there is no next record
+        other.close()
+        kept = [world.save(noise(number, 3)) for number in (2, 3)]
+        machine = world.machines[0]
+        point, label = Point.open(PATH, fs=machine), world.sides[0].label
+        before = machine.stale_answers
+        again = point.domain(label, "h2", world.view_dir(0), pack_size_bytes=PACK_BYTES)
+        assert machine.stale_answers > before
+        world.domains[0, "h2"] = again
+        for saved in kept:
+            world.restore(saved, 0, "h2")
+        world.discard()
+
+
 def test_a_check_does_not_miss_what_others_delete_meanwhile() -> None:
     with repeatable() as scratch, Chance.seeded("stale check"):
         world = NfsWorld(scratch)

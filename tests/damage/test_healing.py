@@ -6,15 +6,19 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from storage.check.against_rebuild import check_view
 from storage.check.check import CheckReport, Damage, check_point
 from storage.domain.domain import Domain
+from storage.domain.session import Session
 from storage.errors import Damaged
 from storage.files.fs import OsFs
 from storage.format.packs import read_footer
+from storage.format.record import SessionKind
+from storage.log.fold import Garbage
 from storage.point import Point
 from tests.damage.site import Site, look, readable
 from tests.store import Saved, dump, open_domain, save
@@ -140,6 +144,35 @@ def test_a_broken_manifest_is_written_anew_from_the_view(own: Site, how: str, nu
         domain.rebuild()
         assert whole(own, domain)
         assert check_view(domain) == []
+
+
+def test_a_map_that_can_not_be_read_for_a_while_is_not_written_anew_as_empty(
+    own: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The view is made anew when the session begins and when it ends, and only the first time
+    without the manifest."""
+    manifest = own.files()["manifests"][0]
+    away = own.path / "away"
+    begin, retire = Domain.begin, Session.retire
+
+    def begin_without(domain: Domain, kind: SessionKind) -> Session:
+        session = begin(domain, kind)
+        manifest.rename(away)
+        domain.rebuild()
+        assert domain.losses().disks
+        return session
+
+    def retire_with(session: Session, *plan: Any) -> Garbage:
+        away.rename(manifest)
+        domain.rebuild()
+        return retire(session, *plan)
+
+    with own.opened() as domain, monkeypatch.context() as patched:
+        patched.setattr(Domain, "begin", begin_without)
+        patched.setattr(Session, "retire", retire_with)
+        assert domain.rewrite_manifests({f"{manifest.parent.name}/{manifest.name}"}) == 0
+        domain.rebuild()
+        assert whole(own, domain)
 
 
 @pytest.mark.parametrize("number", range(4))

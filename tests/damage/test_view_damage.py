@@ -245,6 +245,20 @@ def _call_packs_dead(state: LmdbTables) -> None:
         table._txn.put(key, table.with_check(key, value), db=table._db)
 
 
+def test_a_view_that_its_proof_makes_anew_is_no_checkpoint_if_it_lacks_something(own: Site) -> None:
+    """A pack that was damaged after it had been folded: only a view made anew lacks it."""
+    with own.opened() as domain:
+        pack = own.files()["packs"][0]
+        pack.write_bytes(pack.read_bytes()[:-1])
+        before = own.files()["checkpoints"]
+        key = domain.view.ask(lambda state: next(key for key, _ in state.table("chunks").scan()))
+        domain.view.update(partial(lost, random.Random(1), "chunks", key))
+        assert not domain.losses()
+        domain.checkpoint()
+        assert domain.losses()
+        assert own.files()["checkpoints"] == before
+
+
 def test_a_manifest_that_somebody_needs_stays(own: Site) -> None:
     """Though the count of its users is an older one."""
     first, second, _, last = own.images

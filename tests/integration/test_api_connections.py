@@ -25,6 +25,15 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
         yield made
 
 
+@pytest.fixture
+async def hasty_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Site]:
+    """Of little patience."""
+    monkeypatch.setattr("api.app.IDLE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("api.app.BODY_TIMEOUT_S", 0.2)
+    async with serving(tmp_path) as made:
+        yield made
+
+
 @contextlib.asynccontextmanager
 async def connected(
     site: Site,
@@ -96,3 +105,47 @@ async def test_a_client_that_does_not_read_its_events_loses_its_place(
             site.engine._core.jobs._tell(large)
             while b"large" not in await heard.content.readuntil(b"\n\n"):
                 pass
+
+
+async def test_who_says_nothing_is_let_go(hasty_site: Site) -> None:
+    """Before it has sent a request's whole head, and after an answer."""
+    for sent in (b"", b"GET /hea", b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"):
+        async with connected(hasty_site) as (reader, writer):
+            writer.write(sent)
+            assert (b"200 OK" in await reader.read()) == sent.endswith(b"\n")
+
+
+async def test_a_body_that_does_not_come_is_not_waited_for(hasty_site: Site) -> None:
+    async with connected(hasty_site) as (reader, writer):
+        writer.write(POST + b"Content-Length: 2\r\n\r\n{")
+        answer = await reader.readuntil(b"}")
+    assert b"HTTP/1.1 400" in answer
+    assert b"the body did not come within 0.2 s" in answer
+
+
+async def test_only_so_many_may_be_connected(
+    site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The others keep their connections, and whoever comes when one has gone gets one."""
+    monkeypatch.setattr("api.connections.MAX_CONNECTIONS", 2)
+    asked = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+
+    async def is_answered(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        try:
+            writer.write(asked)
+            return await reader.readexactly(15) == b"HTTP/1.1 200 OK"
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return False
+
+    async with connected(site) as first:
+        async with connected(site) as second:
+            for _ in range(3):
+                async with connected(site) as late:
+                    assert not await is_answered(*late)
+            assert await is_answered(*second)
+            assert await is_answered(*first)
+        assert [record.message for record in caplog.records] == ["connections_refused"]
+        while True:
+            async with connected(site) as late:
+                if await is_answered(*late):
+                    return

@@ -131,17 +131,26 @@ def test_a_name_that_was_made_to_lead_to_loopback_is_refused(tmp_path: Path) -> 
         for name in OTHERS:
             assert _scode(port, "GET", "/v1/compute/list", name) == 40301, name
             assert _scode(port, "POST", "/v1/compute/delete", name) == 40301, name
+        # Without the port: what is told is what can be listed.
+        answer = _answer(port, "GET", "/v1/compute/list", "Evil.example:8080")
+        assert answer["desc"] == "'evil.example' is not in [api] host_names"
     with _serve(tmp_path / "data", listen="0.0.0.0:0") as server:
         port = int(_told(server, "vmkeep")[0].rpartition(":")[2])
         assert _scode(port, "GET", "/v1/compute/list", OTHERS[0]) == 0
 
 
 def _scode(port: int, method: str, path: str, host: str) -> int:
-    with contextlib.closing(HTTPConnection("127.0.0.1", port, timeout=30)) as http:
-        http.request(method, path, headers={"Host": host, "Origin": f"http://{host}"})
-        scode = json.loads(http.getresponse().read())["scode"]
+    scode = _answer(port, method, path, host)["scode"]
     assert isinstance(scode, int)
     return scode
+
+
+def _answer(port: int, method: str, path: str, host: str) -> dict[str, object]:
+    with contextlib.closing(HTTPConnection("127.0.0.1", port, timeout=30)) as http:
+        http.request(method, path, headers={"Host": host, "Origin": f"http://{host}"})
+        answer = json.loads(http.getresponse().read())
+    assert isinstance(answer, dict)
+    return answer
 
 
 @pytest.mark.usefixtures("own_logging")

@@ -111,11 +111,16 @@ async def test_backup_to_a_full_point(tmp_path: Path) -> None:
 async def test_a_pools_directory_is_no_point_by_whatever_path(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
-    pools = (PoolConfig("linked", str(tmp_path / "link")), PoolConfig("gone", "/no/such/place"))
+    (tmp_path / "around" / "pool").mkdir(parents=True)
+    pools = (
+        PoolConfig("linked", str(tmp_path / "link")),
+        PoolConfig("gone", "/no/such/place"),
+        PoolConfig("inside", str(tmp_path / "around" / "pool")),
+    )
     async with serving(tmp_path, Config(pools=pools)) as site:
-        for path in ("real", "link"):
+        for path, place in (("real", "real"), ("link", "real"), ("around", "around")):
             refusal = attach(site, tmp_path / path)
-            await _check(refusal, "invalid_member", f"path: {tmp_path}/real is the directory of")
+            await _check(refusal, "invalid_member", f"path: {tmp_path}/{place} is the directory of")
         assert os.listdir(tmp_path / "real") == []
 
 

@@ -354,6 +354,13 @@ def test_nobody_there_is_exit_code_3(vmkeep: Command) -> None:
     assert ran.err == f"vmkeep: no answer from {url}: Connection refused\n"
 
 
+@pytest.mark.parametrize("server", ["127.0.0.1:8080", "ftp://127.0.0.1", "http://["])
+def test_what_is_no_address_of_a_server_is_told_so(vmkeep: Command, server: str) -> None:
+    ran = vmkeep("vm", "list", "--server", server)
+    assert ran.code == 3
+    assert ran.err == f"vmkeep: {server} is not an address such as http://127.0.0.1:8080\n"
+
+
 def test_a_refusal_is_exit_code_4_in_one_line(vmkeep: Command) -> None:
     uuid = str(uuids.uuid4())
     ran = vmkeep("backup", "inspect", uuid)

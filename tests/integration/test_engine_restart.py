@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from engine.errors import AlreadyRunning, Conflict
+from engine.config import Config, DiskConfig, VmConfig
+from engine.errors import AlreadyRunning, ConfigInvalid, Conflict
 from engine.model import BACKUP_DONE, BACKUP_FAILED
 from engine.service import Engine
 from storage.check.check import check_point
@@ -38,6 +39,17 @@ while True:
     if all(row.progress.bytes_scanned + row.progress.bytes_restored for row in rows):
         os.kill(os.getpid(), signal.SIGKILL)
 """
+
+
+def test_a_start_that_is_refused_says_why_and_leaves_nothing_running(tmp_path: Path) -> None:
+    """Also where points are attached, which it does not come to open."""
+    with EngineRig(tmp_path / "data") as rig:
+        vm = rig.make_vm("web", disk_bytes(MIB, 1))
+    clash = VmConfig("db", (DiskConfig("sda", vm.disks[0].volume_name),))
+    with pytest.raises(ConfigInvalid, match="belongs to VM web"):
+        Engine.start(str(tmp_path / "data"), Config(vms=(clash,)))
+    with EngineRig(tmp_path / "data") as rig:
+        rig.back_up(rig.engine.vm(vm.uuid))
 
 
 def test_stop_ends_jobs_and_a_start_shows_how(tmp_path: Path) -> None:

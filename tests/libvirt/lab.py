@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from engine.libvirt.binding import Domain, LibvirtFault
+from engine.libvirt.inventory import LibvirtInventory
 from engine.model import Backup, Job, Vm
 from engine.nbd.source import NbdSource
 from tests.engine_rig import PATIENCE_S, EngineRig
@@ -39,6 +40,13 @@ class Lab:
     @property
     def vm(self) -> Vm:
         return wait_for_vm(self.rig, NAME, lambda vm: vm is not None)
+
+    @property
+    def ours(self) -> str:
+        """What the paths of the engine's files in the scratch directory begin with."""
+        inventory = self.rig.core.inventory
+        assert isinstance(inventory, LibvirtInventory)
+        return inventory._live.ours
 
     def back_up(self, *, full: bool = False) -> Backup:
         backup = self.rig.back_up(self.vm, full=full)

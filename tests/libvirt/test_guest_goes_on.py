@@ -209,7 +209,7 @@ def test_a_backup_that_libvirtd_forgot(lab: Lab, writer: Writer) -> None:
 
 def begin_in_qemu(lab: Lab) -> None:
     """What libvirt makes of a backup of vdb, with no word to libvirt."""
-    scratch = lab.host.scratch / "left.0"
+    scratch = Path(f"{lab.ours}left.0")
     create = [find_tool("qemu-img"), "create", "-q", "-f", "qcow2", str(scratch), str(RAW_BYTES)]
     subprocess.run(create, check=True)
     lab.host.own(scratch)

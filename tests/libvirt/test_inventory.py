@@ -9,15 +9,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
+from engine.config import PoolConfig
 from engine.errors import ConfigInvalid, Conflict, HypervisorAway
 from engine.libvirt import inventory, watch
-from engine.model import Vm
+from engine.model import Backup, Vm
+from engine.snapshot.snapshot import RESTORES
+from engine.state import State
 from engine.verb_types import NewDisk, RestoreTarget
+from storage.errors import StorageError
 from tests.engine_rig import ANYWHERE, EngineRig
 from tests.libvirt.host import MIB, Host, Image
 from tests.libvirt.site import config_for, contents, rig_on, vm_named, wait_for_vm, wait_until
 from tests.nfs.kit import Kit, find_tool
+
+libvirt = pytest.importorskip("libvirt")
 
 MARKS = """<metadata><vmkeep:place xmlns:vmkeep="urn:vmkeep:place:1"
     namespace="shop" zone="cellar" object_group="nowhere"/></metadata>"""
@@ -147,6 +154,77 @@ def test_a_directory_stays_a_pool_when_its_last_domain_is_lost(host: Host, rig: 
     place.rmdir()
     host.connection.lookupByUUIDString(again.uuid).undefineFlags(0)
     wait_until(lambda: pool_at(rig, place) == "")
+
+
+def test_a_restored_domain_that_can_not_be_noted_keeps_its_volumes(
+    host: Host, rig: EngineRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state's disk fills up just when libvirt has it."""
+    backup, content = backed_up(host, rig, "doubtful")
+    define = libvirt.virConnect.defineXML
+
+    def full(*_: object) -> None:
+        raise StorageError("no space left")
+
+    def define_and_fill(*given: object) -> object:
+        made = define(*given)
+        for name in ("_put", "note"):
+            monkeypatch.setattr(inventory.LibvirtInventory, name, full)
+        return made
+
+    monkeypatch.setattr(libvirt.virConnect, "defineXML", define_and_fill)
+    uuid, job = rig.ask_restore(backup, "noted")
+    rig.ended(job)
+    monkeypatch.undo()
+    rig.restart()
+    whole(rig, host, uuid, content)
+
+
+def test_a_restored_domain_keeps_its_volumes_when_libvirt_is_away_after_a_kill(
+    host: Host, tmp_path: Path
+) -> None:
+    """We were killed when libvirt had it, and had not noted that: the volume has both names."""
+    pool = tmp_path / "pool"
+    hidden = pool / RESTORES / "hidden"
+    pool.mkdir()
+    config = replace(config_for(host.uri), pools=(PoolConfig("ours", str(pool)),))
+    with EngineRig(tmp_path / "data", config) as rig:
+        backup, content = backed_up(host, rig, "killed")
+        uuid, job = rig.ask_restore(backup, "unnoted")
+        rig.succeed(job)
+        vm, pool_uuid = rig.engine.vm(uuid), rig.pool_uuid
+    hidden.parent.mkdir()
+    hidden.hardlink_to(pool / "unnoted-vda")
+    disk = replace(vm.disks[0], pool_uuid=pool_uuid, volume_name="unnoted-vda")
+    state = State(str(tmp_path / "data" / "state"))
+    row = replace(vm, host="", state="restoring", action="restoring", disks=(disk,))
+    state.vms.put(row)
+    state.close()
+    host.stop()
+    try:
+        with EngineRig(tmp_path / "data", config):
+            assert not hidden.exists()
+    finally:
+        host.start()
+    with EngineRig(tmp_path / "data", config) as rig:
+        whole(rig, host, uuid, content)
+
+
+def backed_up(host: Host, rig: EngineRig, name: str) -> tuple[Backup, bytes]:
+    """A stopped domain's backup, and what its disk holds."""
+    image, content = host.image("vda", f"{name}.raw", MIB, "raw"), name.encode().ljust(MIB, b"\6")
+    image.path.write_bytes(content)
+    host.define(name, [image])
+    return rig.back_up(wait_for_vm(rig, name, lambda vm: vm is not None)), content
+
+
+def whole(rig: EngineRig, host: Host, uuid: str, content: bytes) -> None:
+    """The VM is a domain, and has its volume."""
+    name = host.connection.lookupByUUIDString(uuid).name()
+    vm = wait_for_vm(rig, name, lambda vm: vm is not None and vm.host == host.uri)
+    vm = wait_for_vm(rig, name, lambda vm: vm is not None and vm.disks[0].pool_uuid != "")
+    assert (vm.uuid, vm.state, vm.action) == (uuid, "stopped", "")
+    assert rig.volume(vm.disks[0]).read_bytes() == content
 
 
 def pool_at(rig: EngineRig, place: Path) -> str:

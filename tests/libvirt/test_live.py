@@ -5,6 +5,7 @@ One VM for all tests. Each leaves it running; what it did to the checkpoints is 
 
 from __future__ import annotations
 
+import contextlib
 import re
 import signal
 import subprocess
@@ -23,6 +24,8 @@ from tests.libvirt.host import MIB, Host, disk_xml
 from tests.libvirt.lab import NAME, QCOW2_BYTES, RAW_BYTES, Lab, make_lab, paused_reading
 from tests.libvirt.site import config_for, contents, rig_on, wait_for_vm, wait_until
 from tests.nfs.kit import find_tool
+
+libvirt = pytest.importorskip("libvirt")
 
 
 @pytest.fixture(scope="module")
@@ -143,28 +146,67 @@ def test_disks_come_grow_and_go(lab: Lab) -> None:
     assert lab.restored_sums(last) == truth[:2]
 
 
-def test_a_second_job_on_the_domain_is_a_conflict_at_once(lab: Lab) -> None:
-    socket = lab.host.root / "run/other.sock"
+def begin_job(lab: Lab, place: str) -> None:
+    """A backup job whose files' paths begin with `place`."""
     lab.domain.backupBegin(
-        f"<domainbackup mode='pull'><server transport='unix' socket='{socket}'/><disks>"
+        f"<domainbackup mode='pull'><server transport='unix' socket='{place}sock'/><disks>"
         f"<disk name='vdb' backup='yes' type='file'><driver type='qcow2'/>"
-        f"<scratch file='{lab.host.root}/run/other'/></disk></disks></domainbackup>",
+        f"<scratch file='{place}scratch'/></disk></disks></domainbackup>",
         None,
     )
+
+
+@contextlib.contextmanager
+def left_alone(lab: Lab) -> Iterator[None]:
+    """A job is on at the end, and is no more then."""
     try:
-        assert "another job" in lab.failed().error
+        yield
+        assert lab.domain.jobInfo()[0] != 0
     finally:
         lab.domain.abortJob()
+        wait_until(lambda: lab.domain.jobInfo()[0] == 0)
+
+
+@pytest.mark.parametrize("directory", ["run", "scratch"])
+def test_a_second_job_on_the_domain_is_a_conflict_at_once(lab: Lab, directory: str) -> None:
+    """Also that of another service, with the same scratch directory."""
+    begin_job(lab, f"{lab.host.root}/{directory}/another-")
+    with left_alone(lab):
+        _, job = lab.rig.ask_backup(lab.vm)
+        assert "another job" in lab.rig.ended(job).error
+
+
+def test_a_job_that_somebody_begins_meanwhile_is_left_alone(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not waited for with the guest frozen."""
+    freeze = libvirt.virDomain.fsFreeze
+
+    def begin_and_freeze(domain: Any) -> Any:
+        begin_job(lab, f"{lab.host.root}/run/other-")
+        monkeypatch.delattr(libvirt.virDomain, "backupBegin")
+        return freeze(domain)
+
+    monkeypatch.setattr(libvirt.virDomain, "fsFreeze", begin_and_freeze)
+    with left_alone(lab):
+        assert "another job" in lab.failed().error
 
 
 def test_a_job_that_a_killed_service_left_is_ended(lab: Lab) -> None:
-    socket = lab.host.scratch / "left.sock"
-    lab.domain.backupBegin(
-        f"<domainbackup mode='pull'><server transport='unix' socket='{socket}'/><disks>"
-        f"<disk name='vdb' backup='yes' type='file'><driver type='qcow2'/>"
-        f"<scratch file='{lab.host.scratch}/left'/></disk></disks></domainbackup>",
-        None,
-    )
+    begin_job(lab, f"{lab.ours}left.")
+    lab.back_up()
+
+
+def test_it_is_ended_by_the_next_process_too(lab: Lab) -> None:
+    """When libvirt is back; and what is left of a job that is over goes."""
+    begin_job(lab, f"{lab.ours}left.")
+    Path(f"{lab.ours}longer-ago").touch()
+    lab.host.stop()
+    lab.rig.restart()
+    lab.host.start()
+    domain = lab.domain = lab.host.connection.lookupByUUIDString(lab.domain.UUIDString())
+    wait_until(lambda: domain.jobInfo()[0] == 0)
+    wait_for_vm(lab.rig, NAME, lambda vm: vm is not None and vm.state == "running")
     lab.back_up()
 
 

@@ -208,7 +208,7 @@ class TestWriting:
         path = tmp_path / "v"
         path.write_bytes(random_bytes(16 * MIB, 3))
         expected = bytearray(path.read_bytes())
-        with qemu_nbd(path) as server, connect(server.address) as client:
+        with qemu_nbd(path, "--discard=unmap") as server, connect(server.address) as client:
             new = random_bytes(5 * MIB + 77, 4)
             client.write(3 * MIB + 5, new)
             expected[3 * MIB + 5 : 8 * MIB + 82] = new
@@ -224,6 +224,15 @@ class TestWriting:
             pytest.raises(DiskServerRefused, match="read-only"),
         ):
             client.write(0, b"abc")
+
+    def test_a_server_that_can_not_make_it_durable(self, tmp_path: Path) -> None:
+        poor = ["eval", "get_size=echo 1048576", "pread=cat", "pwrite=cat >/dev/null"]
+        with (
+            nbdkit(tmp_path, *poor) as server,
+            connect(server.address) as client,
+            pytest.raises(DiskServerRefused, match="can't flush"),
+        ):
+            client.flush()
 
 
 def _read_by_many(client: NbdClient, content: bytes) -> list[int]:

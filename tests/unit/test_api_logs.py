@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 
 from api.logs import JsonLines, TextLines
 
@@ -22,6 +24,17 @@ def test_a_callers_text_forges_no_line_and_no_escape() -> None:
     line = TextLines().format(_record("call", desc="a\n2026 INFO \x1b[31m"))
     assert "\n" not in line
     assert "\x1b" not in line
+
+
+def test_it_is_told_that_no_file_may_be_opened_any_more() -> None:
+    program = """
+import resource
+from api.printable import one_line
+resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
+print(one_line("a\\nb"))
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert ran.stdout == b"a\\nb\n"
 
 
 def test_json_is_an_object_a_line() -> None:

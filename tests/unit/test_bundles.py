@@ -173,6 +173,23 @@ def test_a_record_that_can_not_be_read_is_taken_from_its_bundle(
     assert "log" in {finding.kind for finding in report.findings}
 
 
+@pytest.mark.parametrize("checkpoint_after", [0, 1, 2], ids=["no checkpoint", "before", "after"])
+def test_a_host_that_comes_takes_a_record_that_can_not_be_read_from_its_bundle(
+    point: Point, label: ClusterLabel, domain: Domain, checkpoint_after: int
+) -> None:
+    """Though it looks for records of its own, and for those that announce a checkpoint."""
+    kept = []
+    for number in range(4):
+        kept.append(save(domain, image_of(number + 1)))
+        if number + 1 == checkpoint_after:
+            domain.checkpoint()
+    assert Bundling().go_on(domain) == 2
+    record(domain, 4 if checkpoint_after == 2 else 5).write_bytes(b"")
+    other = open_domain(point, label, "host-2")
+    assert dump(other) == dump(domain)
+    assert [load(other, one) for one in kept] == [image_of(n + 1) for n in range(4)]
+
+
 Harm = Callable[[Domain], bytes]
 
 HARMS: dict[str, Harm] = {

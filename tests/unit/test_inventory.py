@@ -46,8 +46,9 @@ tenant = "acme"
 
 
 def settled(state: State, tmp_path: Path, text: bytes = b"") -> Places:
-    (tmp_path / "pool").mkdir(exist_ok=True)
-    return settle_places(state, parse_config(text, "test"), str(tmp_path / "pool"), Probes())
+    (tmp_path / "data" / "pool").mkdir(parents=True, exist_ok=True)
+    data = str(tmp_path / "data")
+    return settle_places(state, parse_config(text, "test"), data, f"{data}/pool", Probes())
 
 
 def vm_of(places: Places, name: str, *volumes: str, share: bool = False) -> Vm:
@@ -83,6 +84,17 @@ def test_uuids_are_made_once(state: State, tmp_path: Path) -> None:
     # The tenant kept its name, so it kept its uuid.
     assert configured.tenants[0] == first.tenants[0]
     assert first.clusters[0] not in configured.clusters
+    # What was left out for a start is the same again.
+    assert settled(state, tmp_path) == first
+    assert settled(state, tmp_path, THREE) == configured
+
+
+def test_a_name_has_the_uuid_that_it_had_last(state: State, tmp_path: Path) -> None:
+    given = b'[[clusters]]\nname = "default"\nuuid = "00000000-0000-4000-8000-000000000000"'
+    for uuid in ("a", "f"):  # of the keys before and after it
+        configured = given.replace(b"00000000", uuid.encode() * 8)
+        (cluster,) = settled(state, tmp_path, configured).clusters
+        assert settled(state, tmp_path).clusters == (cluster,)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +144,35 @@ def test_the_directory_of_an_attached_point_is_no_pools(state: State, tmp_path: 
         settled(state, tmp_path, text.encode())
 
 
+@pytest.mark.parametrize("inside", ["", "/domains", "/domains/deep/down", "/none"])
+def test_a_pool_in_a_backup_point_is_refused(state: State, tmp_path: Path, inside: str) -> None:
+    """Its log and packs would be volumes, which a VM that has them can be deleted with."""
+    (tmp_path / "nas" / "domains" / "deep" / "down").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("nas/domains")
+    state.points.put(BackupPoint(uuid="u", name="nas", kind="local", path=f"{tmp_path}/nas"))
+    for path in (f"nas{inside}", f"link/{inside.removeprefix('/domains')}"):
+        text = f'[[pools]]\nname = "b"\npath = "{tmp_path}/{path}"\n'
+        with pytest.raises(ConfigInvalid, match=r"'nas': .*/nas is the directory of pool 'b', or"):
+            settled(state, tmp_path, text.encode())
+
+
+def test_the_data_directory_holds_no_pool_but_its_own(state: State, tmp_path: Path) -> None:
+    def configured(path: str) -> None:
+        settled(state, tmp_path, f'[[pools]]\nname = "p"\npath = "{tmp_path}/{path}"'.encode())
+
+    (tmp_path / "link").symlink_to("data")
+    for path in ("data", "data/", "data/state", "data/none", "link", "link/views"):
+        with pytest.raises(
+            ConfigInvalid, match=r"data directory: .*/data is the directory of pool"
+        ):
+            configured(path)
+    (tmp_path / "data" / "elsewhere").symlink_to(tmp_path)
+    for path in ("data/pool", "data/pool/ssd", "link/pool", ".", "data/elsewhere", "database"):
+        configured(path)
+    (tmp_path / "data" / "pool").rmdir()
+    configured("data/pool")
+
+
 def test_configured_vms_keep_their_uuid_and_are_checked(state: State, tmp_path: Path) -> None:
     places = settled(state, tmp_path)
     text = '[[vms]]\nname = "m"\ndisks = [{target_device = "a", volume_name = "%s"}]\n'
@@ -142,7 +183,7 @@ def test_configured_vms_keep_their_uuid_and_are_checked(state: State, tmp_path: 
     settle_vms(state, config("m.raw"), places, volume_size)
     (first,) = state.vms.values()
     state.vms.put(replace(first, last_error="kept"))
-    (tmp_path / "pool" / "n.raw").write_bytes(b"x" * 10)
+    (tmp_path / "data" / "pool" / "n.raw").write_bytes(b"x" * 10)
     settle_vms(state, config("n.raw"), places, volume_size)
     (second,) = state.vms.values()
     assert (second.uuid, second.last_error) == (first.uuid, "kept")
@@ -151,11 +192,14 @@ def test_configured_vms_keep_their_uuid_and_are_checked(state: State, tmp_path: 
         with pytest.raises(ConfigInvalid):
             settle_vms(state, config(bad), places, volume_size)
     other = parse_config((text % "n.raw").replace('"m"', '"o"').encode(), "test")
-    with pytest.raises(ConfigInvalid, match="belongs to"):
+    with pytest.raises(ConfigInvalid, match=rf"belongs to VM m \({first.uuid}\); if this is"):
         settle_vms(state, other, places, volume_size)
     twice = parse_config(((text % "n.raw") + (text % "o.raw")).encode(), "test")
     with pytest.raises(ConfigInvalid, match="'m' is listed twice"):
         settle_vms(state, twice, places, volume_size)
+    same = (text % "n.raw").replace('"m"', f'"o"\nuuid = "{first.uuid}"')
+    settle_vms(state, parse_config(same.encode(), "test"), places, volume_size)
+    assert [(vm.uuid, vm.name) for vm in state.vms.values()] == [(first.uuid, "o")]
 
 
 def test_names_and_volumes_are_given_away_once(state: State, tmp_path: Path) -> None:

@@ -53,6 +53,11 @@ def test_a_host_that_is_lost_again_is_looked_for_at_once_again(
         host.stop()
 
 
+def test_a_watch_that_was_never_started_can_be_stopped() -> None:
+    """A start that failed before it came to that."""
+    watch.Watch("test", lambda *_: None).stop()
+
+
 def test_the_watch_goes_on_until_the_job_could_be_ended(tmp_path: Path) -> None:
     answers, done = [False, False, True], threading.Event()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,11 @@ from storage.check.against_rebuild import check_view
 from storage.check.check import check_point
 from storage.domain.domain import Domain
 from storage.domain.session import NewBackup
-from storage.errors import ChunkMissing, Damaged, Refused
+from storage.errors import ChunkMissing, Damaged, PointFull, Refused
 from storage.format.chunks import Decoder, Encoder
 from storage.format.patches import BLOCK_BYTES, PatchEncoder, changed_blocks, parse_patch, patched
 from storage.point import Point
+from storage.view import sorted_runs
 from tests.store import (
     CHUNK,
     Saved,
@@ -280,6 +283,13 @@ def test_a_gc_does_not_move_a_patch_away_from_its_base(point: Point, domain: Dom
     require_sound(point, domain)
 
 
+@pytest.fixture(params=[1, 1 << 20])
+def at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large import looks at its chunks in parts: here at one after another, or at all."""
+    monkeypatch.setattr(sorted_runs, "IDS_AT_ONCE", request.param)
+
+
+@pytest.mark.usefixtures("at_once")
 def test_an_import_takes_the_bases_along(point: Point) -> None:
     one, two = cluster("one"), cluster("two")
     source, target = open_domain(point, one), open_domain(point, two, "host-2")
@@ -292,6 +302,23 @@ def test_an_import_takes_the_bases_along(point: Point) -> None:
     require_sound(point, target)
 
 
+def test_an_import_without_room_for_what_it_must_remember_changes_nothing(
+    point: Point, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(**_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    one = cluster("one")
+    source, target = open_domain(point, one), open_domain(point, cluster("two"), "host-2")
+    _, made = three(source)
+    monkeypatch.setattr(sorted_runs, "IDS_AT_ONCE", 1)
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    with pytest.raises(PointFull, match=r"views?"):
+        target.import_backups(one.cluster_uuid, [made[2].backup], lambda row: row.label)
+    assert (target.backups(), files(target, "packs", "manifests", "tmp")) == ([], set())
+
+
+@pytest.mark.usefixtures("at_once")
 def test_an_import_of_patches_of_what_we_have_as_bases(point: Point) -> None:
     """What is a patch there is a base here, and what is a patch here is a base there."""
     one, two = cluster("one"), cluster("two")

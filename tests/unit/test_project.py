@@ -16,8 +16,9 @@ from msgspec.structs import replace
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from api.cli import cli
-from engine.config import load_config
+from api import server
+from api.cli import cli, exits
+from engine.config import Limits, load_config
 
 ROOT = Path(__file__).parent.parent.parent
 LOCKS = sorted((ROOT / "requirements").glob("*.txt"))
@@ -129,6 +130,18 @@ def test_the_service_file_uses_options_that_serve_has() -> None:
     unit = (ROOT / "deploy" / "vmkeep.service").read_text()
     line = next(line for line in unit.splitlines() if line.startswith("ExecStart="))
     assert set(re.findall(r"--[a-z-]+", line)) <= options_of(["serve"])
+
+
+def test_the_service_file_knows_what_serve_needs() -> None:
+    unit = dict(
+        line.split("=", 1)
+        for line in (ROOT / "deploy" / "vmkeep.service").read_text().splitlines()
+        if "=" in line and not line.startswith("#")
+    )
+    assert int(unit["RestartPreventExitStatus"]) == exits.USAGE
+    most_cores = 1024
+    assert int(unit["TasksMax"]) > Limits().max_jobs * (most_cores + 1)
+    assert int(unit["LimitNOFILE"]) == server.MOST_FILES
 
 
 def test_the_example_configuration_is_one() -> None:

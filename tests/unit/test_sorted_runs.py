@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import random
+from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from storage.view.sorted_runs import Runs, ranges
+from storage.view import sorted_runs
+from storage.view.sorted_runs import ChunkSet, Runs, ranges
 
 ID = 32
 
@@ -72,3 +74,29 @@ def test_no_directory_for_the_file_is_an_oserror(tmp_path: Path) -> None:
     runs.add(bytes(ID))
     with pytest.raises(FileNotFoundError):
         runs.add(bytes(ID))
+
+
+@pytest.mark.parametrize("most", [1, 7, 100, 10_000])
+def test_a_set_gives_each_chunk_once_and_few_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    monkeypatch.setattr(sorted_runs, "IDS_AT_ONCE", most)
+    chance = random.Random(most)
+    chunks = ids(chance, 500, alike=False)
+    with closing(ChunkSet(str(tmp_path))) as found:
+        for _ in range(40):
+            found.update(chance.sample(chunks, 50))
+        found.update(chunks)
+        for _ in range(2):
+            parts = list(found.parts())
+            assert sorted(chunk for part in parts for chunk in part) == chunks
+            assert max(map(len, parts)) <= max(most, 41)
+        found.update([bytes(ID)])
+        assert sum(map(len, found.parts())) == 501
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_empty_set_has_no_parts(tmp_path: Path) -> None:
+    with closing(ChunkSet(str(tmp_path / "absent"))) as found:
+        found.update([])
+        assert list(found.parts()) == []

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -199,6 +200,34 @@ class TestGuard:
         overwrite(path)
         with pytest.raises(Conflict, match="somebody wrote"):
             source.read_into(memoryview(bytearray(10)), 0)
+        source.close()
+
+    def test_a_write_that_an_nfs_client_was_not_told_of_is_found(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """By another host. A client tells what it remembers, and asks when a file is opened."""
+        path = tmp_path / "v"
+        path.write_bytes(b"a" * 100)
+        memory: dict[int, os.stat_result] = {}
+        fstat, open_file = os.fstat, os.open
+
+        def asked(*given: Any) -> int:
+            fd = open_file(*given)
+            found = fstat(fd)
+            memory[found.st_ino] = found
+            return fd
+
+        def remembered(fd: int) -> os.stat_result:
+            found = fstat(fd)
+            return memory.get(found.st_ino, found)
+
+        monkeypatch.setattr(os, "open", asked)
+        monkeypatch.setattr(os, "fstat", remembered)
+        source = direct(path)
+        append(path)
+        source.read_into(memoryview(bytearray(10)), 0)
+        with pytest.raises(Conflict, match="somebody wrote"):
+            source.check_unchanged()
         source.close()
 
     def test_no_write_of_a_burst_is_missed(self, tmp_path: Path) -> None:

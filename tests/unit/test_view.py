@@ -62,6 +62,21 @@ def test_a_view_that_is_being_read_is_closed_after_that(view: View) -> None:
         value_of(view, b"k")
 
 
+def test_a_closed_view_stays_closed(view: View, tmp_path: Path) -> None:
+    """A session that ends late must not open it again: nobody would close it any more."""
+    View(str(tmp_path / "other"), b"mine").close()
+    view.close()
+    for _ in range(2):
+        with pytest.raises(StorageError):
+            view.update(lambda state: put(b"k", b"v", state))
+        with pytest.raises(StorageError):
+            value_of(view, b"k")
+        with pytest.raises(StorageError):
+            view.replace(str(tmp_path / "other"))
+    View(str(tmp_path / "view"), b"mine").close()
+    View(str(tmp_path / "other"), b"mine").close()
+
+
 def test_anothers_view_is_refused(view: View, tmp_path: Path) -> None:
     view.close()
     with pytest.raises(Damaged, match="another domain"):

@@ -1,4 +1,5 @@
-"""Checks in the VM: the export is full, names of deleted files stay, files vanish while open."""
+"""Checks in the VM: the export is full, names of deleted files stay, files vanish while open, or
+change behind the client's back."""
 
 from __future__ import annotations
 
@@ -8,6 +9,10 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+from engine.errors import Conflict
+from engine.snapshot.freeze import NO_HOOK
+from engine.snapshot.snapshot import take_snapshot
+from engine.snapshot.sources import DiskFile
 from storage.domain.domain import Domain
 from storage.domain.reader import plan_reads
 from storage.errors import PointFull
@@ -16,7 +21,7 @@ from tests.engine_rig import ANYWHERE
 from tests.nfs.guest import server
 from tests.nfs.guest.ordinary import collect_garbage
 from tests.nfs.guest.site import KIB, MIB, NfsRig, Site, clean, pack_files
-from tests.rig import random_bytes
+from tests.rig import random_bytes, write_at
 from tests.store import Saved, cluster, load, new_uuid, save
 
 LEFT_BYTES = 5 * MIB
@@ -167,6 +172,23 @@ def stale_names_delete_nothing(site: Site) -> None:
         assert load(ours, acknowledged) == content
         site.note(f"the other host's names were {'stale' if stale else 'not stale'}")
     clean(site.point)
+
+
+def volume_that_another_host_writes_to(site: Site) -> None:
+    """A direct read ends with `volume_changed`, though the client tells of the file as it was."""
+    volume = site.point.parent / "volume"
+    volume.write_bytes(random_bytes(MIB, 1))
+    with take_snapshot([DiskFile("vda", str(volume))], NO_HOOK) as snapshot:
+        snapshot.verify_unchanged()
+        before = volume.stat().st_mtime_ns
+        write_at(server.EXPORTED / volume.relative_to(server.MOUNTED), 0, b"theirs")
+        site.note(f"the client {'knew' if volume.stat().st_mtime_ns != before else 'did not know'}")
+        try:
+            snapshot.verify_unchanged()
+        except Conflict as error:
+            assert error.code == "volume_changed"  # noqa: PT017
+        else:
+            raise AssertionError("a backup of it would be acknowledged")
 
 
 @contextmanager

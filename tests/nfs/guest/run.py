@@ -35,6 +35,7 @@ REST: tuple[Check, ...] = (
     misfortune.names_of_deleted_files,
     misfortune.pack_moved_while_open_by_another_host,
     misfortune.stale_names_delete_nothing,
+    misfortune.volume_that_another_host_writes_to,
 )
 BY_NAME = {check.__name__: check for check in (*SHORT, *REST)}
 
