@@ -82,12 +82,12 @@ class Domain:
         self.ballast = Ballast(fs, paths.ballast, paths.root, self._view_bytes_on_point)
         self.salvage = Salvage(self)
         self._seen = seen
-        self._log = Log(fs, paths.log, paths.host_tmp(host))
+        self.records = Log(fs, paths.log, paths.host_tmp(host))  # to read; appending is append()
         self.trust = Trust(view)
         self.adopted = AdoptedPacks(self)
         self.proof = Proof(view)
         self._tally = Tally()
-        self._appender = Appender(self, self._log, seen, self._tally)
+        self._appender = Appender(self, self.records, seen, self._tally)
         self._lock = self._appender.lock
         self._left_open: set[str] = set()
 
@@ -277,15 +277,6 @@ class Domain:
 
     # Damage.
 
-    @property
-    def records(self) -> Log:
-        """The domain's log, to read."""
-        return self._log
-
-    def clear_scratch(self) -> None:
-        """Removes what killed processes left in the log's directories. No records."""
-        self._log.clear_scratch()
-
     def losses(self) -> DomainLosses:
         """What the view lacks because of damaged files; empty when it lacks nothing."""
 
@@ -300,6 +291,8 @@ class Domain:
         view, which still knows what they said; returns how many. Durable on return."""
         self.refresh()
         return gc.rewrite_manifests(self, manifests)
+
+    # Checkpoints.
 
     def checkpoint(self) -> None:
         """Puts a compact copy of the view on the point, announces it, and keeps the newest two.
@@ -321,6 +314,8 @@ class Domain:
             self.checkpoint()
         return since >= every_records
 
+    # Other clusters.
+
     def import_backups(
         self,
         source_cluster_uuid: str,
@@ -331,6 +326,8 @@ class Domain:
         """Takes backups over from another cluster's domain of the point: see imports."""
         source = self.paths.sibling(source_cluster_uuid)
         return imports.import_backups(self, source, backups, relabel, taken)
+
+    # Counts, and the end.
 
     def stats(self) -> DomainStats:
         """Counts of the view, without a look at the point."""
