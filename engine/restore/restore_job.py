@@ -87,7 +87,7 @@ def restore_backup(
             core.inventory.remove_vm(plan.vm.uuid)
             raise
     except BaseException:
-        core.rooms.release(job.uuid)
+        core.reservations.release(job.uuid)
         raise
     log.info("restore_asked", extra={"backup": row.uuid, "vm": plan.vm.uuid, "job": job.uuid})
     return plan.vm.uuid, job.uuid
@@ -194,7 +194,7 @@ def _claim_room(core: Core, domain: Domain, plan: RestorePlan, job_uuid: str) ->
         most[planned.pool] += planned.source.capacity
 
     def claim(needs: Counter[Pool]) -> None:
-        core.rooms.claim(job_uuid, needs, lambda: _share_left(core, job_uuid))
+        core.reservations.claim(job_uuid, needs, lambda: _share_left(core, job_uuid))
 
     try:
         claim(most)
@@ -280,7 +280,7 @@ class _RestoreJob:
         core, vm = self._core, self._plan.vm
         row = self._plan.backup
         remember_distrusted(core.state, core.points, row.point_uuid, (row.cluster_uuid,))
-        core.rooms.release(self._job_uuid)
+        core.reservations.release(self._job_uuid)
         reason = "" if error is None else str(error) or type(error).__name__
         core.inventory.end_action(vm.uuid, lambda now: after_restore(now, reason))
         # The backup may have been deleted meanwhile: what only we still held is dead now.

@@ -291,7 +291,7 @@ def test_a_restore_without_room_is_refused_but_holes_need_none(rig: EngineRig) -
     rig.succeed(job)
     assert rig.volume(rig.engine.vm(copy).disks[0]).stat().st_size == 8 << 40
     pool = rig.core.inventory.places.pools[0]
-    rig.core.rooms.claim("somebody else", {pool: rig.engine.pools()[0].free - 100_000})
+    rig.core.reservations.claim("somebody else", {pool: rig.engine.pools()[0].free - 100_000})
     with pytest.raises(PoolFull):
         rig.ask_restore(backup, "third")
     assert [vm.name for vm in rig.engine.vms(ANYWHERE)] == ["copy", "huge"]
