@@ -21,6 +21,7 @@ from engine.inventory.scopes import landing
 from engine.inventory.volumes import (
     MOST_CAPACITY_BYTES,
     make_volume,
+    offered_type,
     pool_room,
     remove_volume,
     require_plain_name,
@@ -129,10 +130,7 @@ def _plan_disk(want: NewDisk, pool: Pool) -> _Planned:
     if not want.target_device:
         raise Invalid("target_device", "is empty")
     require_plain_name(want.volume_name)
-    usd_type = want.usd_type or pool.usd_types[0]
-    if usd_type not in pool.usd_types:
-        offered = ", ".join(pool.usd_types)
-        raise Conflict("usd_type_not_offered", f"pool {pool.name} offers {offered}")
+    usd_type = offered_type(pool, want.usd_type)
     size_bytes = volume_size(pool, want.volume_name)
     capacity = want.capacity if size_bytes is None else size_bytes
     if capacity is None or not 0 < capacity <= MOST_CAPACITY_BYTES:

@@ -18,7 +18,12 @@ from engine.core import Core
 from engine.errors import Conflict, Invalid, NotFound, PoolFull
 from engine.ids import new_id, normal
 from engine.inventory.inventory import find, require_addable
-from engine.inventory.volumes import bounded_volume_size, require_plain_name, volume_path
+from engine.inventory.volumes import (
+    bounded_volume_size,
+    offered_type,
+    require_plain_name,
+    volume_path,
+)
 from engine.jobs.jobs import JobContext, new_job
 from engine.model import BACKUP_DONE, Backup, Disk, DiskBackup, Pool, Vm
 from engine.points.distrust import remember_distrusted
@@ -158,10 +163,7 @@ def _plan_disks(
 
 def _plan_disk(source: DiskBackup, target: RestoreTarget, pools: Sequence[Pool]) -> PlannedDisk:
     pool = find("pool", pools, normal(target.pool_uuid))
-    usd_type = target.usd_type or pool.usd_types[0]
-    if usd_type not in pool.usd_types:
-        offered = ", ".join(pool.usd_types)
-        raise Conflict("usd_type_not_offered", f"pool {pool.name} offers {offered}")
+    usd_type = offered_type(pool, target.usd_type)
     require_plain_name(target.volume_name)
     disk = Disk(
         target_device=source.target_device,
