@@ -1,4 +1,4 @@
-"""engine.probes, engine.restore.reservations: what hangs holds one thread; room is given away once."""
+"""engine.probes, engine.restore.reservations: what hangs holds one thread; room is given once."""
 
 from __future__ import annotations
 
