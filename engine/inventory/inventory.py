@@ -231,14 +231,16 @@ def require_addable(vm: Vm, others: Sequence[Vm]) -> None:
                 raise Conflict("volume_in_use", f"volume {disk.volume_name!r} belongs to {owner}")
 
 
-class _Place(Protocol):
+class Named(Protocol):
+    """What is told from others of its kind by a uuid, and by people by a name."""
+
     @property
     def uuid(self) -> str: ...
     @property
     def name(self) -> str: ...
 
 
-PlaceT = TypeVar("PlaceT", bound=_Place)
+PlaceT = TypeVar("PlaceT", bound=Named)
 
 
 def find(what: Thing, rows: Sequence[PlaceT], uuid: str) -> PlaceT:
