@@ -24,7 +24,7 @@ from storage.domain.maps import DiskMap
 from storage.domain.reader import ChunkReader
 from storage.domain.salvage import Salvage
 from storage.domain.session import Session
-from storage.errors import NotOnPoint, SessionEnded
+from storage.errors import NotOnPoint, PointFull, PointUnreachable, SessionEnded
 from storage.files.ballast import Ballast
 from storage.files.fs import Fs
 from storage.format.chunks import ChunkHasher
@@ -95,6 +95,7 @@ class Domain:
         self._tally = Tally()
         self._appender = Appender(self, self._log, seen, self._tally)
         self._lock = self._appender.lock
+        self._left_open: set[str] = set()
 
     # The log (storage.domain.appender).
 
@@ -200,12 +201,32 @@ class Domain:
             holds=tuple(holds),
         )
         frees = kind in ("gc", "read")
-        self.append(lambda _: [op], spend_ballast=frees)
+        try:
+            self.append(lambda _: [op], spend_ballast=frees)
+        except (PointFull, PointUnreachable):
+            self.leave_open(session)  # the record may be there all the same
+            raise
         return Session(self, session, may_use_reserve=frees)
 
     def abort(self, session: str) -> None:
         """Ends a session without outcome and deletes its files. SessionEnded if it has one."""
         orphans.unlink_garbage(self, self.append(lambda _: [Abort(session=session)]))
+
+    def leave_open(self, session: str) -> None:
+        """Notes a session of ours that may be open, though nobody works in it: `end_left_open`."""
+        self._left_open.add(session)
+
+    def end_left_open(self) -> int:
+        """Ends the sessions whose own end did not get to the point, which did not answer; returns
+        how many. Else they would keep their files, and what they hold, while this process lives.
+        Raises StorageErrors."""
+        ended = 0
+        for session in tuple(self._left_open):
+            with contextlib.suppress(SessionEnded):  # it never began, or did end
+                self.abort(session)
+                ended += 1
+            self._left_open.discard(session)
+        return ended
 
     def clear_dead_sessions(self) -> int:
         """Aborts sessions that this host left open before it last stopped; returns how many.

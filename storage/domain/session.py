@@ -374,7 +374,8 @@ class Session:
                 builder.writer.abandon()
 
     def _abandon(self) -> None:
-        """ABORT, then delete the files. When the point does not answer, the next start does it."""
+        """ABORT, then delete the files. When the point does not answer, Domain.end_left_open does
+        it, or the next start."""
         self._ended = True
         self.packs.abandon()
         self._abandon_builders()
@@ -384,3 +385,4 @@ class Session:
             log.info("session_ended_already session=%s", self.id)
         except StorageError as error:
             log.warning("session_left_open session=%s error=%s", self.id, error)
+            self._domain.leave_open(self.id)

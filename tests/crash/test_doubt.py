@@ -76,6 +76,19 @@ def test_nothing_follows_a_record_whose_name_is_in_doubt(world: World, anew: boo
     proved(world, world.fs.disk.crashed(Choice("none", 1)))
 
 
+def test_a_session_whose_begin_failed_is_ended_if_it_began(world: World) -> None:
+    kept = world.save(FULL)
+    domain = world.domain()
+    refusing = Refusing(world.fs, epoch(world), 2)
+    with pytest.raises(PointUnreachable):
+        domain.begin("read", [kept.backup])
+    assert not refusing.left
+    domain.refresh()
+    assert dump(domain)["sessions"]
+    assert domain.end_left_open() == 1
+    assert not dump(domain)["sessions"]
+
+
 def test_other_bytes_than_the_records_do_not_take_its_place(world: World) -> None:
     """What a failing medium gives when it is asked once more."""
     world.save(FULL)

@@ -21,7 +21,6 @@ from engine.points import keeper
 from engine.service import Engine
 from engine.views import BackupQuery, Scope
 from storage.domain.domain import Domain
-from storage.domain.leftovers import Leftovers
 from storage.domain.session import NewBackup
 from storage.errors import Damaged, PointNotEmpty, PointUnreachable, StorageError
 from storage.format import bundles
@@ -477,20 +476,3 @@ def test_a_point_that_hangs_hinders_nobody(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.undo()
         rig.core.points.look_again(point, 60.0)
         assert rig.engine.point(point).state == "online"
-
-
-def test_the_leftovers_of_another_host_are_cleared(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By the point's own thread, at its heartbeats."""
-    monkeypatch.setattr(keeper, "BEAT_EVERY_S", 0.0)
-    monkeypatch.setattr(keeper, "Leftovers", partial(Leftovers, patience_s=0.0))
-    with EngineRig(tmp_path / "data") as rig:
-        (domain,) = (rig.data / "point" / "domains").iterdir()
-        left = domain / "tmp" / "host-gone"
-        left.mkdir()
-        (left / "checkpoint-1").write_bytes(b"large")
-        for _ in range(2):
-            rig.core.points.look_again(rig.point_uuid, PATIENCE_S)
-        assert not left.exists()
-        assert rig.engine.point(rig.point_uuid).state == "online"

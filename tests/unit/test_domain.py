@@ -13,8 +13,6 @@ from blake3 import blake3
 from msgspec.structs import replace
 
 from storage.domain.domain import Domain
-from storage.domain.heartbeats import Observer, beat
-from storage.domain.salvage import Salvage
 from storage.domain.session import NewBackup
 from storage.errors import (
     AlreadyOnPoint,
@@ -98,30 +96,6 @@ def test_a_session_without_commit_leaves_nothing(domain: Domain) -> None:
         interrupted()
     assert files(domain, "packs", "manifests", "tmp") == set()
     assert dump(domain)["sessions"] == {}
-
-
-def test_a_dead_process_session_is_cleared_at_the_next_start(
-    point: Point, label: ClusterLabel, domain: Domain
-) -> None:
-    kept = save(domain, image_of(9))
-    session = domain.begin("backup", [kept.backup])
-    for _ in range(40):
-        image = os.urandom(CHUNK)
-        session.store([Encoder().encode(domain.hasher.full(image), image)])
-    assert files(domain, "packs", "tmp") - live_files(domain)
-    session.packs.close()  # what a killed process leaves: its files, and no thread
-    domain.close()
-    again = open_domain(point, label)
-    with again.view.read() as state:
-        rows = list(tables.sessions.scan(state))
-    assert session.id not in dict(rows)
-    # What it had sealed waits for the next backup, under a session of ours that holds nothing.
-    assert [(row.incarnation, row.holds) for _, row in rows] == [(again.incarnation, ())]
-    assert not [name for name in files(again, "packs", "manifests", "tmp") if session.id in name]
-    again.reclaim()
-    assert dump(again)["sessions"] == {}
-    assert files(again, "packs", "manifests", "tmp") == live_files(again)
-    assert load(again, kept) == image_of(9)
 
 
 def test_two_hosts_follow_each_other(point: Point, label: ClusterLabel, domain: Domain) -> None:
@@ -417,41 +391,6 @@ def test_a_log_that_vanished_is_not_an_empty_one(domain: Domain) -> None:
     os.rename(domain.paths.log, domain.paths.log + ".away")
     with pytest.raises(PointUnreachable):
         domain.refresh()
-
-
-def test_sessions_of_a_silent_host_are_ended(
-    point: Point, label: ClusterLabel, domain: Domain
-) -> None:
-    other = open_domain(point, label, "host-2")
-    beat(other, 1)
-    session = other.begin("backup")
-    observer = Observer(patience_s=600)
-    assert observer.end_dead_sessions(domain, 0.0) == 0
-    beat(other, 2)
-    assert observer.end_dead_sessions(domain, 599.0) == 0
-    assert observer.end_dead_sessions(domain, 1198.0) == 0
-    assert observer.end_dead_sessions(domain, 1199.0) == 1
-    with domain.view.read() as state:
-        assert tables.sessions.get(state, session.id) is None
-    with pytest.raises(SessionEnded):
-        session.commit([])
-
-
-def test_a_dead_session_that_another_host_ends_meanwhile_is_ended(
-    point: Point, label: ClusterLabel, domain: Domain, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    other = open_domain(point, label, "host-2")
-    sessions = [domain.begin("backup").id for _ in range(2)]
-    domain.close()
-
-    def overtaken(_: Salvage, dead: list[str]) -> int:
-        assert sorted(dead) == sorted(sessions)
-        other.abort(dead[0])
-        return 0
-
-    monkeypatch.setattr(Salvage, "rescue", overtaken)
-    again = open_domain(point, label)
-    assert dump(again)["sessions"] == {}
 
 
 def test_importing_survives_the_owners_delete(point: Point, domain: Domain) -> None:
