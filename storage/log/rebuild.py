@@ -10,6 +10,7 @@ seal and name.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import logging
 import os
@@ -83,15 +84,26 @@ def open_view(fs: Fs, paths: DomainPaths, path: str, identity: bytes, us: Host) 
 
 def make_view(fs: Fs, paths: DomainPaths, path: str, identity: bytes, us: Host) -> str:
     """Makes a view from log, footers and manifests alone; returns the directory beside `path`
-    that it lies in, closed. Raises Damaged when the log is; see `fill` for damaged files."""
+    that it lies in, closed. Raises Damaged when the log is; see `fill` for damaged files. Nothing
+    is left of one that was not finished."""
     unfinished = _unfinished(path)
+    try:
+        _make_view(fs, paths, unfinished, identity, us)
+    except BaseException:
+        with contextlib.suppress(StorageError):
+            destroy(unfinished)  # it may have taken all the room that there was
+        raise
+    return unfinished
+
+
+def _make_view(fs: Fs, paths: DomainPaths, path: str, identity: bytes, us: Host) -> None:
     records = Log(fs, paths.log, paths.tmp)
     before = frozenset[str]()
     while True:
-        destroy(unfinished)
-        view = View(unfinished, identity, scratch=True)
+        destroy(path)
+        view = View(path, identity, scratch=True)
         try:
-            lost = fill(view.update, records, FileContents(fs, paths), unfinished)
+            lost = fill(view.update, records, FileContents(fs, paths), path)
             with view.read() as state:
                 last, _ = tables.applied(state)
             view.close(seal=True)
@@ -104,7 +116,7 @@ def make_view(fs: Fs, paths: DomainPaths, path: str, identity: bytes, us: Host) 
             if lost:
                 log.warning("view_incomplete path=%s: what the point lost is missing in it", path)
             _settle_names(records, last, us)
-            return unfinished
+            return
         before = lost
 
 

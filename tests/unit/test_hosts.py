@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from storage.files.fs import Buffer, OsFs
 from storage.format.chunks import Encoder
 from storage.format.record import Op
 from storage.log import rebuild
+from storage.log.log import Log
+from storage.log.rebuild import Update
 from storage.point import ClusterLabel, Point
 from storage.view.tables import Tables
 from tests.failing_fs import FailingFs, HookFs, open_below
@@ -256,6 +259,23 @@ def test_a_domain_that_is_written_to_is_closed_after_that(domain: Domain) -> Non
         assert not thread.is_alive()
     with pytest.raises(StorageError):
         domain.begin("read")
+
+
+def test_a_rebuild_without_room_for_it_gives_back_what_it_took(
+    domain: Domain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(domain, image_of(1, 2))
+    before = dump(domain)
+
+    def fill_half(update: Update, records: Log, *_: object) -> None:
+        update(partial(rebuild.fold_records, records=records))
+        raise PointFull("on purpose")
+
+    monkeypatch.setattr(rebuild, "fill", fill_half)
+    with pytest.raises(PointFull):
+        domain.rebuild()
+    assert os.listdir(domain.paths.views) == ["host-1"]
+    assert dump(domain) == before
 
 
 def test_rebuilds_leave_nothing_open(domain: Domain, tmp_path: Path) -> None:
