@@ -32,14 +32,13 @@ def publish_checkpoint(domain: Domain) -> None:
     """
     copy_directory = f"{domain.view.path}.copy"
     shutil.rmtree(copy_directory, ignore_errors=True)
+    _require_room(domain)
     try:
         with translated(copy_directory):
             os.makedirs(copy_directory, mode=0o700)
             copy = domain.view.copy_to(copy_directory)
-            copy_bytes = os.path.getsize(copy)
         with domain.view.read() as state:
             seq, _ = tables.applied(state)
-        _require_room(domain, copy_bytes)
         digest, size_bytes = _put(domain, copy, seq)
     finally:
         shutil.rmtree(copy_directory, ignore_errors=True)
@@ -49,8 +48,12 @@ def publish_checkpoint(domain: Domain) -> None:
     _drop_old(domain)
 
 
-def _require_room(domain: Domain, size_bytes: int) -> None:
-    """A checkpoint only saves time: it does not take the room that deleting needs."""
+def _require_room(domain: Domain) -> None:
+    """A checkpoint only saves time: it does not take the room that deleting needs, nor does its
+    first copy, which lies beside the view."""
+    size_bytes = domain.view.ask(lambda state: state.copy_bytes())
+    if domain.view_on_point:
+        size_bytes *= 2
     with translated(domain.paths.checkpoints):
         room = domain.fs.room(domain.paths.checkpoints)
     if room.free_bytes < size_bytes + reserve_bytes(room):

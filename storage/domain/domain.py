@@ -350,9 +350,13 @@ class Domain:
         """Whether a reclaim would find some."""
         return bool(self._tally.counts(self.view).dead)
 
+    @property
+    def view_on_point(self) -> bool:
+        """Whether the view takes room of the point."""
+        return self.view.path.startswith(self.paths.root + "/")
+
     def _view_bytes_on_point(self) -> int:
-        on_point = self.view.path.startswith(self.paths.root + "/")
-        return self.view.size_bytes() if on_point else 0
+        return self.view.size_bytes() if self.view_on_point else 0
 
     def close(self) -> None:
         """Lets go of the view once nobody is in it; sessions stay open until the next start."""

@@ -239,6 +239,14 @@ class ViewTables:
         """How many there are, as LMDB counts them: to judge what reading them would cost."""
         return sum(self._txn.stat(db)["entries"] for db in self._databases.values())
 
+    def copy_bytes(self) -> int:
+        """How large a compact copy is, but for a few pages."""
+        stats = [self._txn.stat(db) for db in self._databases.values()]
+        return sum(
+            one["psize"] * (one["branch_pages"] + one["leaf_pages"] + one["overflow_pages"])
+            for one in stats
+        )
+
     def prove(self) -> None:
         """Reads every row: returns if they are, all of them and nothing else, what was written.
 

@@ -13,12 +13,14 @@ from storage.domain import gc
 from storage.domain.domain import Domain
 from storage.domain.session import NewBackup, Session
 from storage.errors import PointFull, Refused
+from storage.files.ballast import reserve_bytes
 from storage.files.fs import OsFs, Room
 from storage.format.chunks import CODEC_RAW, Encoder, Frame, make_frame
 from storage.format.patches import PatchEncoder
 from storage.format.record import file_id
 from storage.log.fold import Garbage
 from storage.point import ClusterLabel, Point
+from storage.view.view import View
 from tests.store import (
     CHUNK,
     Saved,
@@ -182,3 +184,23 @@ def test_gc_without_room_for_a_checkpoint_is_still_done(
     fs.free_bytes = 1 << 40
     domain.reclaim()
     assert len(os.listdir(domain.paths.checkpoints)) == 1
+
+
+def test_a_checkpoint_takes_no_room_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first copy would be made on the point, too: backups that run meanwhile would fail."""
+    fs, domain, _, _ = full_of_sparse_and_dead(tmp_path)
+    domain.checkpoint()
+    (name,) = os.listdir(domain.paths.checkpoints)
+    size_bytes = domain.view.ask(lambda state: state.copy_bytes())
+    file_bytes = os.path.getsize(os.path.join(domain.paths.checkpoints, name))
+    assert size_bytes <= file_bytes <= size_bytes + (16 << 10)
+    fs.free_bytes = reserve_bytes(fs.room("")) + 2 * size_bytes - 1
+    with monkeypatch.context() as patched:
+        patched.setattr(View, "copy_to", lambda *_: pytest.fail("was copied"))
+        with pytest.raises(PointFull):
+            domain.checkpoint()
+    fs.free_bytes += size_bytes
+    domain.checkpoint()
+    assert len(os.listdir(domain.paths.checkpoints)) == 2
