@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 CHAIN_LIMIT = 16
 CHECKPOINT_EVERY_RECORDS = 512
+PACKS_PER_RETIRE = 1 << 18  # 11 MiB: a record has a limit, what dies at once has none
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +116,10 @@ def reclaim(
     domain.refresh()
     # What takes no room goes first: it makes room for the rest.
     dead = domain.dead_packs(at_once=copy_budget_bytes > 0)
-    report = execute_gc(domain, GcPlan(dead, (), 0, ()), cancelled)
+    report = GcReport()
+    for at in range(0, len(dead), PACKS_PER_RETIRE):
+        plan = GcPlan(dead[at : at + PACKS_PER_RETIRE], (), 0, ())
+        report = _both(report, execute_gc(domain, plan, cancelled))
     if not copy_budget_bytes:
         return report
     plan = _proved_plan(domain, sparse_below, copy_budget_bytes)

@@ -17,7 +17,7 @@ from storage.files.ballast import reserve_bytes
 from storage.files.fs import OsFs, Room
 from storage.format.chunks import CODEC_RAW, Encoder, Frame, make_frame
 from storage.format.patches import PatchEncoder
-from storage.format.record import file_id
+from storage.format.record import Retire, file_id
 from storage.log.fold import Garbage
 from storage.point import ClusterLabel, Point
 from storage.view.view import View
@@ -161,6 +161,20 @@ def full_of_sparse_and_dead(tmp_path: Path) -> tuple[RoomFs, Domain, Saved, byte
     dead = save(domain, os.urandom(CHUNK))
     domain.forget([big.backup, dead.backup])
     return fs, domain, small, chunks[0]
+
+
+def test_more_dead_packs_than_a_record_takes_go_with_several(
+    domain: Domain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gc, "PACKS_PER_RETIRE", 2)
+    doomed = [save(domain, os.urandom(CHUNK)) for _ in range(5)]
+    first = domain.refresh() + 1
+    domain.forget([saved.backup for saved in doomed])
+    report = domain.reclaim(copy_budget_bytes=0)
+    assert (report.packs_removed, files(domain, "packs")) == (5, set())
+    records = [domain.records.read(seq) for seq in range(first, domain.refresh() + 1)]
+    ops = [op for found in records if found for op in found[0].ops if isinstance(op, Retire)]
+    assert [len(op.retired) for op in ops] == [2, 2, 1]
 
 
 def test_gc_on_a_full_point_may_copy_into_the_reserve(tmp_path: Path) -> None:
