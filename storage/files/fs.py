@@ -123,9 +123,12 @@ class OsFs:
     @in_flight
     def open_read(self, path: str) -> int:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        if not stat_bits.S_ISREG(os.fstat(fd).st_mode):
+        try:
+            if not stat_bits.S_ISREG(os.fstat(fd).st_mode):
+                raise OSError(errno.EINVAL, "not a regular file", path)
+        except BaseException:
             os.close(fd)
-            raise OSError(errno.EINVAL, "not a regular file", path)
+            raise
         return fd
 
     @in_flight

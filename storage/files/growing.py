@@ -41,11 +41,11 @@ class GrowingFile:
     def _make_stage(self) -> None:
         try:
             self._direct_fd = self._fs.open_direct(self._fd, self._path)
+            if self._direct_fd != NO_FD:
+                self._stage = large_buffer(STAGE_BYTES)
         except BaseException:
             self.abandon()
             raise
-        if self._direct_fd != NO_FD:
-            self._stage = large_buffer(STAGE_BYTES)
 
     @property
     def size_bytes(self) -> int:

@@ -213,6 +213,21 @@ class TestOsFs(FsContract):
             fs.open_read(f"{root}/f")
         assert open_below(root) == []
 
+    def test_a_file_that_goes_stale_as_it_is_opened_does_not_stay_open(
+        self, fs: Fs, root: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Another NFS client deletes it between the two calls."""
+
+        def stale(_: int) -> os.stat_result:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+        self.make(fs, f"{root}/a")
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fstat", stale)
+            with pytest.raises(OSError, match=os.strerror(errno.ESTALE)):
+                fs.open_read(f"{root}/a")
+        assert open_below(root) == []
+
     def test_descriptors_are_not_inherited(self, fs: Fs, root: str) -> None:
         fd = fs.open_new(f"{root}/a")
         assert not os.get_inheritable(fd)

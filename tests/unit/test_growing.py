@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from storage.files import growing
 from storage.files.fs import NO_FD, Buffer, OsFs
 from storage.files.growing import STAGE_BYTES, GrowingFile
 from tests.failing_fs import open_below
@@ -97,6 +98,21 @@ def test_no_second_descriptor_leaves_nothing(tmp_path: Path) -> None:
 
     with pytest.raises(OSError, match="Errno 24"):
         GrowingFile(Fails(), f"{tmp_path}/x", large=True)
+    assert os.listdir(tmp_path) == []
+    assert open_below(tmp_path) == []
+
+
+def test_no_memory_to_write_from_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(_: int) -> memoryview:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    if not has_direct(tmp_path):
+        pytest.skip("no O_DIRECT here")
+    monkeypatch.setattr(growing, "large_buffer", refused)
+    with pytest.raises(OSError, match=os.strerror(errno.ENOMEM)):
+        GrowingFile(OsFs(), f"{tmp_path}/x", large=True)
     assert os.listdir(tmp_path) == []
     assert open_below(tmp_path) == []
 
