@@ -109,7 +109,8 @@ class Domain:
 
     def refresh_to_end(self) -> None:
         """refresh(), to the log's end as the server has it: what an NFS client remembers as absent
-        does not count. Raises PointFull and PointReadOnly, too, when the server can't be asked."""
+        does not count. Raises PointFull and PointReadOnly, too, when the server can't be asked; and
+        as `require_own_past`: by what this host has seen nobody's files are judged but its own."""
         self._appender.refresh_to_end()
 
     def require_own_past(self) -> None:
