@@ -277,8 +277,9 @@ class Domain:
     def rebuild(self) -> None:
         """Makes the view anew from log, footers and manifests. Others may go on reading.
 
-        Raises Damaged when the log is; the old view stays then. What damaged files held is lost
-        in the new one (docs/design.md §5.3): see `losses`.
+        Raises Damaged when the log is, or is not the one that this host has seen; the old view
+        stays then. What damaged files held is lost in the new one (docs/design.md §5.3): see
+        `losses`.
         """
         self._appender.rebuild()
 

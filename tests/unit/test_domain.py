@@ -398,6 +398,23 @@ def test_what_takes_the_points_place_while_it_is_open_loses_nothing_to_a_gc(
     assert files(domain) == before
 
 
+def test_no_view_is_made_anew_from_an_older_copy_of_the_point(
+    point: Point, domain: Domain, tmp_path: Path
+) -> None:
+    """By that view what comes next would be appended to it."""
+    save(domain, image_of(1))
+    shutil.copytree(point.path, tmp_path / "there")
+    save(domain, image_of(2))
+    before = dump(domain)
+    os.rename(point.path, tmp_path / "away")
+    os.rename(tmp_path / "there", point.path)
+    with pytest.raises(Damaged, match="older state"):
+        domain.rebuild()
+    assert dump(domain) == before
+    with pytest.raises(Damaged, match="older state"):
+        domain.begin("backup")
+
+
 def test_a_changed_record_breaks_the_chain(
     point: Point, label: ClusterLabel, domain: Domain
 ) -> None:
