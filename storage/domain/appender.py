@@ -158,7 +158,7 @@ class Appender:
             return self._append(build)
 
     def _append(self, build: Callable[[Tables], Sequence[Op]]) -> Garbage:
-        """`_lock` is held."""
+        """`lock` is held."""
         mended = False
         for _ in range(APPEND_ATTEMPTS):
             self.refresh()
