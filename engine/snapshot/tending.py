@@ -1,9 +1,10 @@
 """Seeing to it that baselines never outlive their use, nor take the room that VMs need.
 
 A round forgets the disks that are no VM's any more (or have another volume), drops the baselines of
-backups that are gone, and all those in a pool with less room than the operator reserves. Rounds go
-every `look_every_s`, and at once where something was deleted. The regular ones also look how much
-room is pinned (engine/snapshot/pinned.py).
+backups that are gone, or not their point's newest of the VM (after one by QEMU, or a direct read),
+and all those in a pool with less room than the operator reserves. Rounds go every `look_every_s`,
+and at once where something was deleted. The regular ones also look how much room is pinned
+(engine/snapshot/pinned.py).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from engine.core import Core
 from engine.errors import EngineError, NotFound
 from engine.inventory.inventory import pool_of
 from engine.inventory.volumes import volume_path
-from engine.model import BACKUP_FAILED, Baseline
+from engine.model import BACKUP_RUNNING, Baseline
 from storage.errors import StorageError
 
 log = logging.getLogger(__name__)
@@ -33,8 +34,8 @@ def tend(core: Core) -> None:
             core.baselines.forget(row)
         elif not row.file:
             continue
-        elif _backup_gone(core, row):
-            core.baselines.drop(row, "the baseline's backup was deleted")
+        elif why := _why_useless(core, row):
+            core.baselines.drop(row, why)
         else:
             place = os.path.dirname(row.volume)
             if place not in short:
@@ -56,11 +57,18 @@ def _used(core: Core) -> frozenset[tuple[str, str, str]]:
     return frozenset(found)
 
 
-def _backup_gone(core: Core, row: Baseline) -> bool:
+def _why_useless(core: Core, row: Baseline) -> str:
+    """Why no backup is going to build on the baseline's; "" when one may."""
     try:
-        return core.catalogue.get(row.backup_uuid).status == BACKUP_FAILED
+        backup = core.catalogue.get(row.backup_uuid)
     except NotFound:
-        return True
+        return "the baseline's backup was deleted"
+    if backup.status == BACKUP_RUNNING:  # committed, and about to be noted
+        return ""
+    newest = core.catalogue.newest(backup.cluster_uuid, backup.point_uuid, row.vm_uuid)
+    if newest is not None and newest.uuid == backup.uuid:
+        return ""
+    return "the baseline is not of the newest backup"
 
 
 def _short_of_room(core: Core, place: str) -> bool:

@@ -205,6 +205,27 @@ def test_what_has_too_many_extents_is_not_cloned(rig: EngineRig) -> None:
     assert kept(rig) == []
 
 
+def test_they_go_when_a_later_backup_was_not_made_of_a_clone(rig: EngineRig) -> None:
+    """None builds on their backup any more, so they would hold room for nothing."""
+    vm = rig.make_vm("web", random_bytes(SIZE))
+    write_at(rig.volume(vm.disks[0]), 2 * SIZE, b"apart")
+    rig.back_up(vm)
+    tracked = rig.config
+    rig.config = Config(pools=tracked.pools, clone=Clone(most_extents=1))
+    rig.restart()
+    assert "snapshot: direct" in rig.back_up(vm).label.notes
+    tend(rig.core)
+    assert kept(rig) == []
+    rig.config = tracked
+    rig.restart()
+    content = change(rig, vm)
+    backup = rig.back_up(vm)
+    tend(rig.core)
+    assert len(kept(rig)) == 1
+    assert "sda scanned: the baseline is not of the newest backup" in backup.label.notes
+    assert rig.restore(backup, "copy") == [content]
+
+
 def test_without_tracking_there_are_none(rig: EngineRig) -> None:
     vm = rig.make_vm("web", random_bytes(SIZE))
     rig.back_up(vm)
