@@ -30,7 +30,8 @@ def tend(core: Core) -> None:
     used = _used(core)
     short: dict[str, bool] = {}
     for row in core.baselines.rows():
-        if (row.vm_uuid, row.target_device, row.volume) not in used:
+        disk = row.vm_uuid, row.target_device
+        if (*disk, row.volume) not in used and (*disk, "") not in used:
             core.baselines.forget(row)
         elif not row.file:
             continue
@@ -45,10 +46,14 @@ def tend(core: Core) -> None:
 
 
 def _used(core: Core) -> frozenset[tuple[str, str, str]]:
-    """(VM, target device, volume's path) of all disks."""
+    """(VM, target device, volume's path) of all disks; "" for what may be any path, for a
+    hypervisor that is away says nothing of its pools."""
     found = set()
     for vm in core.inventory.vms():
         for disk in vm.disks:
+            if vm.state == "unreachable":
+                found.add((vm.uuid, disk.target_device, ""))
+                continue
             try:
                 path = volume_path(pool_of(core.inventory.places, disk), disk.volume_name)
             except EngineError:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from api.calls import Call
 from api.metrics import Metrics
@@ -192,6 +193,22 @@ def test_they_go_with_their_vm(rig: EngineRig, with_volumes: bool) -> None:
     rig.engine.delete_vm(vm.uuid, with_volumes)
     assert kept(rig) == []
     assert rig.core.baselines.rows() == []
+
+
+def test_they_stay_while_the_vms_hypervisor_is_away(
+    rig: EngineRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Since the start, so its pools are not known. What is off must be so afterwards."""
+    vm = rig.make_vm("web", random_bytes(SIZE))
+    rig.back_up(vm)
+    away = replace(vm, state="unreachable", disks=(replace(vm.disks[0], pool_uuid="theirs"),))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(rig.core.inventory), "vms", lambda _: [away])
+        tend(rig.core)
+        assert len(kept(rig)) == 1
+        rig.core.baselines.turn_off(rig.core.baselines.rows()[0], "proved wrong")
+        tend(rig.core)
+    assert any("tracking is off since" in note for note in rig.back_up(vm).label.notes)
 
 
 def test_what_has_too_many_extents_is_not_cloned(rig: EngineRig) -> None:
