@@ -12,12 +12,14 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from functools import partial
 
 from engine.core import Core
 from engine.errors import EngineError, NotFound
 from engine.inventory.inventory import pool_of
 from engine.inventory.volumes import volume_path
 from engine.model import BACKUP_RUNNING, Baseline
+from engine.snapshot.snapshot import clear_leftovers
 from storage.errors import StorageError
 
 log = logging.getLogger(__name__)
@@ -88,10 +90,13 @@ def _short_of_room(core: Core, place: str) -> bool:
 
 
 class Tending:
-    """The thread that does the rounds."""
+    """The thread that does the rounds. It also clears the pools that a hypervisor which was away at
+    the start makes known: see engine/recovery.py."""
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Core, cleared: frozenset[str]) -> None:
+        """`cleared`: the paths of those that the start has cleared."""
         self._core = core
+        self._cleared = set(cleared)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="baselines", daemon=True)
 
@@ -107,7 +112,20 @@ class Tending:
         while not self._stopped.wait(self._core.config.tracking.look_every_s):
             try:
                 tend(self._core)
+                self.clear_late_pools()
                 self._core.pinned.look(self._core.baselines.rows(), self._core.probes)
             except (EngineError, StorageError):
                 if not self._stopped.is_set():
                     log.exception("baselines_not_tended")
+
+    def clear_late_pools(self) -> None:
+        """What the last process left there; each once, whether it answers or not."""
+        core = self._core
+        late = {pool.path for pool in core.inventory.places.pools} - self._cleared
+        for path in late:
+            self._cleared.add(path)
+            clear = partial(clear_leftovers, path, core.baselines.files())
+            try:
+                core.probes.ask(f"clear {path}", clear, POOL_TIMEOUT_S)
+            except TimeoutError as error:
+                log.warning("pool_not_cleared", extra={"pool": path, "error": str(error)})
