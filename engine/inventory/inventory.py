@@ -76,7 +76,8 @@ class Inventory(Protocol):
         ...
 
     def add_vm(self, vm: Vm) -> None:
-        """Durable. Conflict(name_taken) in its namespace, Conflict(volume_in_use)."""
+        """Durable. Conflict(name_taken), at least in its namespace, Conflict(volume_in_use), and
+        Invalid for a name that it can't have."""
         ...
 
     def remove_vm(self, uuid: str) -> Vm:
