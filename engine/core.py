@@ -16,7 +16,7 @@ from engine.jobs.jobs import Jobs
 from engine.model import Backup, Vm
 from engine.points.points import Points
 from engine.probes import Probes
-from engine.restore.rooms import Rooms
+from engine.restore.reservations import Reservations
 from engine.snapshot.baselines import Baselines
 from engine.snapshot.pinned import Pinned
 from engine.snapshot.stuns import Stuns
@@ -36,7 +36,7 @@ class Core:
     points: Points
     baselines: Baselines
     probes: Probes = field(default_factory=Probes)
-    rooms: Rooms = field(default_factory=Rooms)
+    reservations: Reservations = field(default_factory=Reservations)
     stuns: Stuns = field(default_factory=Stuns)
     pinned: Pinned = field(default_factory=Pinned)
     clock: Callable[[], float] = time.time

@@ -214,14 +214,13 @@ def _scanned(
             changed, note = _trusted_changes(work, disk, source, parent, ctx)
     with Bases(work.domain) as bases:
         scan_disk(
+            work.domain,
             source,
             session,
-            work.domain.hasher,
             session.manifest(disk.disk_uuid, source.capacity, base),
             parent,
             ctx,
             work.workers,
-            chunk_size=work.domain.chunk_size,
             changed=changed,
             bases=bases,
             lender=lender,
@@ -260,15 +259,7 @@ def _trusted_changes(
     changed = source.changed_ranges()
     if changed is None:
         return None, ""
-    sample = try_unchanged(
-        source,
-        work.domain.hasher,
-        parent,
-        changed,
-        ctx,
-        work.workers,
-        chunk_size=work.domain.chunk_size,
-    )
+    sample = try_unchanged(work.domain, source, parent, changed, ctx, work.workers)
     if sample.sound:
         return source.changed_ranges(), ""
     log.error("tracking_wrong", extra={"backup": work.backup_uuid, "chunk": sample.wrong_chunk})
@@ -293,14 +284,6 @@ def _commit(
                 raise
             log.info("chunks_stored_again", extra={"count": len(missing.ids)})
             for source in snapshot.sources.values():
-                store_again(
-                    source,
-                    session,
-                    work.domain.hasher,
-                    missing.ids,
-                    ctx,
-                    work.workers,
-                    chunk_size=work.domain.chunk_size,
-                )
+                store_again(work.domain, source, session, missing.ids, ctx, work.workers)
         else:
             return

@@ -39,10 +39,10 @@ from engine.snapshot.sources import BitmapPlan, DiskFile
 from engine.snapshot.tracking import Tracker
 from engine.verb_types import Scope
 from storage.errors import StorageError
+from storage.format.record import DISKS_LIMIT
 
 log = logging.getLogger(__name__)
 
-MOST_DISKS = 256
 MOST_NAME_CHARS = 1024
 MOST_DESCRIPTION_CHARS = 64 << 10
 MOST_LENDERS = 16  # maps that are looked into for a disk without a parent
@@ -77,7 +77,7 @@ def create_backup(
             job = new_job(
                 "backup", backup_uuid=row.uuid, compute_uuid=vm.uuid, backup_point_uuid=point_uuid
             )
-            run = _BackupRun(core, row, vm, full)
+            run = _BackupJob(core, row, vm, full)
             core.jobs.submit(job, run, run.settle)
         except BaseException:
             core.catalogue.remove(row)
@@ -89,7 +89,7 @@ def create_backup(
     return row.uuid, job.uuid
 
 
-class _BackupRun:
+class _BackupJob:
     """The job of one backup."""
 
     def __init__(self, core: Core, row: Backup, vm: Vm, full_wanted: bool) -> None:
@@ -136,12 +136,22 @@ class _BackupRun:
             self._core.state, self._core.points, row.point_uuid, (row.cluster_uuid,)
         )
         try:
-            self._core.catalogue.put(row)
+            self._note_end(row)
             if error is not None:
                 self._put_right(row)
         finally:
-            self._core.inventory.end_action(self._vm.uuid)
             self._core.points.look_again(row.point_uuid)
+
+    def _note_end(self, row: Backup) -> None:
+        """Backup and action at once: who waits for the one may rely on the other."""
+        core, vm_uuid = self._core, self._vm.uuid
+        try:
+            core.catalogue.put(row, lambda txn: core.inventory.end_action_in(txn, vm_uuid))
+        except StorageError:  # then as much of it as goes
+            try:
+                core.catalogue.put(row)
+            finally:
+                core.inventory.end_action(vm_uuid)
 
     def _put_right(self, failed: Backup) -> None:
         """A COMMIT may be in the log though we got an error. The look at the point that met it
@@ -311,8 +321,8 @@ def _require_texts(name: str, description: str) -> None:
 
 
 def _require_disks(vm: Vm) -> None:
-    if not 0 < len(vm.disks) <= MOST_DISKS:
-        detail = f"VM {vm.name} has {len(vm.disks)} disks; a backup takes 1 to {MOST_DISKS}"
+    if not 0 < len(vm.disks) <= DISKS_LIMIT:
+        detail = f"VM {vm.name} has {len(vm.disks)} disks; a backup takes 1 to {DISKS_LIMIT}"
         raise Conflict("vm_no_disks", detail)
 
 

@@ -33,6 +33,7 @@ from engine.backup.patching import Bases, Storing
 from engine.jobs.crew import run_crew
 from engine.jobs.jobs import JobContext
 from engine.snapshot.sources import DiskSource
+from storage.domain.domain import Domain
 from storage.domain.maps import DiskMap
 from storage.domain.session import ManifestBuilder, Session
 from storage.files.memory import large_buffer
@@ -43,20 +44,19 @@ ITEM_BYTES = 4 << 20
 
 
 def scan_disk(
+    domain: Domain,
     source: DiskSource,
     session: Session,
-    hasher: ChunkHasher,
     builder: ManifestBuilder,
     parent: DiskMap | None,
     ctx: JobContext,
     workers: int,
     *,
-    chunk_size: int,
     changed: Ranges | None = None,
     bases: Bases | None = None,
     lender: Lender | None = None,
 ) -> None:
-    """Stores what `session`'s domain lacks of a disk, and gives all its pages to `builder`.
+    """Stores in `session` what the domain lacks of a disk, and gives all its pages to `builder`.
 
     With a `parent` (same capacity and chunk size, held by the session) only what differs from it;
     with `changed` too (see DiskSource.changed_ranges) only what that touches is looked at. What is
@@ -64,7 +64,7 @@ def scan_disk(
     Counts the whole capacity as scanned. Raises Cancelled, StorageError, PoolUnreachable,
     Conflict("volume_changed"); then `builder` is incomplete and of no use.
     """
-    ranges = source.data_ranges()
+    ranges, chunk_size = source.data_ranges(), domain.chunk_size
     if parent is not None and changed is not None:
         plans = plan_changed(changed, ranges, chunk_size, parent.page)
     else:
@@ -75,7 +75,7 @@ def scan_disk(
         reader, storing = ItemReader(source, chunk_size), Storing(session, bases)
         while (item := line.pull()) is not None:
             ctx.check()
-            found = _examine(reader, item, hasher)
+            found = _examine(reader, item, domain.hasher)
             if lender is not None:
                 found.borrow(lender.page(item.page.page_no))
             stored_bytes = storing.store(found)
@@ -92,20 +92,19 @@ def scan_disk(
 
 
 def store_again(
+    domain: Domain,
     source: DiskSource,
     session: Session,
-    hasher: ChunkHasher,
     wanted: Collection[bytes],
     ctx: JobContext,
     workers: int,
-    *,
-    chunk_size: int,
 ) -> None:
     """Stores every chunk of a disk whose id is in `wanted`, whether or not the domain knows it.
 
     For chunks that a commit found gone. The whole disk is read again, which is rare and needs no
     memory of which chunk was where. Raises as scan_disk does.
     """
+    hasher, chunk_size = domain.hasher, domain.chunk_size
     fast_halves = frozenset(chunk_id[:FAST_BYTES] for chunk_id in wanted)
     plans = plan_pages(source.data_ranges(), chunk_size, ())
     line = page_line(plans, source, chunk_size, ignore_page, workers)

@@ -22,6 +22,7 @@ from engine.backup.pipeline import ItemReader, ignore_page, page_line
 from engine.jobs.crew import run_crew
 from engine.jobs.jobs import JobContext
 from engine.snapshot.sources import DiskSource
+from storage.domain.domain import Domain
 from storage.domain.maps import DiskMap
 from storage.format.chunks import ChunkHasher, is_zero
 from storage.format.manifests import PAGE_ENTRIES
@@ -43,21 +44,20 @@ class Sample:
 
 
 def try_unchanged(
+    domain: Domain,
     source: DiskSource,
-    hasher: ChunkHasher,
     parent: DiskMap,
     changed: Ranges,
     ctx: JobContext,
     workers: int,
     *,
-    chunk_size: int,
     share: float | None = None,
 ) -> Sample:
     """Compares `share` (SHARE) of the chunks outside of `changed`, and FEWEST_CHUNKS more.
 
     Counts what it reads as read. Raises Cancelled, PoolUnreachable, Conflict("volume_changed").
     """
-    sample = Sample()
+    sample, chunk_size = Sample(), domain.chunk_size
     plans = plan_pages(source.data_ranges(), chunk_size, parent.pages())
     unchanged = _unchanged(plans, by_page(changed, chunk_size))
     drawn = _drawn(unchanged, SHARE if share is None else share, sample)
@@ -70,7 +70,7 @@ def try_unchanged(
             read_bytes = 0
             for index, view in reader.read(item):
                 read_bytes += len(view)
-                if not _same(view, item.page.parent.get(index), hasher):
+                if not _same(view, item.page.parent.get(index), domain.hasher):
                     sample.wrong_chunk = item.page.page_no * PAGE_ENTRIES + index
             line.finish(item, {})
             ctx.add(read=read_bytes)

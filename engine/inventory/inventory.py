@@ -33,6 +33,7 @@ from engine.model import (
 from engine.snapshot.hold import Hold, HoldWish, Resting
 from engine.state import State
 from engine.verb_types import HypervisorState
+from storage.lmdb_env.kv import WriteTxn
 
 DEFAULT_NAME = "default"
 
@@ -76,7 +77,8 @@ class Inventory(Protocol):
         ...
 
     def add_vm(self, vm: Vm) -> None:
-        """Durable. Conflict(name_taken) in its namespace, Conflict(volume_in_use)."""
+        """Durable. Conflict(name_taken), at least in its namespace, Conflict(volume_in_use), and
+        Invalid for a name that it can't have."""
         ...
 
     def remove_vm(self, uuid: str) -> Vm:
@@ -109,6 +111,10 @@ class Inventory(Protocol):
 
     def end_action(self, uuid: str, change: Callable[[Vm], Vm] = ...) -> None:
         """Clears the action and applies `change`. A VM that is gone is no error."""
+        ...
+
+    def end_action_in(self, txn: WriteTxn, uuid: str) -> None:
+        """The same, with what else the transaction changes."""
         ...
 
     def end_all_actions(self, change: Callable[[Vm], Vm]) -> list[Vm]:
@@ -193,12 +199,18 @@ class EmbeddedInventory:
 
     def note(self, uuid: str, change: Callable[[Vm], Vm]) -> None:
         with self._state.store.write() as txn:
-            vm = self._state.vms.get_in(txn, uuid)
-            if vm is not None:
-                self._state.vms.put_in(txn, change(vm))
+            self._note_in(txn, uuid, change)
 
     def end_action(self, uuid: str, change: Callable[[Vm], Vm] = _unchanged) -> None:
         self.note(uuid, lambda vm: replace(change(vm), action=""))
+
+    def end_action_in(self, txn: WriteTxn, uuid: str) -> None:
+        self._note_in(txn, uuid, lambda vm: replace(vm, action=""))
+
+    def _note_in(self, txn: WriteTxn, uuid: str, change: Callable[[Vm], Vm]) -> None:
+        before = self._state.vms.get_in(txn, uuid)
+        if before is not None and (vm := change(before)) != before:
+            self._state.vms.put_in(txn, vm)
 
     def end_all_actions(self, change: Callable[[Vm], Vm]) -> list[Vm]:
         with self._state.store.write() as txn:
@@ -231,14 +243,16 @@ def require_addable(vm: Vm, others: Sequence[Vm]) -> None:
                 raise Conflict("volume_in_use", f"volume {disk.volume_name!r} belongs to {owner}")
 
 
-class _Place(Protocol):
+class Named(Protocol):
+    """What is told from others of its kind by a uuid, and by people by a name."""
+
     @property
     def uuid(self) -> str: ...
     @property
     def name(self) -> str: ...
 
 
-PlaceT = TypeVar("PlaceT", bound=_Place)
+PlaceT = TypeVar("PlaceT", bound=Named)
 
 
 def find(what: Thing, rows: Sequence[PlaceT], uuid: str) -> PlaceT:

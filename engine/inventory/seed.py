@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
-from typing import Protocol, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 from msgspec.structs import replace
 
@@ -30,7 +30,14 @@ from engine.config import (
 )
 from engine.errors import ConfigInvalid, EngineError, Invalid
 from engine.ids import canonical, new_id, normal
-from engine.inventory.inventory import DEFAULT_NAME, Places, PlaceT, default_of, require_addable
+from engine.inventory.inventory import (
+    DEFAULT_NAME,
+    Named,
+    Places,
+    PlaceT,
+    default_of,
+    require_addable,
+)
 from engine.inventory.volumes import (
     Directory,
     DirectoryId,
@@ -42,17 +49,9 @@ from engine.model import BackupPoint, Cluster, Disk, Namespace, ObjectGroup, Poo
 from engine.probes import Probes
 from engine.state import Rows, State
 
-
-class _Wanted(Protocol):
-    @property
-    def uuid(self) -> str: ...
-    @property
-    def name(self) -> str: ...
-
-
 SizeOf: TypeAlias = Callable[[Pool, str, str], int | None]  # of a volume, by its name and format
 _Which: TypeAlias = Callable[[str], DirectoryId | None]
-WantedT = TypeVar("WantedT", bound=_Wanted)
+WantedT = TypeVar("WantedT", bound=Named)
 KnownT = TypeVar("KnownT", Cluster, Tenant, Namespace, Zone, ObjectGroup, Pool)
 
 
@@ -154,7 +153,7 @@ def _settle(
     return tuple(settled.values())
 
 
-def _uuid_for(kind: str, want: _Wanted, known: Sequence[KnownT]) -> str:
+def _uuid_for(kind: str, want: Named, known: Sequence[KnownT]) -> str:
     if want.uuid:
         uuid = canonical(want.uuid)
         if uuid is None:

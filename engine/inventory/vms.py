@@ -21,6 +21,7 @@ from engine.inventory.scopes import landing
 from engine.inventory.volumes import (
     MOST_CAPACITY_BYTES,
     make_volume,
+    offered_type,
     pool_room,
     remove_volume,
     require_plain_name,
@@ -29,10 +30,10 @@ from engine.inventory.volumes import (
 from engine.model import Disk, Pool, Vm
 from engine.snapshot.baseline_tending import tend_baselines
 from engine.verb_types import NewDisk, Scope
+from storage.format.record import DISKS_LIMIT
 
 log = logging.getLogger(__name__)
 
-MOST_DISKS = 256
 MOST_NAME_CHARS = 200
 POOL_TIMEOUT_S = 10.0
 
@@ -116,8 +117,8 @@ def _require_answering(core: Core, pool_uuids: Iterable[str]) -> None:
 
 
 def _plan_disks(disks: Sequence[NewDisk], pools: Sequence[Pool]) -> list[_Planned]:
-    if len(disks) > MOST_DISKS:
-        raise Invalid("disks", f"has {len(disks)} entries; {MOST_DISKS} are the limit")
+    if len(disks) > DISKS_LIMIT:
+        raise Invalid("disks", f"has {len(disks)} entries; {DISKS_LIMIT} are the limit")
     if len({disk.target_device for disk in disks}) != len(disks):
         raise Invalid("disks", "names a target_device twice")
     if len({(normal(disk.pool_uuid), disk.volume_name) for disk in disks}) != len(disks):
@@ -129,10 +130,7 @@ def _plan_disk(want: NewDisk, pool: Pool) -> _Planned:
     if not want.target_device:
         raise Invalid("target_device", "is empty")
     require_plain_name(want.volume_name)
-    usd_type = want.usd_type or pool.usd_types[0]
-    if usd_type not in pool.usd_types:
-        offered = ", ".join(pool.usd_types)
-        raise Conflict("usd_type_not_offered", f"pool {pool.name} offers {offered}")
+    usd_type = offered_type(pool, want.usd_type)
     size_bytes = volume_size(pool, want.volume_name)
     capacity = want.capacity if size_bytes is None else size_bytes
     if capacity is None or not 0 < capacity <= MOST_CAPACITY_BYTES:

@@ -53,6 +53,14 @@ def name_fault(name: str) -> str:
     return f"is over {MOST_NAME_BYTES} bytes" if size_bytes > MOST_NAME_BYTES else ""
 
 
+def offered_type(pool: Pool, usd_type: str) -> str:
+    """The type of a disk in the pool, its first one for "". Conflict(usd_type_not_offered)."""
+    if usd_type and usd_type not in pool.usd_types:
+        offered = ", ".join(pool.usd_types)
+        raise Conflict("usd_type_not_offered", f"pool {pool.name} offers {offered}")
+    return usd_type or pool.usd_types[0]
+
+
 def volume_path(pool: Pool, volume_name: str) -> str:
     """The volume's absolute path. Invalid unless the name is plain."""
     require_plain_name(volume_name)

@@ -18,7 +18,12 @@ from engine.core import Core
 from engine.errors import Conflict, Invalid, NotFound, PoolFull
 from engine.ids import new_id, normal
 from engine.inventory.inventory import find, require_addable
-from engine.inventory.volumes import bounded_volume_size, require_plain_name, volume_path
+from engine.inventory.volumes import (
+    bounded_volume_size,
+    offered_type,
+    require_plain_name,
+    volume_path,
+)
 from engine.jobs.jobs import JobContext, new_job
 from engine.model import BACKUP_DONE, Backup, Disk, DiskBackup, Pool, Vm
 from engine.points.distrust import remember_distrusted
@@ -80,14 +85,14 @@ def restore_backup(
     try:
         core.inventory.add_vm(plan.vm)
         try:
-            run = _RestoreRun(core, plan, job.uuid, allow_damaged)
+            run = _RestoreJob(core, plan, job.uuid, allow_damaged)
             core.jobs.submit(job, run, run.settle)
         except BaseException:
             core.inventory.end_action(plan.vm.uuid)
             core.inventory.remove_vm(plan.vm.uuid)
             raise
     except BaseException:
-        core.rooms.release(job.uuid)
+        core.reservations.release(job.uuid)
         raise
     log.info("restore_asked", extra={"backup": row.uuid, "vm": plan.vm.uuid, "job": job.uuid})
     return plan.vm.uuid, job.uuid
@@ -158,10 +163,7 @@ def _plan_disks(
 
 def _plan_disk(source: DiskBackup, target: RestoreTarget, pools: Sequence[Pool]) -> PlannedDisk:
     pool = find("pool", pools, normal(target.pool_uuid))
-    usd_type = target.usd_type or pool.usd_types[0]
-    if usd_type not in pool.usd_types:
-        offered = ", ".join(pool.usd_types)
-        raise Conflict("usd_type_not_offered", f"pool {pool.name} offers {offered}")
+    usd_type = offered_type(pool, target.usd_type)
     require_plain_name(target.volume_name)
     disk = Disk(
         target_device=source.target_device,
@@ -196,7 +198,7 @@ def _claim_room(
         most[planned.pool] += planned.source.capacity
 
     def claim(needs: Counter[Pool]) -> None:
-        core.rooms.claim(job_uuid, needs, lambda: _share_left(core, job_uuid))
+        core.reservations.claim(job_uuid, needs, lambda: _share_left(core, job_uuid))
 
     try:
         claim(most)
@@ -240,7 +242,7 @@ def _share_left(core: Core, job_uuid: str) -> float:
     return max(1.0 - progress.bytes_restored / progress.bytes_total, 0.0)
 
 
-class _RestoreRun:
+class _RestoreJob:
     """The job of one restore."""
 
     def __init__(self, core: Core, plan: RestorePlan, job_uuid: str, allow_damaged: bool) -> None:
@@ -302,7 +304,7 @@ class _RestoreRun:
             return
         row = self._plan.backup
         remember_distrusted(core.state, core.points, row.point_uuid, (row.cluster_uuid,))
-        core.rooms.release(self._job_uuid)
+        core.reservations.release(self._job_uuid)
         reason = "" if error is None else str(error) or type(error).__name__
         core.inventory.end_action(vm.uuid, lambda now: after_restore(now, reason))
         # The backup may have been deleted meanwhile: what only we still held is dead now.

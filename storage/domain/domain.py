@@ -82,12 +82,12 @@ class Domain:
         self.ballast = Ballast(fs, paths.ballast, paths.root, self._view_bytes_on_point)
         self.salvage = Salvage(self)
         self._seen = seen
-        self._log = Log(fs, paths.log, paths.host_tmp(host))
+        self.records = Log(fs, paths.log, paths.host_tmp(host))  # to read; appending is append()
         self.trust = Trust(view)
         self.adopted = AdoptedPacks(self)
         self.proof = Proof(view)
         self._tally = Tally()
-        self._appender = Appender(self, self._log, seen, self._tally)
+        self._appender = Appender(self, self.records, seen, self._tally)
         self._lock = self._appender.lock
         self._left_open: set[str] = set()
 
@@ -103,7 +103,8 @@ class Domain:
 
     def refresh_to_end(self) -> None:
         """refresh(), to the log's end as the server has it: what an NFS client remembers as absent
-        does not count. Raises PointFull and PointReadOnly, too, when the server can't be asked."""
+        does not count. Raises PointFull and PointReadOnly, too, when the server can't be asked; and
+        as `require_own_past`: by what this host has seen nobody's files are judged but its own."""
         self._appender.refresh_to_end()
 
     def require_own_past(self) -> None:
@@ -180,7 +181,7 @@ class Domain:
 
     def reader(self) -> ChunkReader:
         """For reading what storage.domain.reader.plan_reads plans. Hold the backup by a session."""
-        return ChunkReader(self, self.hasher)
+        return ChunkReader(self)
 
     # Sessions.
 
@@ -270,21 +271,13 @@ class Domain:
     def rebuild(self) -> None:
         """Makes the view anew from log, footers and manifests. Others may go on reading.
 
-        Raises Damaged when the log is; the old view stays then. What damaged files held is lost
-        in the new one (docs/design.md §5.3): see `losses`.
+        Raises Damaged when the log is, or is not the one that this host has seen; the old view
+        stays then. What damaged files held is lost in the new one (docs/design.md §5.3): see
+        `losses`.
         """
         self._appender.rebuild()
 
     # Damage.
-
-    @property
-    def records(self) -> Log:
-        """The domain's log, to read."""
-        return self._log
-
-    def clear_scratch(self) -> None:
-        """Removes what killed processes left in the log's directories. No records."""
-        self._log.clear_scratch()
 
     def losses(self) -> DomainLosses:
         """What the view lacks because of damaged files; empty when it lacks nothing."""
@@ -300,6 +293,8 @@ class Domain:
         view, which still knows what they said; returns how many. Durable on return."""
         self.refresh()
         return gc.rewrite_manifests(self, manifests)
+
+    # Checkpoints.
 
     def checkpoint(self) -> None:
         """Puts a compact copy of the view on the point, announces it, and keeps the newest two.
@@ -321,6 +316,8 @@ class Domain:
             self.checkpoint()
         return since >= every_records
 
+    # Other clusters.
+
     def import_backups(
         self,
         source_cluster_uuid: str,
@@ -331,6 +328,8 @@ class Domain:
         """Takes backups over from another cluster's domain of the point: see imports."""
         source = self.paths.sibling(source_cluster_uuid)
         return imports.import_backups(self, source, backups, relabel, taken)
+
+    # Counts, and the end.
 
     def stats(self) -> DomainStats:
         """Counts of the view, without a look at the point."""

@@ -60,7 +60,7 @@ class Leftovers:
             return 0
         try:
             domain.refresh_to_end()
-            domain.clear_scratch()
+            domain.records.clear_scratch()
         except (PointFull, PointReadOnly):
             return 0
         with domain.view.read() as state:

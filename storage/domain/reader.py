@@ -33,7 +33,7 @@ from storage.files.bad_places import BadPlace, open_to_read, read_into
 from storage.files.fs import Buffer
 from storage.files.publish import close_discarded
 from storage.files.uncached import lead_bytes
-from storage.format.chunks import CODEC_PATCH, FRAME_HEADER_BYTES, ChunkHasher, Decoder
+from storage.format.chunks import CODEC_PATCH, FRAME_HEADER_BYTES, Decoder
 from storage.format.manifests import PAGE_ENTRIES
 from storage.format.packs import FrameView, parse_frame
 from storage.format.patches import base_of, patched
@@ -237,9 +237,9 @@ class _Memory(NamedTuple):
 class ChunkReader:
     """Reads runs and proves what comes out. Shared by threads. Close it when done."""
 
-    def __init__(self, domain: Domain, hasher: ChunkHasher) -> None:
+    def __init__(self, domain: Domain) -> None:
         self._domain = domain
-        self._hasher = hasher
+        self._hasher = domain.hasher
         self._packs = _OpenPacks(domain)
         self._threads = threading.local()
 

@@ -309,9 +309,9 @@ class Session:
         return self._append(build)
 
     def adopt_pack(self, path: str) -> str:
-        """Takes a sealed pack of another domain of the point over, by hard link or, failing that,
-        by copy; returns its FileId here. FileNotFoundError when it has gone; Damaged when its
-        footer is not whole."""
+        """Takes over a sealed pack from elsewhere on the point, another domain's or a salvaged one,
+        by hard link or, failing that, by copy; returns its FileId here. PointUnreachable when it
+        has gone; Damaged when its footer is not whole."""
         return self.packs.adopt(path)
 
     def end(self) -> None:

@@ -26,12 +26,12 @@ from storage.format.chunks import CHUNK_ID_BYTES, ZERO_MARK
 from storage.format.framing import DIGEST_BYTES
 from storage.format.sealed import (
     HEADER_BYTES,
+    Footer,
     Header,
     Seal,
     SealedWriter,
-    Table,
     read_exactly,
-    read_table,
+    read_sealed_footer,
 )
 
 PAGE_ENTRIES = 1024
@@ -158,17 +158,17 @@ class ManifestReader:
         self._fd = open_to_read(fs, path)
         try:
             size_bytes = fs.stat(path).size_bytes
-            table = read_table(fs, self._fd, size_bytes, MANIFEST_MAGIC, ROW_BYTES, path)
-            disk_id, capacity, kind, zeros = _EXTRA.unpack(table.header.extra)
+            footer = read_sealed_footer(fs, self._fd, size_bytes, MANIFEST_MAGIC, ROW_BYTES, path)
+            disk_id, capacity, kind, zeros = _EXTRA.unpack(footer.header.extra)
             if kind not in (_FULL, _INCREMENTAL) or any(zeros):
                 raise Damaged(f"{path}: manifest of kind {kind}")
-            _check_rows(table, _page_count(capacity, table.header.chunk_size), path)
+            _check_rows(footer, _page_count(capacity, footer.header.chunk_size), path)
         except BaseException:
             fs.close(self._fd)
             raise
-        self._rows = table.rows
-        self.seal: Seal = table.seal
-        self.header: Header = table.header
+        self._rows = footer.rows
+        self.seal: Seal = footer.seal
+        self.header: Header = footer.header
         self.disk_id: bytes = disk_id
         self.capacity: int = capacity
         self.full: bool = kind == _FULL
@@ -227,18 +227,18 @@ def _page_count(capacity: int, chunk_size: int) -> int:
     return min(-(-capacity // (chunk_size * PAGE_ENTRIES)), MAX_PAGES)
 
 
-def _check_rows(table: Table, page_limit: int, what: str) -> None:
+def _check_rows(footer: Footer, page_limit: int, what: str) -> None:
     """Pages ascend and cover header's end to table's start without gap or overlap."""
     offset, next_page = HEADER_BYTES, 0
-    for row in map(_Row._make, _ROW.iter_unpack(table.rows)):
+    for row in map(_Row._make, _ROW.iter_unpack(footer.rows)):
         if not (next_page <= row.page_no < page_limit and 0 < row.entries <= PAGE_ENTRIES):
             raise Damaged(f"{what}: table has page {row.page_no} of {row.entries} entries")
         if row.offset != offset:
             raise Damaged(f"{what}: table has a page at {row.offset}, expected at {offset}")
         next_page = row.page_no + 1
         offset += row.entries * ENTRY_BYTES
-    if offset != table.items_end:
-        raise Damaged(f"{what}: pages end at {offset}, table starts at {table.items_end}")
+    if offset != footer.items_end:
+        raise Damaged(f"{what}: pages end at {offset}, table starts at {footer.items_end}")
 
 
 def _batches(rows: bytes) -> Iterator[list[_Row]]:

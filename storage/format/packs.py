@@ -35,12 +35,12 @@ from storage.format.record import file_id
 from storage.format.sealed import (
     HEADER_BYTES,
     TAIL_BYTES,
+    Footer,
     Header,
     Seal,
     SealedWriter,
-    Table,
     read_header,
-    read_table,
+    read_sealed_footer,
 )
 
 PACK_MAGIC = b"VKPK"
@@ -152,7 +152,7 @@ def read_footer(fs: Fs, path: str) -> tuple[Seal, list[PackEntry]]:
         size_bytes = fs.stat(path).size_bytes
         if size_bytes > MAX_PACK_BYTES:
             raise Damaged(f"{path}: a pack of {size_bytes} bytes")
-        table = read_table(
+        footer = read_sealed_footer(
             fs,
             fd,
             size_bytes,
@@ -164,9 +164,9 @@ def read_footer(fs: Fs, path: str) -> tuple[Seal, list[PackEntry]]:
         )
     finally:
         fs.close(fd)
-    if table.header.extra != _NO_EXTRA:
+    if footer.header.extra != _NO_EXTRA:
         raise Damaged(f"{path}: header is not a pack's")
-    return table.seal, _checked_entries(table, path)
+    return footer.seal, _checked_entries(footer, path)
 
 
 def read_maker(fs: Fs, path: str) -> str:
@@ -241,10 +241,10 @@ def _placed(frames: Sequence[Frame], offset: int) -> Iterable[tuple[Frame, int]]
         offset += FRAME_HEADER_BYTES + frame.stored_len
 
 
-def _checked_entries(table: Table, what: str) -> list[PackEntry]:
+def _checked_entries(footer: Footer, what: str) -> list[PackEntry]:
     """The rows, which must cover header's end to table's start without gap or overlap."""
-    entries = _with_bases(table, what)
-    chunk_size = table.header.chunk_size
+    entries = _with_bases(footer, what)
+    chunk_size = footer.header.chunk_size
     offset = HEADER_BYTES
     for found, raw_len, stored_len, codec, flags, _, _, _ in entries:
         if found != offset:
@@ -253,19 +253,19 @@ def _checked_entries(table: Table, what: str) -> list[PackEntry]:
             _check_flags(flags, what)  # a rebuild comes here for each chunk of a point: so no calls
             _check_lengths(codec, raw_len, stored_len, chunk_size, what)  # for most of them
         offset += FRAME_HEADER_BYTES + stored_len
-    if offset != table.items_end:
-        raise Damaged(f"{what}: frames end at {offset}, table starts at {table.items_end}")
+    if offset != footer.items_end:
+        raise Damaged(f"{what}: frames end at {offset}, table starts at {footer.items_end}")
     return entries
 
 
-def _with_bases(table: Table, what: str) -> list[PackEntry]:
+def _with_bases(footer: Footer, what: str) -> list[PackEntry]:
     """The rows; those of patches with the ids in the annex, of which there must be as many."""
-    entries = [PackEntry(*row) for row in _ROW.iter_unpack(table.rows)]
+    entries = [PackEntry(*row) for row in _ROW.iter_unpack(footer.rows)]
     patches = [at for at, entry in enumerate(entries) if entry.codec == CODEC_PATCH]
-    if len(table.annex) != len(patches) * CHUNK_ID_BYTES:
-        raise Damaged(f"{what}: {len(patches)} patches, bases of {len(table.annex)} bytes")
+    if len(footer.annex) != len(patches) * CHUNK_ID_BYTES:
+        raise Damaged(f"{what}: {len(patches)} patches, bases of {len(footer.annex)} bytes")
     for number, at in enumerate(patches):
-        base = table.annex[number * CHUNK_ID_BYTES : (number + 1) * CHUNK_ID_BYTES]
+        base = footer.annex[number * CHUNK_ID_BYTES : (number + 1) * CHUNK_ID_BYTES]
         if not is_base_of(base, entries[at].chunk_id):
             raise Damaged(f"{what}: a patch of itself")
         entries[at] = entries[at]._replace(base=base)

@@ -59,8 +59,8 @@ class Seal:
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
-    """A sealed file's header, table and annex, all proved by the tail's digest."""
+class Footer:
+    """A sealed file's table and annex, and its header: the tail's digest proves all three."""
 
     header: Header
     rows: bytes
@@ -157,7 +157,7 @@ class SealedWriter:
         self._file.abandon()
 
 
-def read_table(
+def read_sealed_footer(
     fs: Fs,
     fd: int,
     size_bytes: int,
@@ -167,7 +167,7 @@ def read_table(
     *,
     rows_limit: int = 1 << 32,
     annex_row_bytes: int = 0,
-) -> Table:
+) -> Footer:
     """Header, table and annex of a sealed file of `size_bytes`, checked against the tail's digest.
 
     The annex has at most `annex_row_bytes` for each of the table's rows.
@@ -195,7 +195,7 @@ def read_table(
     rows, annex = table[: count * row_size], table[count * row_size :]
     if _table_digest(raw_header, rows, annex, end[-TAIL_BYTES:][: _SIGNED_TAIL.size]) != digest:
         raise Damaged(f"{what}: digest of header and table does not match")
-    return Table(header, rows, annex, count, size_bytes, digest)
+    return Footer(header, rows, annex, count, size_bytes, digest)
 
 
 def read_header(fs: Fs, fd: int, magic: bytes, what: str) -> Header:

@@ -25,7 +25,7 @@ from engine.errors import NotFound, PoolUnreachable
 from engine.jobs.jobs import JobContext
 from engine.model import BACKUP_DONE, BACKUP_FAILED, Backup, Pool, Vm
 from engine.points.distrust import remember_distrusted
-from engine.restore.rooms import Rooms
+from engine.restore.reservations import Reservations
 from engine.verb_types import NewDisk, RestoreTarget, Scope
 from storage.check.check import check_point
 from storage.domain.session import NewBackup, Session
@@ -188,7 +188,7 @@ def test_a_pool_that_hangs_at_last_holds_up_no_restore_into_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After it was looked at, and before it is asked for its room."""
-    rooms, answers, asked = Rooms(), threading.Event(), threading.Event()
+    reserved, answers, asked = Reservations(), threading.Event(), threading.Event()
     slow, fast = (Pool(uuid=name, name=name, path=str(tmp_path / name)) for name in ("slow", "f"))
     for pool in (slow, fast):
         Path(pool.path).mkdir()
@@ -202,10 +202,10 @@ def test_a_pool_that_hangs_at_last_holds_up_no_restore_into_another(
 
     monkeypatch.setattr("engine.inventory.volumes.os.statvfs", hanging)
     with ThreadPoolExecutor(2) as threads:
-        claim = threads.submit(rooms.claim, "a", {slow: 1})
+        claim = threads.submit(reserved.claim, "a", {slow: 1})
         assert asked.wait(PATIENCE_S)
         try:
-            threads.submit(rooms.claim, "b", {fast: 1}).result(PATIENCE_S / 6)
+            threads.submit(reserved.claim, "b", {fast: 1}).result(PATIENCE_S / 6)
         finally:
             answers.set()
         claim.result(PATIENCE_S)

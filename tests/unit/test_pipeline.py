@@ -105,14 +105,13 @@ def scan(rig: Rig, path: Path, parent: Made | None, workers: int = 3) -> Pages:
     base = rig.domain.disk_map(parent.disks["vda"]) if parent else None
     with rig.domain.begin("backup", [parent.backup] if parent else []) as session:
         scan_disk(
+            rig.domain,
             source,
             session,
-            rig.domain.hasher,
             pages,  # type: ignore[arg-type]
             base,
             Made("", [], "").context,
             workers,
-            chunk_size=CHUNK,
         )
     source.close()
     return pages
@@ -175,14 +174,13 @@ def test_a_failing_read_ends_all_workers_and_is_raised(rig: Rig, at_read: int) -
         pytest.raises(PoolUnreachable, match="torn out"),
     ):
         scan_disk(
+            rig.domain,
             source,
             session,
-            rig.domain.hasher,
             Pages(),  # type: ignore[arg-type]
             None,
             context,
             3,
-            chunk_size=CHUNK,
         )
     source.close()
     assert threading.active_count() == before
@@ -210,6 +208,6 @@ def test_store_again_stores_what_is_wanted_though_it_is_known(rig: Rig) -> None:
     source = VolumeSource(open_volume(str(path)), str(path))
     context = Made("", [], "").context
     with rig.domain.begin("backup") as session:
-        store_again(source, session, rig.domain.hasher, wanted, context, 2, chunk_size=CHUNK)
+        store_again(rig.domain, source, session, wanted, context, 2)
     source.close()
     assert CHUNK + 3 <= context.progress().bytes_stored < CHUNK + 1000

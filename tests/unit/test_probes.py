@@ -1,4 +1,4 @@
-"""engine.probes, engine.restore.rooms: what hangs holds one thread; room is given away once."""
+"""engine.probes, engine.restore.reservations: what hangs holds one thread; room is given once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from engine.errors import PoolFull, PoolUnreachable
 from engine.inventory.volumes import pool_room
 from engine.model import Pool
 from engine.probes import Probes
-from engine.restore.rooms import Rooms
+from engine.restore.reservations import Reservations
 
 
 def test_answers_and_errors_come_through() -> None:
@@ -68,22 +68,22 @@ def pool(path: Path, name: str = "p") -> Pool:
 
 
 def test_claims_add_up_over_pools_of_one_file_system(tmp_path: Path) -> None:
-    rooms, one, two = Rooms(), pool(tmp_path / "1", "1"), pool(tmp_path / "2", "2")
+    reserved, one, two = Reservations(), pool(tmp_path / "1", "1"), pool(tmp_path / "2", "2")
     _, free = pool_room(one)
     most = free * 2 // 3
     with pytest.raises(PoolFull):
-        rooms.claim("a", {one: most, two: most})
-    rooms.claim("a", {one: most})
+        reserved.claim("a", {one: most, two: most})
+    reserved.claim("a", {one: most})
     with pytest.raises(PoolFull):
-        rooms.claim("b", {two: most})
-    rooms.release("a")
-    rooms.release("a")
-    rooms.claim("b", {two: most}, lambda: 0.1)
+        reserved.claim("b", {two: most})
+    reserved.release("a")
+    reserved.release("a")
+    reserved.claim("b", {two: most}, lambda: 0.1)
     # Nine tenths of b are written, and so no longer reserved on top of what is in use.
-    rooms.claim("c", {one: most})
+    reserved.claim("c", {one: most})
 
 
 def test_a_pool_that_is_gone(tmp_path: Path) -> None:
     gone = Pool(uuid="p", name="p", path=str(tmp_path / "none"))
     with pytest.raises(PoolUnreachable):
-        Rooms().claim("a", {gone: 1})
+        Reservations().claim("a", {gone: 1})

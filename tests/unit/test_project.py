@@ -24,6 +24,16 @@ ROOT = Path(__file__).parent.parent.parent
 LOCKS = sorted((ROOT / "requirements").glob("*.txt"))
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
+# Packages whose docstring says what is in each module.
+MAPPED = (
+    "engine",
+    "engine/points",
+    "engine/snapshot",
+    "storage/domain",
+    "storage/files",
+    "storage/format",
+    "storage/view",
+)
 DOCUMENTS = (
     "README.md",
     "docs/design.md",
@@ -111,6 +121,13 @@ def test_every_folder_is_a_package() -> None:
         for module in (ROOT / top).rglob("*.py")
     }
     assert found == folders
+
+
+@pytest.mark.parametrize("package", MAPPED)
+def test_a_map_of_a_package_has_all_of_its_modules(package: str) -> None:
+    folder = ROOT / package
+    told = re.findall(r"\w+", (folder / "__init__.py").read_text())
+    assert {path.stem for path in folder.glob("*.py")} - {"__init__", *told} == set()
 
 
 def test_the_service_file_is_sound(tmp_path: Path) -> None:

@@ -105,9 +105,7 @@ def attempt(
     source = VolumeSource(open_volume(str(path)), str(path))
     context = JobContext()
     parent_map = rig.domain.disk_map(parent.disks["vda"])
-    sample = try_unchanged(
-        source, rig.domain.hasher, parent_map, changed, context, 3, chunk_size=CHUNK, share=share
-    )
+    sample = try_unchanged(rig.domain, source, parent_map, changed, context, 3, share=share)
     source.close()
     return sample, context
 

@@ -8,7 +8,7 @@ import pytest
 
 from storage.errors import Damaged, PointNewerFormat, Refused
 from storage.files.fs import OsFs
-from storage.format.sealed import Header, Seal, SealedWriter, Table, read_table
+from storage.format.sealed import Footer, Header, Seal, SealedWriter, read_sealed_footer
 from tests.failing_fs import FailingFs, open_below
 from tests.forging import CHUNK_SIZE, SESSION, Sealed, digest16
 
@@ -18,10 +18,10 @@ ROWS = [b"row 1...", b"row 2..."]
 FORGED = Sealed(b"VKXX", EXTRA, b"item one and item two", ROWS, 8)
 
 
-def read(path: Path) -> Table:
+def read(path: Path) -> Footer:
     fd = os.open(path, os.O_RDONLY)
     try:
-        return read_table(OsFs(), fd, path.stat().st_size, b"VKXX", 8, "it")
+        return read_sealed_footer(OsFs(), fd, path.stat().st_size, b"VKXX", 8, "it")
     finally:
         os.close(fd)
 
@@ -242,7 +242,7 @@ def test_a_claimed_huge_table_is_not_read(tmp_path: Path) -> None:
         sparse.seek(size_bytes - 48)
         sparse.write(lie[-48:])
     with open(tmp_path / "x", "rb") as file, pytest.raises(Damaged, match="table of"):
-        read_table(Watching(), file.fileno(), size_bytes, b"VKXX", 8, "it")
+        read_sealed_footer(Watching(), file.fileno(), size_bytes, b"VKXX", 8, "it")
     assert max(sizes) <= 1 << 16
 
 
@@ -250,4 +250,4 @@ def test_a_file_that_shrinks_meanwhile(tmp_path: Path) -> None:
     content = FORGED.encoded()
     (tmp_path / "x").write_bytes(content[:70])
     with open(tmp_path / "x", "rb") as file, pytest.raises(Damaged, match="ends at 70"):
-        read_table(OsFs(), file.fileno(), len(content), b"VKXX", 8, "it")
+        read_sealed_footer(OsFs(), file.fileno(), len(content), b"VKXX", 8, "it")

@@ -23,8 +23,8 @@ class _Claim:
     left: Callable[[], float]  # which share of it is still to be written, 1 to 0
 
 
-class Rooms:
-    """The reservations of this host. Thread-safe."""
+class Reservations:
+    """Those of this host. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
