@@ -29,8 +29,9 @@ log = logging.getLogger(__name__)
 POOL_TIMEOUT_S = 10.0
 
 
-def recover(core: Core) -> None:
-    """Before any job starts. A pool that does not answer is left as it is."""
+def recover(core: Core) -> frozenset[str]:
+    """Before any job starts. A pool that does not answer is left as it is. Returns the paths of the
+    pools that were known."""
     jobs = core.jobs.recover()
     backups = core.catalogue.fail_running(RESTARTED)
     away = [host.name for host in core.inventory.hypervisors() if host.problem]
@@ -42,11 +43,13 @@ def recover(core: Core) -> None:
             _bounded(core, f"undo {vm.uuid}", partial(_remove_volumes, core, vm))
     vms = core.inventory.end_all_actions(_ended)
     kept = _settled_baselines(core)
-    for pool in core.inventory.places.pools:
+    pools = core.inventory.places.pools
+    for pool in pools:
         _bounded(core, f"clear {pool.uuid}", partial(clear_leftovers, pool.path, kept))
     if jobs or backups or vms:
         fields = {"jobs": len(jobs), "backups": len(backups), "vms": len(vms)}
         log.warning("recovered", extra=fields)
+    return frozenset(pool.path for pool in pools)
 
 
 def _settled_baselines(core: Core) -> frozenset[str]:

@@ -110,13 +110,13 @@ class Engine:
         core = _assemble(host, state, config)
         try:
             core.inventory.start()
-            recover(core)
+            cleared = recover(core)
             settle_vms(state, config, core.inventory.places, partial(_size_of, core.probes))
             core.points.start(config.points)
             if not config.points:
                 core.points.make_default(host.default_point_path)
             core.jobs.start()
-            tending = BaselineTending(core)
+            tending = BaselineTending(core, cleared)
             tending.start()
         except BaseException:
             core.points.stop(1.0)

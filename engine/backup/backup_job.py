@@ -136,12 +136,22 @@ class _BackupJob:
             self._core.state, self._core.points, row.point_uuid, (row.cluster_uuid,)
         )
         try:
-            self._core.catalogue.put(row)
+            self._note_end(row)
             if error is not None:
                 self._put_right(row)
         finally:
-            self._core.inventory.end_action(self._vm.uuid)
             self._core.points.look_again(row.point_uuid)
+
+    def _note_end(self, row: Backup) -> None:
+        """Backup and action at once: who waits for the one may rely on the other."""
+        core, vm_uuid = self._core, self._vm.uuid
+        try:
+            core.catalogue.put(row, lambda txn: core.inventory.end_action_in(txn, vm_uuid))
+        except StorageError:  # then as much of it as goes
+            try:
+                core.catalogue.put(row)
+            finally:
+                core.inventory.end_action(vm_uuid)
 
     def _put_right(self, failed: Backup) -> None:
         """A COMMIT may be in the log though we got an error. The look at the point that met it

@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
+from typing import TypeAlias
 
 from msgspec.structs import replace
 
@@ -33,6 +34,7 @@ from engine.inventory.scopes import Range
 from engine.model import BACKUP_DONE, BACKUP_FAILED, BACKUP_RUNNING, Backup
 from engine.state import State, backup_key
 from engine.verb_types import BackupPage, BackupQuery, RangeState
+from storage.lmdb_env.kv import WriteTxn
 
 SYNC_ATTEMPTS = 5
 DEFAULT_PAGE_SIZE = 20
@@ -41,6 +43,13 @@ LOOKED_AT = 1000
 ROWS_PER_HOLD = 100  # what is changed before others may look
 SHARED_AT_START = 10_000_000
 SHARED_WHILE_RUNNING = 10_000
+
+
+Beside: TypeAlias = Callable[[WriteTxn], None]
+
+
+def _nothing(_txn: WriteTxn) -> None:
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,10 +151,10 @@ class Catalogue:
 
     # Changing -------------------------------------------------------------------------------
 
-    def put(self, row: Backup) -> None:
-        """Adds or replaces; durable on return."""
+    def put(self, row: Backup, beside: Beside = _nothing) -> None:
+        """Adds or replaces; durable on return, together with what `beside` puts into the state."""
         with self._writing:
-            self._apply(_Change(put=[row]))
+            self._apply(_Change(put=[row]), beside)
 
     def put_all(self, rows: Sequence[Backup]) -> None:
         """Adds or replaces all of them, or none; durable on return."""
@@ -217,7 +226,7 @@ class Catalogue:
         gone = [row for row in here.values() if row.status == BACKUP_DONE and row.uuid not in there]
         return _Change(put, gone)
 
-    def _apply(self, change: _Change) -> None:
+    def _apply(self, change: _Change, beside: Beside = _nothing) -> None:
         """`_writing` is held."""
         if not change.put and not change.remove:
             return
@@ -226,6 +235,7 @@ class Catalogue:
                 self._state.backups.put_in(txn, row)
             for row in change.remove:
                 self._state.backups.delete_in(txn, backup_key(row.cluster_uuid, row.uuid))
+            beside(txn)
         for act, rows in ((self._forget, change.remove), (self._remember, change.put)):
             for first in range(0, len(rows), ROWS_PER_HOLD):
                 with self._lock:

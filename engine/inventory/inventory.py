@@ -34,6 +34,7 @@ from engine.model import (
 from engine.snapshot.hold import Hold, HoldWish, Resting
 from engine.state import State
 from engine.verb_types import HypervisorState
+from storage.lmdb_env.kv import WriteTxn
 
 DEFAULT_NAME = "default"
 
@@ -77,7 +78,8 @@ class Inventory(Protocol):
         ...
 
     def add_vm(self, vm: Vm) -> None:
-        """Durable. Conflict(name_taken) in its namespace, Conflict(volume_in_use)."""
+        """Durable. Conflict(name_taken), at least in its namespace, Conflict(volume_in_use), and
+        Invalid for a name that it can't have."""
         ...
 
     def remove_vm(self, uuid: str) -> Vm:
@@ -110,6 +112,10 @@ class Inventory(Protocol):
 
     def end_action(self, uuid: str, change: Callable[[Vm], Vm] = ...) -> None:
         """Clears the action and applies `change`. A VM that is gone is no error."""
+        ...
+
+    def end_action_in(self, txn: WriteTxn, uuid: str) -> None:
+        """The same, with what else the transaction changes."""
         ...
 
     def end_all_actions(self, change: Callable[[Vm], Vm]) -> list[Vm]:
@@ -194,12 +200,18 @@ class EmbeddedInventory:
 
     def note(self, uuid: str, change: Callable[[Vm], Vm]) -> None:
         with self._state.store.write() as txn:
-            vm = self._state.vms.get_in(txn, uuid)
-            if vm is not None:
-                self._state.vms.put_in(txn, change(vm))
+            self._note_in(txn, uuid, change)
 
     def end_action(self, uuid: str, change: Callable[[Vm], Vm] = _unchanged) -> None:
         self.note(uuid, lambda vm: replace(change(vm), action=""))
+
+    def end_action_in(self, txn: WriteTxn, uuid: str) -> None:
+        self._note_in(txn, uuid, lambda vm: replace(vm, action=""))
+
+    def _note_in(self, txn: WriteTxn, uuid: str, change: Callable[[Vm], Vm]) -> None:
+        before = self._state.vms.get_in(txn, uuid)
+        if before is not None and (vm := change(before)) != before:
+            self._state.vms.put_in(txn, vm)
 
     def end_all_actions(self, change: Callable[[Vm], Vm]) -> list[Vm]:
         with self._state.store.write() as txn:

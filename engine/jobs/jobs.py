@@ -186,9 +186,11 @@ class Jobs:
         """Refuses new jobs, ends all others as interrupted, and returns within `timeout_s`.
 
         A running job gets the time to end by itself; one that does not is recorded as failed and
-        left to its thread, which dies with the process.
+        left to its thread, which dies with the process. Waiting ones that there is no time to
+        settle are left to the next start, as after a kill.
         """
         reason = Cancelled("interrupted", STOPPED)
+        deadline_s = time.monotonic() + timeout_s
         with self._lock:
             self._stopping = True
             waiting = list(self._queue)
@@ -198,8 +200,8 @@ class Jobs:
         for active in running:
             active.context.cancel(reason)
         for active in waiting:
-            self._end(active, reason, ())
-        deadline_s = time.monotonic() + timeout_s
+            if time.monotonic() < deadline_s:
+                self._end(active, reason, ())
         for active in running:
             if not active.ended.wait(max(deadline_s - time.monotonic(), 0)):
                 log.warning("job_abandoned", extra={"job": active.job.uuid})

@@ -22,7 +22,7 @@ from functools import partial
 from msgspec.structs import replace
 
 from engine.config import Config, LibvirtHost
-from engine.errors import ConfigInvalid, Conflict, HypervisorAway, NotFound
+from engine.errors import ConfigInvalid, Conflict, HypervisorAway, Invalid, NotFound
 from engine.inventory.inventory import EmbeddedInventory, Places, find, pool_of
 from engine.inventory.seed import refer
 from engine.inventory.volumes import volume_path
@@ -148,6 +148,19 @@ class LibvirtInventory(EmbeddedInventory):
 
     def host_of(self, vm: Vm) -> str:
         return vm.host or (self._host_of(vm).name if vm.disks else "")
+
+    def add_vm(self, vm: Vm) -> None:
+        """Also Conflict(name_taken) for the name of any domain of the host that it is to be on, as
+        far as that answers, and Invalid for one that no domain can have: before its volumes are
+        made, which may take hours."""
+        if "/" in vm.name or "\n" in vm.name:
+            raise Invalid("new_vm_name", f"{vm.name!r}: libvirt takes no slash and no line's end")
+        watch = self._host_of(vm)
+        named = partial(watch.has_named, vm.name)
+        with contextlib.suppress(HypervisorAway, LibvirtFault, TimeoutError):
+            if self._probes.ask(f"{vm.name} on {watch.name}", named, ANSWER_TIMEOUT_S):
+                raise Conflict("name_taken", f"a domain named {vm.name!r} is on {watch.name}")
+        super().add_vm(vm)
 
     def realize(self, vm: Vm, label: BackupLabel) -> bool:
         if label.machine is None:

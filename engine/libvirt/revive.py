@@ -1,8 +1,9 @@
 """From a backed-up domain's XML to that of the new VM that a restore makes.
 
 New are the uuid, the name, the MACs, the volumes, and whatever two domains of one host can't share:
-paths of sockets and logs, fixed ports, the generation id. All else is as it was. Disks that are not
-restored are left out, and nothing is in the drives.
+paths of sockets and logs, fixed ports, the generation id. All else is as it was, but for what a
+disk can't have in its new format, or in a file. Disks that are not restored are left out, and
+nothing is in the drives.
 """
 
 from __future__ import annotations
@@ -95,12 +96,18 @@ def _set_disk(devices: ET.Element, disk: ET.Element, new: NewDomain) -> None:
         return
     path, form = new.volumes[name]
     disk.set("type", "file")
+    disk.set("device", "disk")
+    for only_of_luns in ("rawio", "sgio"):
+        disk.attrib.pop(only_of_luns, None)
     _remove(disk, "shareable")
     ET.SubElement(disk, "source", file=path)
     driver = disk.find("driver")
     if driver is None:
         driver = ET.SubElement(disk, "driver", name="qemu")
     driver.set("type", form)
+    if form != "qcow2":
+        driver.attrib.pop("discard_no_unref", None)
+        _remove(driver, "metadata_cache")
 
 
 def _free_ports(graphics: ET.Element) -> None:

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from engine.errors import HypervisorAway
 from engine.libvirt.binding import (
@@ -111,13 +112,11 @@ class Watch:
 
     def has(self, uuid: str) -> bool:
         """Whether there is such a domain now. HypervisorAway, LibvirtFault."""
-        try:
-            self.domain(uuid)
-        except LibvirtFault as error:
-            if code_of(error) == NO_SUCH_DOMAIN:
-                return False
-            raise
-        return True
+        return _is_there(partial(self.domain, uuid))
+
+    def has_named(self, name: str) -> bool:
+        """Whether a domain has that name now. HypervisorAway, LibvirtFault."""
+        return _is_there(partial(self.connection().lookupByName, name))
 
     def look_again(self) -> None:
         """Soon, in the host's own thread."""
@@ -196,6 +195,16 @@ class Watch:
         self._looked.set()
         if news:
             log.warning("libvirt_away", extra={"host": self.name, "why": why})
+
+
+def _is_there(find: Callable[[], Domain]) -> bool:
+    try:
+        find()
+    except LibvirtFault as error:
+        if code_of(error) == NO_SUCH_DOMAIN:
+            return False
+        raise
+    return True
 
 
 def look(connection: Connection) -> Sight:

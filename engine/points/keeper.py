@@ -338,13 +338,14 @@ class Keeper:
         our own that nobody works in any more, and clears what those hosts have left."""
         self._beats += 1
         for cluster_uuid, domain in opened.sound():
+            ended = 0
             try:
+                ended = domain.end_left_open()
                 beat(domain, self._beats)
             except PointFull as error:
                 # Missing it costs at most a session; a full point has to stay open for deletes.
                 log.warning("no_room_to_beat", extra={"point": self.row.uuid, "error": str(error)})
             observer = self._observers.setdefault(cluster_uuid, Observer())
-            ended = domain.end_left_open()
             ended += observer.end_dead_sessions(domain, time.monotonic())
             if ended:
                 fields = {"point": self.row.uuid, "cluster": cluster_uuid, "count": ended}

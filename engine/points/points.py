@@ -13,6 +13,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+from msgspec.structs import replace
+
 from engine.config import PointConfig
 from engine.errors import Conflict, Invalid, NotFound
 from engine.inventory.inventory import DEFAULT_NAME
@@ -60,6 +62,7 @@ class Points:
 
         One that can't be attached now is tried again and again; this waits only a little for it.
         """
+        self._rename(wanted)
         for keeper in self._keepers.values():
             keeper.start()
         known = frozenset(keeper.row.path for keeper in self._keepers.values())
@@ -72,6 +75,16 @@ class Points:
         deadline_s = time.monotonic() + JOIN_TIMEOUT_S
         for thread in joining:
             thread.join(max(deadline_s - time.monotonic(), 0))
+
+    def _rename(self, wanted: tuple[PointConfig, ...]) -> None:
+        """An attached point has the name that it is configured with now: its old one may be
+        another's."""
+        names = {os.path.normpath(point.path): point.name for point in wanted}
+        for keeper in self._keepers.values():
+            name = names.get(keeper.row.path, keeper.row.name)
+            if name != keeper.row.name:
+                keeper.row = replace(keeper.row, name=name)
+                self._state.points.put(keeper.row)
 
     def make_default(self, path: str) -> None:
         """Attaches the embedded default's point, unless something is attached. StorageError."""

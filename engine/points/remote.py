@@ -46,12 +46,15 @@ class _Found:
 
 def remote_backups(core: Core, cluster_uuid: str, point_uuid: str) -> list[RemoteBackup]:
     """All backups of all domains on the point, newest first. NotFound, StorageError."""
-    cluster = find("cluster", core.inventory.places.clusters, normal(cluster_uuid))
+    ours = {cluster.uuid: cluster for cluster in core.inventory.places.clusters}
+    cluster = find("cluster", [*ours.values()], normal(cluster_uuid))
     point_uuid = normal(point_uuid)
     core.points.require_answering(point_uuid, cluster.uuid)
     opened = core.points.opened(point_uuid)
     found = [
-        RemoteBackup(_as_found(row, label, point_uuid), _cluster(label))
+        RemoteBackup(
+            _as_found(row, label, point_uuid), ours.get(label.cluster_uuid) or _cluster(label)
+        )
         for label in opened.point.clusters()
         for row in _rows(opened, label)
     ]

@@ -1,9 +1,10 @@
 """Seeing to it that baselines never outlive their use, nor take the room that VMs need.
 
 A round forgets the disks that are no VM's any more (or have another volume), drops the baselines of
-backups that are gone, and all those in a pool with less room than the operator reserves. Rounds go
-every `look_every_s`, and at once where something was deleted. The regular ones also look how much
-room is pinned (engine/snapshot/pinned.py).
+backups that are gone, or not their point's newest of the VM (after one by QEMU, or a direct read),
+and all those in a pool with less room than the operator reserves. Rounds go every `look_every_s`,
+and at once where something was deleted. The regular ones also look how much room is pinned
+(engine/snapshot/pinned.py).
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from functools import partial
 
 from engine.core import Core
 from engine.errors import EngineError, NotFound
 from engine.inventory.inventory import pool_of
 from engine.inventory.volumes import volume_path
-from engine.model import BACKUP_FAILED, Baseline
+from engine.model import BACKUP_RUNNING, Baseline
+from engine.snapshot.snapshot import clear_leftovers
 from storage.errors import StorageError
 
 log = logging.getLogger(__name__)
@@ -29,12 +32,13 @@ def tend_baselines(core: Core) -> None:
     used = _used(core)
     short: dict[str, bool] = {}
     for row in core.baselines.rows():
-        if (row.vm_uuid, row.target_device, row.volume) not in used:
+        disk = row.vm_uuid, row.target_device
+        if (*disk, row.volume) not in used and (*disk, "") not in used:
             core.baselines.forget(row)
         elif not row.file:
             continue
-        elif _backup_gone(core, row):
-            core.baselines.drop(row, "the baseline's backup was deleted")
+        elif why := _why_useless(core, row):
+            core.baselines.drop(row, why)
         else:
             place = os.path.dirname(row.volume)
             if place not in short:
@@ -44,10 +48,14 @@ def tend_baselines(core: Core) -> None:
 
 
 def _used(core: Core) -> frozenset[tuple[str, str, str]]:
-    """(VM, target device, volume's path) of all disks."""
+    """(VM, target device, volume's path) of all disks; "" for what may be any path, for a
+    hypervisor that is away says nothing of its pools."""
     found = set()
     for vm in core.inventory.vms():
         for disk in vm.disks:
+            if vm.state == "unreachable":
+                found.add((vm.uuid, disk.target_device, ""))
+                continue
             try:
                 path = volume_path(pool_of(core.inventory.places, disk), disk.volume_name)
             except EngineError:
@@ -56,11 +64,18 @@ def _used(core: Core) -> frozenset[tuple[str, str, str]]:
     return frozenset(found)
 
 
-def _backup_gone(core: Core, row: Baseline) -> bool:
+def _why_useless(core: Core, row: Baseline) -> str:
+    """Why no backup is going to build on the baseline's; "" when one may."""
     try:
-        return core.catalogue.get(row.backup_uuid).status == BACKUP_FAILED
+        backup = core.catalogue.get(row.backup_uuid)
     except NotFound:
-        return True
+        return "the baseline's backup was deleted"
+    if backup.status == BACKUP_RUNNING:  # committed, and about to be noted
+        return ""
+    newest = core.catalogue.newest(backup.cluster_uuid, backup.point_uuid, row.vm_uuid)
+    if newest is not None and newest.uuid == backup.uuid:
+        return ""
+    return "the baseline is not of the newest backup"
 
 
 def _short_of_room(core: Core, place: str) -> bool:
@@ -75,10 +90,13 @@ def _short_of_room(core: Core, place: str) -> bool:
 
 
 class BaselineTending:
-    """The thread that does the rounds."""
+    """The thread that does the rounds. It also clears the pools that a hypervisor which was away at
+    the start makes known: see engine/recovery.py."""
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Core, cleared: frozenset[str]) -> None:
+        """`cleared`: the paths of those that the start has cleared."""
         self._core = core
+        self._cleared = set(cleared)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="baselines", daemon=True)
 
@@ -94,7 +112,20 @@ class BaselineTending:
         while not self._stopped.wait(self._core.config.tracking.look_every_s):
             try:
                 tend_baselines(self._core)
+                self.clear_late_pools()
                 self._core.pinned.look(self._core.baselines.rows(), self._core.probes)
             except (EngineError, StorageError):
                 if not self._stopped.is_set():
                     log.exception("baselines_not_tended")
+
+    def clear_late_pools(self) -> None:
+        """What the last process left there; each once, whether it answers or not."""
+        core = self._core
+        late = {pool.path for pool in core.inventory.places.pools} - self._cleared
+        for path in late:
+            self._cleared.add(path)
+            clear = partial(clear_leftovers, path, core.baselines.files())
+            try:
+                core.probes.ask(f"clear {path}", clear, POOL_TIMEOUT_S)
+            except TimeoutError as error:
+                log.warning("pool_not_cleared", extra={"pool": path, "error": str(error)})

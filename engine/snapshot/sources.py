@@ -269,10 +269,11 @@ def require_named(path: str, mark: Mark) -> None:
     NFS client tells for up to a minute what it remembers; it asks the server when a file is opened.
     """
     try:
-        named = os.stat(path, follow_symlinks=False)
-        same = (named.st_dev, named.st_ino) == (mark.device, mark.inode)
-        if same:
-            os.close(open_volume(path))
+        with InFlight(path):
+            named = os.stat(path, follow_symlinks=False)
+            same = (named.st_dev, named.st_ino) == (mark.device, mark.inode)
+            if same:
+                os.close(open_volume(path))
     except FileNotFoundError:
         raise was_changed(path, "it was deleted or renamed") from None
     except OSError as error:

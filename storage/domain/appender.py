@@ -78,6 +78,7 @@ class Appender:
 
     def refresh_to_end(self) -> None:
         """See Domain.refresh_to_end."""
+        self.require_own_past()
         while not self._log.ends_before(self.refresh() + 1):
             pass
 
@@ -86,8 +87,7 @@ class Appender:
         with self._view.read() as state:
             seq, digest = tables.applied(state)
         self._require_record(seq, digest)
-        if self._seen.last is not None:
-            self._require_record(*self._seen.last)
+        self._require_seen()
 
     def require_no_gap(self) -> None:
         """See Domain.require_no_gap."""
@@ -98,6 +98,10 @@ class Appender:
             last = self.refresh()
         if newest > last:
             raise Damaged(f"{self._paths.log}: record {last + 1} is missing, {newest} is there")
+
+    def _require_seen(self) -> None:
+        if self._seen.last is not None:
+            self._require_record(*self._seen.last)
 
     def _require_record(self, seq: int, digest: bytes) -> None:
         """Damaged unless record `seq` is there and has this digest; 0 always is."""
@@ -222,6 +226,7 @@ class Appender:
     def rebuild(self) -> None:
         """See Domain.rebuild."""
         with self.lock:
+            self._require_seen()  # by a view of an older state, what comes next would be appended
             path, identity = self._view.path, self._view.identity
             us = Host(self._domain.host, self._seen.number)
             self._view.replace(make_view(self._domain.fs, self._paths, path, identity, us))

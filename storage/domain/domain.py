@@ -103,7 +103,8 @@ class Domain:
 
     def refresh_to_end(self) -> None:
         """refresh(), to the log's end as the server has it: what an NFS client remembers as absent
-        does not count. Raises PointFull and PointReadOnly, too, when the server can't be asked."""
+        does not count. Raises PointFull and PointReadOnly, too, when the server can't be asked; and
+        as `require_own_past`: by what this host has seen nobody's files are judged but its own."""
         self._appender.refresh_to_end()
 
     def require_own_past(self) -> None:
@@ -270,8 +271,9 @@ class Domain:
     def rebuild(self) -> None:
         """Makes the view anew from log, footers and manifests. Others may go on reading.
 
-        Raises Damaged when the log is; the old view stays then. What damaged files held is lost
-        in the new one (docs/design.md §5.3): see `losses`.
+        Raises Damaged when the log is, or is not the one that this host has seen; the old view
+        stays then. What damaged files held is lost in the new one (docs/design.md §5.3): see
+        `losses`.
         """
         self._appender.rebuild()
 

@@ -2,7 +2,9 @@
 
 A directory is listed first; then the log is read to its end, as the server has it; only then is
 judged what is an orphan. So whatever owns a listed file had its OPEN in the log before the
-judgement.
+judgement. The look at the log also tells whether it is still the one that the state comes from: of
+an older copy of it, or of another point that has come to be mounted there, any file may be nobody's
+by that state.
 """
 
 from __future__ import annotations

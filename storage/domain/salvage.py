@@ -154,7 +154,10 @@ class Salvage:
             except FileNotFoundError:
                 return []
             for name in filter(_PACK_NAME.fullmatch, names):
-                found = domain.fs.stat(os.path.join(directory, name))
+                try:
+                    found = domain.fs.stat(os.path.join(directory, name))
+                except FileNotFoundError:
+                    continue  # a host that took us for gone has ended the session
                 if found.kind == "file" and found.inode not in inodes:
                     inodes.add(found.inode)
                     sealed.append(name)

@@ -310,7 +310,7 @@ class Session:
 
     def adopt_pack(self, path: str) -> str:
         """Takes over a sealed pack from elsewhere on the point, another domain's or a salvaged one,
-        by hard link or, failing that, by copy; returns its FileId here. FileNotFoundError when it
+        by hard link or, failing that, by copy; returns its FileId here. PointUnreachable when it
         has gone; Damaged when its footer is not whole."""
         return self.packs.adopt(path)
 

@@ -21,7 +21,7 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-from storage.errors import PointFull
+from storage.errors import PointFull, StorageError
 from storage.files.fs import Fs, Room
 from storage.files.publish import close_discarded, discard
 
@@ -54,7 +54,8 @@ class Ballast:
     raises."""
 
     def __init__(self, fs: Fs, path: str, directory: str, view_bytes: Callable[[], int]) -> None:
-        """`path` is the file, `directory` one that is there, on the same file system."""
+        """`path` is the file, `directory` one that is there, on the same file system. `view_bytes`
+        may raise StorageErrors: then it stays as it is."""
         self._fs = fs
         self._path = path
         self._directory = directory
@@ -66,7 +67,7 @@ class Ballast:
         with self._lock:
             try:
                 self._keep()
-            except OSError as error:
+            except (OSError, StorageError) as error:
                 log.info("ballast_not_made path=%s error=%s", self._path, error)
 
     def spend(self, act: Callable[[], ResultT]) -> ResultT:

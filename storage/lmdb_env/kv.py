@@ -32,10 +32,11 @@ import lmdb
 import msgspec
 from xxhash import xxh3_64_digest
 
-from storage.errors import Damaged, PointUnreachable, ViewDamaged, translated
+from storage.errors import Damaged, PointUnreachable, Refused, ViewDamaged, translated
+from storage.files.fs import NO_FD
 from storage.files.in_flight import InFlight
 from storage.lmdb_env.clean_close import break_seal, put_seal
-from storage.lmdb_env.lock_file import READERS, lock_in_memory
+from storage.lmdb_env.lock_file import READERS, lock_in_memory, occupy
 from storage.lmdb_env.pages import require_sound_pages
 
 FIRST_MAP_BYTES = 64 << 20
@@ -161,7 +162,7 @@ class WriteTxn(ReadTxn):
 class Store:
     """The environment in directory `path`, which is made if it is not there. Thread-safe.
 
-    One process only: engine/host.py holds the lock that sees to it.
+    Refused while it is open already, here or in another process: neither would know of the other.
     """
 
     def __init__(
@@ -176,7 +177,12 @@ class Store:
         self._map_bytes = map_bytes
         with translated(f"state {path}"):
             os.makedirs(path, mode=0o700, exist_ok=True)
-            self._open()
+            self._occupied_fd = _occupied(path)
+            try:
+                self._open()
+            except BaseException:
+                self._let_others()
+                raise
 
     def _open(self) -> None:
         _require_sound(os.path.join(self._path, _DATA_FILE))
@@ -250,6 +256,11 @@ class Store:
             self._gate.wait_for(lambda: self._readers == 0)
             self._env.close()
             put_seal(os.path.join(self._path, _DATA_FILE))
+            self._let_others()
+
+    def _let_others(self) -> None:
+        if self._occupied_fd != NO_FD:
+            os.close(self._occupied_fd)
 
     def _closed_already(self) -> bool:
         """Notes that it is closed now."""
@@ -266,6 +277,15 @@ class Store:
         with self._gate:
             self._readers -= 1
             self._gate.notify_all()
+
+
+def _occupied(path: str) -> int:
+    try:
+        return occupy(os.path.realpath(path))
+    except BlockingIOError:
+        raise Refused(f"state {path} is in use already") from None
+    except OSError:
+        return NO_FD  # where no directory can be locked, as on NFS
 
 
 def _require_sound(path: str) -> None:

@@ -144,7 +144,8 @@ class View:
         old = self.path + ".old"
         destroy(old)
         with translated(f"view {self.path}"):
-            os.rename(self.path, old)
+            with contextlib.suppress(FileNotFoundError):  # a view may be deleted at any time
+                os.rename(self.path, old)
             os.rename(other, self.path)
             opened = _open(self.path)
         with self._gate:

@@ -10,10 +10,11 @@ from unittest import mock
 import pytest
 from msgspec.structs import replace
 
+from engine.catalogue.catalogue import Catalogue
 from engine.errors import Conflict, EngineError, Invalid, NotFound, PoolFull
-from engine.model import BACKUP_DONE, BACKUP_FAILED, BACKUP_RUNNING, Vm
+from engine.model import BACKUP_DONE, BACKUP_FAILED, BACKUP_RUNNING, Backup, Vm
 from engine.verb_types import BackupQuery, NewDisk, RestoreTarget, Scope
-from storage.errors import PointFull, PointUnreachable
+from storage.errors import Damaged, PointFull, PointUnreachable
 from tests.engine_rig import ANYWHERE, ONE_JOB, EngineRig, disk_bytes, files_below
 from tests.rig import random_bytes, write_at
 
@@ -129,6 +130,33 @@ def test_a_vm_in_an_action_is_busy(rig: EngineRig) -> None:
     rig.succeed(job)
     assert rig.engine.vm(vm.uuid).action == ""
     assert rig.listed() == [backup]
+
+
+def test_a_backup_that_is_seen_to_have_ended_leaves_its_vm_idle(rig: EngineRig) -> None:
+    """At that very moment: who waits for the one asks for the next."""
+    vm = rig.make_vm("web", disk_bytes(MIB, 1))
+    seen = []
+    show = Catalogue._remember
+
+    def look(catalogue: Catalogue, row: Backup) -> None:
+        seen.append((row.status, rig.engine.vm(vm.uuid).action))
+        show(catalogue, row)
+
+    with mock.patch.object(Catalogue, "_remember", look):
+        rig.back_up(vm)
+        rig.volume(vm.disks[0]).unlink()
+        assert rig.ended(rig.ask_backup(vm)[1]).state == "failed"
+    ended = [one for one in seen if one[0] != BACKUP_RUNNING]
+    assert set(ended) == {(BACKUP_DONE, ""), (BACKUP_FAILED, "")}
+
+
+def test_a_vm_that_can_not_be_noted_does_not_keep_its_backup_running(rig: EngineRig) -> None:
+    vm = rig.make_vm("web", disk_bytes(MIB, 1))
+    failing = mock.Mock(side_effect=Damaged("the VM's row"))
+    with mock.patch.object(rig.core.inventory, "end_action_in", failing):
+        assert rig.back_up(vm).status == BACKUP_DONE
+    assert failing.called
+    assert rig.engine.vm(vm.uuid).action == ""
 
 
 def test_a_backup_in_the_queue_can_be_cancelled(rig: EngineRig) -> None:

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from engine.catalogue.labels import UNREADABLE_NAME
-from engine.config import Config, parse_config
+from engine.config import ClusterConfig, Config, PointConfig, parse_config
 from engine.errors import Conflict, EngineError, Invalid, NotFound
 from engine.model import Backup
 from engine.points import keeper
@@ -72,6 +72,34 @@ def test_another_data_directory_lists_imports_and_restores(tmp_path: Path) -> No
                 assert two.restore(backup, f"copy{number}") == [contents[number]]
             two.engine.delete_backup(ANYWHERE, backups[0])
             assert set(two.listed()) == {backups[1], own}
+
+
+def test_a_point_has_the_name_that_it_is_configured_with(tmp_path: Path) -> None:
+    """Also when another one has its old name now."""
+
+    def with_points(**paths: str) -> dict[str, str]:
+        points = tuple(PointConfig(name, f"{tmp_path}/{path}") for name, path in paths.items())
+        with EngineRig(tmp_path / "data", Config(points=points)) as rig:
+            return {row.point.name: Path(row.point.path).name for row in rig.engine.points()}
+
+    for path in ("first", "second"):
+        (tmp_path / path).mkdir()
+    assert with_points(nas="first") == {"nas": "first"}
+    renamed = with_points(nas="second", old="first")
+    assert renamed == {"nas": "second", "old": "first"}
+    with EngineRig(tmp_path / "data") as rig:
+        assert {row.point.name for row in rig.engine.points()} == {"nas", "old"}
+
+
+def test_a_cluster_has_its_present_name_wherever_its_backups_are_listed(tmp_path: Path) -> None:
+    """On the point it keeps the one that it had first."""
+    for name in ("rack1", "rack2"):
+        clusters = (ClusterConfig(name, uuid="650ea11b-b7fb-4269-8232-aa53865aab3b"),)
+        with EngineRig(tmp_path / "data", Config(clusters=clusters)) as rig:
+            if name == "rack1":
+                rig.back_up(rig.make_vm("web", disk_bytes(MIB, 1)))
+            (found,) = rig.engine.remote_backups(rig.cluster_uuid, rig.point_uuid)
+            assert found.cluster.name == rig.engine.clusters()[0].name == name
 
 
 def test_a_host_bundles_the_log_of_its_domain(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -12,10 +13,13 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from engine.config import Config, DiskConfig, VmConfig
+from engine.config import Config, DiskConfig, Tracking, VmConfig
 from engine.errors import AlreadyRunning, ConfigInvalid, Conflict
-from engine.model import BACKUP_DONE, BACKUP_FAILED
+from engine.ids import new_id
+from engine.inventory.inventory import EmbeddedInventory
+from engine.model import BACKUP_DONE, BACKUP_FAILED, Pool
 from engine.service import Engine
+from engine.snapshot.snapshot import RESTORES
 from storage.check.check import check_point
 from tests.engine_rig import ANYWHERE, ONE_JOB, PATIENCE_S, EngineRig, disk_bytes, files_below
 
@@ -159,6 +163,24 @@ def test_killed_amid_a_backup_and_a_restore(tmp_path: Path) -> None:
         point_path = rig.engine.points()[0].point.path
     report = check_point(point_path, deep=True)
     assert report.findings == []
+
+
+def test_what_is_left_in_a_pool_that_is_known_later_goes_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the service was started before libvirt."""
+    left = tmp_path / "late" / RESTORES / "half a volume"
+    with EngineRig(tmp_path / "data", Config(tracking=Tracking(look_every_s=0.1))) as rig:
+        places = rig.core.inventory.places
+        late = Pool(uuid=new_id(), name="late", path=str(tmp_path / "late"))
+        more = dataclasses.replace(places, pools=(*places.pools, late))
+        left.parent.mkdir(parents=True)
+        left.touch()
+        monkeypatch.setattr(EmbeddedInventory, "places", property(lambda _: more))
+        deadline_s = time.monotonic() + PATIENCE_S
+        while left.exists():
+            assert time.monotonic() < deadline_s
+            time.sleep(0.01)
 
 
 def test_a_commit_that_we_did_not_live_to_note_counts(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from api.calls import Call
 from api.metrics import Metrics
@@ -194,6 +195,22 @@ def test_they_go_with_their_vm(rig: EngineRig, with_volumes: bool) -> None:
     assert rig.core.baselines.rows() == []
 
 
+def test_they_stay_while_the_vms_hypervisor_is_away(
+    rig: EngineRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Since the start, so its pools are not known. What is off must be so afterwards."""
+    vm = rig.make_vm("web", random_bytes(SIZE))
+    rig.back_up(vm)
+    away = replace(vm, state="unreachable", disks=(replace(vm.disks[0], pool_uuid="theirs"),))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(rig.core.inventory), "vms", lambda _: [away])
+        tend_baselines(rig.core)
+        assert len(kept(rig)) == 1
+        rig.core.baselines.turn_off(rig.core.baselines.rows()[0], "proved wrong")
+        tend_baselines(rig.core)
+    assert any("tracking is off since" in note for note in rig.back_up(vm).label.notes)
+
+
 def test_what_has_too_many_extents_is_not_cloned(rig: EngineRig) -> None:
     rig.config = Config(pools=rig.config.pools, clone=Clone(most_extents=1))
     rig.restart()
@@ -203,6 +220,27 @@ def test_what_has_too_many_extents_is_not_cloned(rig: EngineRig) -> None:
     assert "snapshot: direct" in backup.label.notes
     assert any("extents, 1 are the limit" in note for note in backup.label.notes)
     assert kept(rig) == []
+
+
+def test_they_go_when_a_later_backup_was_not_made_of_a_clone(rig: EngineRig) -> None:
+    """None builds on their backup any more, so they would hold room for nothing."""
+    vm = rig.make_vm("web", random_bytes(SIZE))
+    write_at(rig.volume(vm.disks[0]), 2 * SIZE, b"apart")
+    rig.back_up(vm)
+    tracked = rig.config
+    rig.config = Config(pools=tracked.pools, clone=Clone(most_extents=1))
+    rig.restart()
+    assert "snapshot: direct" in rig.back_up(vm).label.notes
+    tend_baselines(rig.core)
+    assert kept(rig) == []
+    rig.config = tracked
+    rig.restart()
+    content = change(rig, vm)
+    backup = rig.back_up(vm)
+    tend_baselines(rig.core)
+    assert len(kept(rig)) == 1
+    assert "sda scanned: the baseline is not of the newest backup" in backup.label.notes
+    assert rig.restore(backup, "copy") == [content]
 
 
 def test_without_tracking_there_are_none(rig: EngineRig) -> None:

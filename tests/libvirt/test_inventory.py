@@ -12,7 +12,7 @@ import pytest
 from msgspec.structs import replace
 
 from engine.config import PoolConfig
-from engine.errors import ConfigInvalid, Conflict, HypervisorAway
+from engine.errors import ConfigInvalid, Conflict, HypervisorAway, Invalid
 from engine.libvirt import inventory, watch
 from engine.model import Backup, Vm
 from engine.snapshot.snapshot import RESTORES
@@ -225,6 +225,20 @@ def whole(rig: EngineRig, host: Host, uuid: str, content: bytes) -> None:
     vm = wait_for_vm(rig, name, lambda vm: vm is not None and vm.disks[0].pool_uuid != "")
     assert (vm.uuid, vm.state, vm.action) == (uuid, "stopped", "")
     assert rig.volume(vm.disks[0]).read_bytes() == content
+
+
+def test_a_name_that_the_restored_domain_can_not_have_is_refused_at_once(
+    host: Host, rig: EngineRig
+) -> None:
+    """Not at the end, when libvirt is asked to define it. The name is one of a domain left out."""
+    backup, _ = backed_up(host, rig, "named")
+    host.define("hidden-twin", [])
+    before = rig.engine.vms(ANYWHERE)
+    with pytest.raises(Conflict, match="a domain named 'hidden-twin'"):
+        rig.ask_restore(backup, "hidden-twin", volumes=["twin"])
+    with pytest.raises(Invalid, match="new_vm_name"):
+        rig.ask_restore(backup, "a/b", volumes=["slash"])
+    assert rig.engine.vms(ANYWHERE) == before
 
 
 def pool_at(rig: EngineRig, place: Path) -> str:

@@ -11,10 +11,13 @@ import sys
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
 from engine.libvirt.binding import Domain
+from engine.libvirt.domains import read_domain
+from engine.libvirt.revive import NewDomain, new_domain_xml
 from engine.model import Job, Vm
 from tests.engine_rig import PATIENCE_S, EngineRig
 from tests.libvirt.host import MIB, Host, Image, disk_xml
@@ -123,6 +126,29 @@ class TestRunning:
             undo.close()
             assert lab.failed().error
         is_backed_up(lab, "vda", "vdb")
+
+
+@pytest.mark.parametrize(
+    "disk",
+    [
+        "<disk type='block' device='lun' rawio='yes' sgio='filtered'>"
+        "<driver name='qemu' type='raw'/><source dev='/dev/null'/>",
+        "<disk type='file' device='disk'><driver name='qemu' type='qcow2'>"
+        "<metadata_cache><max_size unit='MiB'>4</max_size></metadata_cache></driver>"
+        "<source file='/nowhere/v'/>",
+    ],
+)
+def test_one_that_is_restored_to_a_raw_file_is_one_that_libvirt_takes(
+    host: Host, disk: str
+) -> None:
+    old = define_with(host, "peculiar", f"{disk}<target dev='sda' bus='scsi'/></disk>")
+    volumes = {"sda": (f"{host.root}/pool/v", "raw")}
+    new = NewDomain(str(uuid4()), "plain", volumes, marks={})
+    made = host.connection.defineXML(new_domain_xml(old.XMLDesc(), new))
+    (found,) = read_domain(made.XMLDesc()).disks
+    assert (found.kind, found.source, found.format) == ("file", f"{host.root}/pool/v", "raw")
+    for domain in (old, made):
+        domain.undefineFlags(0)
 
 
 _WATCHES = """

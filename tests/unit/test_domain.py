@@ -372,6 +372,49 @@ def test_an_older_copy_of_the_point_is_refused(
         open_domain(point, label)
 
 
+@pytest.mark.parametrize("older", [True, False], ids=["an older state", "another point"])
+def test_what_takes_the_points_place_while_it_is_open_loses_nothing_to_a_gc(
+    point: Point, label: ClusterLabel, domain: Domain, older: bool, tmp_path: Path
+) -> None:
+    """Whose files are those of nobody, by the state that was read before."""
+    there = tmp_path / "there"
+    doomed = save(domain, image_of(1))
+    if older:
+        shutil.copytree(point.path, there)
+    else:
+        there.mkdir()
+        other = open_domain(Point.create(str(there), "q", chunk_size=CHUNK), label)
+        save(other, image_of(2))
+        other.close()
+    save(domain, image_of(3))
+    domain.forget([doomed.backup])
+    domain.reclaim()
+    os.rename(point.path, tmp_path / "away")
+    os.rename(there, point.path)
+    before = files(domain)
+    assert before
+    with pytest.raises(Damaged, match="older state"):
+        domain.reclaim()
+    assert files(domain) == before
+
+
+def test_no_view_is_made_anew_from_an_older_copy_of_the_point(
+    point: Point, domain: Domain, tmp_path: Path
+) -> None:
+    """By that view what comes next would be appended to it."""
+    save(domain, image_of(1))
+    shutil.copytree(point.path, tmp_path / "there")
+    save(domain, image_of(2))
+    before = dump(domain)
+    os.rename(point.path, tmp_path / "away")
+    os.rename(tmp_path / "there", point.path)
+    with pytest.raises(Damaged, match="older state"):
+        domain.rebuild()
+    assert dump(domain) == before
+    with pytest.raises(Damaged, match="older state"):
+        domain.begin("backup")
+
+
 def test_a_changed_record_breaks_the_chain(
     point: Point, label: ClusterLabel, domain: Domain
 ) -> None:

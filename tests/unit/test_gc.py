@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,16 @@ def test_more_dead_packs_than_a_record_takes_go_with_several(
     records = [domain.records.read(seq) for seq in range(first, domain.refresh() + 1)]
     ops = [op for found in records if found for op in found[0].ops if isinstance(op, Retire)]
     assert [len(op.retired) for op in ops] == [2, 2, 1]
+
+
+def test_gc_gets_by_with_a_view_that_was_deleted(domain: Domain) -> None:
+    """It may be, at any time: the ballast is as large as the view, whose file is gone."""
+    kept, gone = save(domain, image_of(1)), save(domain, image_of(2))
+    shutil.rmtree(domain.view.path)
+    domain.forget([gone.backup])
+    assert domain.reclaim().packs_removed == 1
+    domain.rebuild()
+    assert load(domain, kept) == image_of(1)
 
 
 def test_gc_on_a_full_point_may_copy_into_the_reserve(tmp_path: Path) -> None:

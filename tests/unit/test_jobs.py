@@ -205,6 +205,23 @@ def test_stop_does_not_wait_for_a_job_that_hangs(state: State) -> None:
     assert len(errors) == 1
 
 
+def test_stop_leaves_what_it_has_no_time_for_to_the_next_start(state: State) -> None:
+    jobs = Jobs(state, max_running=1)
+    settled = threading.Event()
+
+    def settle(_error: Exception | None) -> None:
+        settled.wait(PATIENCE_S)
+
+    # None of them runs: it was not started.
+    asked = [jobs.submit(new_job("backup"), nothing, settle).uuid for _ in range(3)]
+    stopping = threading.Thread(target=jobs.stop, args=(0.0,))
+    stopping.start()
+    stopping.join(PATIENCE_S / 2)
+    settled.set()
+    assert not stopping.is_alive()
+    assert sorted(job.uuid for job in Jobs(state, max_running=1).recover()) == sorted(asked)
+
+
 def test_recovery_fails_what_was_left(state: State) -> None:
     states: list[JobState] = ["queued", "running", "succeeded", "cancelled"]
     for number, name in enumerate(states):

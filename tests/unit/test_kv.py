@@ -9,7 +9,7 @@ import lmdb
 import msgspec
 import pytest
 
-from storage.errors import Damaged, PointUnreachable
+from storage.errors import Damaged, PointUnreachable, Refused
 from storage.lmdb_env.kv import Store, Table
 
 
@@ -47,6 +47,26 @@ def test_rows_survive_reopening_and_tables_are_apart(tmp_path: Path) -> None:
         txn.delete(SHEEP, "never there")
     assert names(store) == []
     store.close()
+
+
+def test_it_is_open_once_by_whatever_path(tmp_path: Path) -> None:
+    """Two that write, each with a lock table of its own, would destroy it."""
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link" / "state").symlink_to(tmp_path / "state")
+    store = opened(tmp_path)
+    for path in (tmp_path, tmp_path / "link"):
+        with pytest.raises(Refused, match="is in use already"):
+            opened(path)
+    with store.write() as txn:
+        txn.put(SHEEP, "a", Sheep("dolly"))
+    store.close()
+    store = opened(tmp_path / "link")
+    assert names(store) == ["a"]
+    store.close()
+    (tmp_path / "state" / "data.mdb").write_bytes(b"no database")
+    for _ in range(2):  # who can't open it does not keep it
+        with pytest.raises(Damaged):
+            opened(tmp_path)
 
 
 def test_an_exception_undoes_the_whole_block(tmp_path: Path) -> None:

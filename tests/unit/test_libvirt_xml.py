@@ -114,6 +114,24 @@ def test_a_disk_that_was_plugged_in_is_kept_and_every_volume_has_a_disk() -> Non
     assert made == {name: path for name, (path, _) in volumes.items()}
 
 
+def test_a_raw_volume_has_nothing_that_only_a_lun_or_a_qcow2_image_can_have() -> None:
+    """libvirt would refuse the domain."""
+    old = (
+        "<disk type='block' device='lun' rawio='yes' sgio='filtered'>"
+        "<driver name='qemu' type='qcow2' discard_no_unref='on'>"
+        "<metadata_cache><max_size>1</max_size></metadata_cache></driver>"
+        "<source dev='/x'/><target dev='sda' bus='scsi'/></disk>"
+    )
+    xml = XML.replace("<devices>", f"<devices>{old}")
+    new = NewDomain(NEW.uuid, "mail2", {"sda": ("/new/v", "raw")}, {})
+    disk, *drives = parsed(new_domain_xml(xml, new)).findall("devices/disk")
+    assert disk.attrib == {"type": "file", "device": "disk"}
+    driver = disk.find("driver")
+    assert driver is not None
+    assert (driver.attrib, list(driver)) == ({"name": "qemu", "type": "raw"}, [])
+    assert [drive.get("device") for drive in drives] == ["cdrom"]
+
+
 @pytest.mark.parametrize("xml", ["", "<a>", "<a/>", "<domain/>", "\x00"])
 def test_what_is_no_domain_is_refused(xml: str) -> None:
     with pytest.raises(ValueError, match="not"):

@@ -16,7 +16,7 @@ from storage.domain.heartbeats import Observer, beat
 from storage.domain.salvage import ChunkPlaces
 from storage.domain.session import NewBackup, Session
 from storage.errors import PointFull, SessionEnded
-from storage.files.fs import OsFs, Room
+from storage.files.fs import FileStat, OsFs, Room
 from storage.format.chunks import Encoder
 from storage.point import ClusterLabel, Point
 from storage.view import tables
@@ -132,6 +132,25 @@ def test_a_backup_finds_out_that_it_was_taken_for_dead(point: Point, label: Clus
         other.abort(session.id)
         with pytest.raises(SessionEnded, match="another host"):
             session.require_open()
+
+
+def test_packs_that_another_host_deletes_meanwhile_are_passed_over(
+    point: Point, label: ClusterLabel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes the starting host for gone, and ends the session that is being saved."""
+    dead = interrupt(open_domain(point, label))
+    other = open_domain(point, label, "host-2")
+    stat = OsFs.stat
+
+    def after_the_abort(fs: OsFs, path: str) -> FileStat:
+        if f"{dead.id}/" in path and dead.id in open_sessions(other):
+            other.abort(dead.id)
+        return stat(fs, path)
+
+    monkeypatch.setattr(OsFs, "stat", after_the_abort)
+    domain = open_domain(point, label)
+    assert open_sessions(domain) == []
+    assert files(domain, "packs", "tmp") == set()
 
 
 def test_without_sealed_packs_nothing_is_kept(point: Point, label: ClusterLabel) -> None:
