@@ -30,11 +30,12 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from engine.config import Config, Limits
+from engine.verb_types import Scope
 from tests.engine_rig import EngineRig
 
 rig = EngineRig(Path(sys.argv[1]), Config(limits=Limits(max_jobs=2)))
-vms = {vm.name: vm for vm in rig.engine.vms(__import__("engine.verb_types").views.Scope())}
-backup = rig.engine.backup(__import__("engine.verb_types").views.Scope(), rig.listed()[0])
+vms = {vm.name: vm for vm in rig.engine.vms(Scope())}
+backup = rig.engine.backup(Scope(), rig.listed()[0])
 jobs = [rig.ask_restore(backup, "copy")[1], rig.ask_backup(vms["web"])[1]]
 rig.ask_backup(vms["db"])
 while True:
