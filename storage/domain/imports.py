@@ -25,6 +25,7 @@ from storage.errors import (
     NotOnPoint,
     PointUnreachable,
     Refused,
+    StorageError,
     translated,
 )
 from storage.files.bad_places import open_to_read, read_at
@@ -217,22 +218,28 @@ def _holders(
     domain: Domain, source: ForeignDomain, needed: set[bytes]
 ) -> Iterator[tuple[tuple[int, str], dict[bytes, bytes]]]:
     """(number, pack) of the source's packs that have the newest copies of the chunks, and these:
-    chunk → base."""
+    chunk → base. Those that can't be read are passed over, unless what is needed is in no other."""
     numbered = ((row.number, pack) for pack, row in tables.packs.scan(source.state))
     left = set(needed)
+    unread: StorageError | None = None
     for number, pack in sorted(numbered, reverse=True):
         if not left:
             return
         path = source.paths.pack(pack)
-        _require_directory(domain.fs, os.path.dirname(path))
-        with translated(path):
-            _, entries = read_footer(domain.fs, path)
+        try:
+            _require_directory(domain.fs, os.path.dirname(path))
+            with translated(path):
+                _, entries = read_footer(domain.fs, path)
+        except (Damaged, PointUnreachable) as error:
+            log.info("pack_passed_over path=%s error=%s", path, error)
+            unread = unread or error
+            continue
         held = {entry.chunk_id: entry.base for entry in entries if entry.chunk_id in left}
         if held:
             yield (number, pack), held
         left -= held.keys()
     if left:
-        raise ChunkMissing(frozenset(left))
+        raise unread or ChunkMissing(frozenset(left))
 
 
 def _ours(
