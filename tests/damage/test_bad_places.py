@@ -20,7 +20,7 @@ from storage.format.packs import read_footer
 from tests.damage.site import Image, Site, readable
 from tests.engine_rig import PATIENCE_S, EngineRig
 from tests.rig import random_bytes
-from tests.store import CHUNK
+from tests.store import CHUNK, dump
 
 MIB = 1 << 20
 
@@ -193,3 +193,31 @@ def test_a_read_that_fails_once_is_repeated(own: Site, medium: Medium) -> None:
     for path in own.files()["packs"]:
         medium.bad = Once([(str(path), 0, path.stat().st_size)])
         assert check_point(str(own.path), deep=True).findings == []
+
+
+@pytest.mark.parametrize("root", ["packs", "manifests", "tmp"])
+def test_a_directory_of_nobody_that_cant_be_listed_is_in_nobodys_way(
+    own: Site, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a crash may leave one that was being written: its session is dead."""
+    with own.opened() as domain:
+        session = domain.begin("backup")
+    bad = own.root / root / session.id
+    bad.mkdir(exist_ok=True)
+    listdir = OsFs.listdir
+
+    def failing(fs: OsFs, path: str) -> list[str]:
+        if path == str(bad):
+            raise OSError(errno.EUCLEAN, os.strerror(errno.EUCLEAN), path)
+        return listdir(fs, path)
+
+    monkeypatch.setattr(OsFs, "listdir", failing)
+    with own.opened() as domain:
+        assert dump(domain)["sessions"] == {}
+        assert all(readable(domain, image) == [] for image in own.images)
+        domain.forget([own.images[3].saved.backup])
+        assert domain.reclaim(sparse_below=1.0).packs_removed
+    report = check_point(str(own.path), deep=True)
+    assert {found.path for found in report.findings} <= {str(bad)}
+    assert report.clean
+    assert bool(report.findings) == (root != "tmp")
