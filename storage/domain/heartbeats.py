@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 
 from storage.errors import Damaged, PointNewerFormat, SessionEnded, translated
+from storage.files.bad_places import open_to_read, read_at
 from storage.files.fs import Fs
 from storage.files.publish import close_discarded, discard, make_dirs
 from storage.format.framing import decode_body, decode_object, encode_object
@@ -67,29 +68,23 @@ def read_beat(domain: Domain, host: str) -> Heartbeat | None:
     path = os.path.join(domain.paths.hosts, host)
     with translated(path):
         try:
-            if domain.fs.stat(path).kind != "file":
-                return None
-            fd = domain.fs.open_read(path)
-        except FileNotFoundError:
+            return _read(domain.fs, path) if domain.fs.stat(path).kind == "file" else None
+        except (FileNotFoundError, Damaged, PointNewerFormat):
             return None
-        try:
-            found = domain.fs.pread(fd, LIMIT_BYTES, 0)
-        finally:
-            domain.fs.close(fd)
-    try:
-        return decode_body(_decoder, decode_object(MAGIC, found, LIMIT_BYTES, path), path)
-    except (Damaged, PointNewerFormat):
-        return None
 
 
 def check_beat(fs: Fs, path: str) -> None:
     """Raises Damaged when the file at `path` is no heartbeat, FileNotFoundError when it is gone."""
-    fd = fs.open_read(path)
+    _read(fs, path)
+
+
+def _read(fs: Fs, path: str) -> Heartbeat:
+    fd = open_to_read(fs, path)
     try:
-        found = fs.pread(fd, LIMIT_BYTES, 0)
+        found = read_at(fs, fd, LIMIT_BYTES, 0, path)
     finally:
         fs.close(fd)
-    decode_body(_decoder, decode_object(MAGIC, found, LIMIT_BYTES, path), path)
+    return decode_body(_decoder, decode_object(MAGIC, found, LIMIT_BYTES, path), path)
 
 
 class Observer:
