@@ -25,14 +25,16 @@ class Probes:
     def ask(self, key: str, question: Callable[[], AnswerT], timeout_s: float) -> AnswerT:
         """What `question()` returns or raises; TimeoutError if it does neither in time.
 
-        Everybody who uses a `key` must ask the same question under it.
+        Everybody who uses a `key` must ask the same question under it. RuntimeError when the system
+        has no thread for it.
         """
         with self._lock:
             answer = self._asked.get(key)
             if answer is None:
-                answer = self._asked[key] = Future()
+                answer = Future()
                 args = (key, question, answer)
                 threading.Thread(target=self._run, args=args, name="probe", daemon=True).start()
+                self._asked[key] = answer  # now that somebody is going to answer
         try:
             return cast(AnswerT, answer.result(timeout_s))
         except FutureTimeoutError:

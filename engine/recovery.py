@@ -11,15 +11,14 @@ counts as done after all.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from engine.core import Core
 from engine.errors import EngineError
-from engine.inventory.inventory import find
 from engine.inventory.volumes import volume_path
 from engine.jobs.jobs import RESTARTED
-from engine.model import Disk, Vm
+from engine.model import Pool, Vm
 from engine.restore.new_volume import unname_left
 from engine.restore.restore_job import after_restore
 from engine.snapshot.snapshot import clear_leftovers
@@ -34,13 +33,7 @@ def recover(core: Core) -> frozenset[str]:
     pools that were known."""
     jobs = core.jobs.recover()
     backups = core.catalogue.fail_running(RESTARTED)
-    away = [host.name for host in core.inventory.hypervisors() if host.problem]
-    for vm in core.inventory.vms():
-        if vm.action == "restoring" and vm.state == "restoring" and not vm.host:
-            if away:
-                log.warning("restore_not_undone", extra={"vm": vm.uuid, "away": away})
-                continue
-            _bounded(core, f"undo {vm.uuid}", partial(_remove_volumes, core, vm))
+    _undo_restores(core)
     vms = core.inventory.end_all_actions(_ended)
     kept = _settled_baselines(core)
     pools = core.inventory.places.pools
@@ -64,17 +57,36 @@ def _ended(vm: Vm) -> Vm:
     return after_restore(vm, RESTARTED) if vm.action == "restoring" else vm
 
 
-def _remove_volumes(core: Core, vm: Vm) -> int:
+def _undo_restores(core: Core) -> None:
+    """Removes what restores have made that are not noted as complete. Pool by pool: however many
+    there are, one that does not answer is waited for once."""
+    left = [
+        vm
+        for vm in core.inventory.vms()
+        if vm.action == "restoring" and vm.state == "restoring" and not vm.host
+    ]
+    away = [host.name for host in core.inventory.hypervisors() if host.problem]
+    if away:
+        for vm in left:
+            log.warning("restore_not_undone", extra={"vm": vm.uuid, "away": away})
+        return
+    disks = [disk for vm in left for disk in vm.disks]
+    for pool in core.inventory.places.pools:
+        names = [disk.volume_name for disk in disks if disk.pool_uuid == pool.uuid]
+        if names:
+            _bounded(core, f"undo {pool.uuid}", partial(_remove_made, pool, names))
+
+
+def _remove_made(pool: Pool, names: Sequence[str]) -> int:
     """The count of volumes that had their names already."""
-    return sum(_remove_made(core, disk) for disk in vm.disks)
+    return sum(_remove_one(pool, name) for name in names)
 
 
-def _remove_made(core: Core, disk: Disk) -> bool:
+def _remove_one(pool: Pool, name: str) -> bool:
     try:
-        pool = find("pool", core.inventory.places.pools, disk.pool_uuid)
-        return unname_left(volume_path(pool, disk.volume_name))
+        return unname_left(volume_path(pool, name))
     except EngineError as error:
-        log.warning("volume_kept", extra={"volume": disk.volume_name, "error": str(error)})
+        log.warning("volume_kept", extra={"volume": name, "error": str(error)})
         return False
 
 

@@ -137,8 +137,7 @@ class _BackupJob:
         )
         try:
             self._note_end(row)
-            if error is not None:
-                self._put_right(row)
+            self._put_right(row)
         finally:
             self._core.points.look_again(row.point_uuid)
 
@@ -153,19 +152,20 @@ class _BackupJob:
             finally:
                 core.inventory.end_action(vm_uuid)
 
-    def _put_right(self, failed: Backup) -> None:
-        """A COMMIT may be in the log though we got an error. The look at the point that met it
-        passes over a running backup, and none comes back to it: so what that has seen counts now.
-        """
-        core, where = self._core, (failed.cluster_uuid, failed.point_uuid)
+    def _put_right(self, ended: Backup) -> None:
+        """The look at the point that met the COMMIT passes over a running backup, and none comes
+        back to it: so what that has seen counts now. It may be there though we got an error; and
+        its place in the log tells it from the VM's next one, which is newer."""
+        core, where = self._core, (ended.cluster_uuid, ended.point_uuid)
+
+        def read() -> list[Backup]:
+            rows = core.points.domain(ended.point_uuid, ended.cluster_uuid).rows_of([ended.uuid])
+            return [settled_backup(row, *where, core.inventory.places) for row in rows]
+
         try:
-            found = core.points.domain(failed.point_uuid, failed.cluster_uuid).rows_of(
-                [failed.uuid]
-            )
+            core.catalogue.sync(*where, [ended.uuid], read)
         except (EngineError, StorageError):
-            return  # the look that opens it sees all that it has
-        for row in found:
-            core.catalogue.put(settled_backup(row, *where, core.inventory.places))
+            log.info("backup_not_looked_up", extra={"backup": ended.uuid})  # whoever opens it does
 
     def _see_vm(self) -> None:
         """Its disks as they are now: it may have waited long for its turn."""

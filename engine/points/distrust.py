@@ -6,6 +6,7 @@ the next backup that has its content stores it anew. What was healed, or deleted
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -18,45 +19,55 @@ from storage.errors import StorageError
 if TYPE_CHECKING:
     from engine.points.points import Points
 
+log = logging.getLogger(__name__)
+
 MOST_CHUNKS = 4096  # of one pack; with more of them damaged, all of it is distrusted
 
 
 def remember_distrusted(
     state: State, points: Points, point_uuid: str, clusters: Iterable[str]
 ) -> None:
-    """Writes down what these clusters' domains distrust now. A point that is gone is no error."""
+    """Writes down what these clusters' domains distrust now.
+
+    A point that is gone is no error; nor is a state that can't be written, for the jobs that end
+    with this have more to put right: the domains still know it, and the next call writes it.
+    """
     for cluster_uuid in clusters:
         try:
             domain = points.domain(point_uuid, cluster_uuid)
-            found = domain.trust.withdrawn()
         except (EngineError, StorageError):
             continue
-        rows = {
-            row.pack: row
-            for row in (
-                _row(point_uuid, cluster_uuid, pack, chunks) for pack, chunks in found.items()
-            )
-        }
-        before = _distrusts_of(state.distrusts, point_uuid, cluster_uuid)
-        gone = [distrust_key(row) for row in before if row.pack not in rows]
-        if gone:
-            state.distrusts.delete(*gone)
-        fresh = [row for row in rows.values() if row not in before]
-        if fresh:
-            state.distrusts.put_all(fresh)
+        try:
+            _write_down(state, point_uuid, cluster_uuid, domain)
+        except StorageError:
+            log.exception("distrust_not_remembered", extra={"point": point_uuid})
+
+
+def _write_down(state: State, point_uuid: str, cluster_uuid: str, domain: Domain) -> None:
+    """Looks and writes in one transaction: what two jobs have found is not written over by the one
+    that looked first."""
+    with state.store.write() as txn:
+        found = domain.trust.withdrawn()
+        rows = [_row(point_uuid, cluster_uuid, pack, chunks) for pack, chunks in found.items()]
+        before = _of_domain(state.distrusts.values_in(txn), point_uuid, cluster_uuid)
+        for row in before:
+            if row.pack not in found:
+                state.distrusts.delete_in(txn, distrust_key(row))
+        for row in rows:
+            if row not in before:
+                state.distrusts.put_in(txn, row)
 
 
 def recall_distrusted(
     distrusts: Rows[Distrust], point_uuid: str, cluster_uuid: str, domain: Domain
 ) -> None:
     """Tells a domain that was just opened what it has to distrust."""
-    for row in _distrusts_of(distrusts, point_uuid, cluster_uuid):
+    for row in _of_domain(distrusts.values(), point_uuid, cluster_uuid):
         domain.trust.withdraw(row.pack, frozenset(row.chunks) if row.chunks else None)
 
 
-def _distrusts_of(distrusts: Rows[Distrust], point_uuid: str, cluster_uuid: str) -> list[Distrust]:
-    wanted = (point_uuid, cluster_uuid)
-    return [row for row in distrusts.values() if (row.point_uuid, row.cluster_uuid) == wanted]
+def _of_domain(rows: Iterable[Distrust], point_uuid: str, cluster_uuid: str) -> list[Distrust]:
+    return [row for row in rows if (row.point_uuid, row.cluster_uuid) == (point_uuid, cluster_uuid)]
 
 
 def _row(

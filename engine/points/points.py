@@ -53,7 +53,7 @@ class Points:
         self._probes = probes
         self._lock = threading.Lock()  # of what is in memory
         self._recording = threading.Lock()  # of who attaches; it may hang with the state's medium
-        self._attaching: set[str] = set()
+        self._attaching: dict[str, str] = {}  # names of those that are being attached, by place
         self._stopping = threading.Event()
         self._keepers = {row.uuid: Keeper(row, around) for row in state.points.values()}
 
@@ -241,20 +241,21 @@ class Points:
 
     @contextlib.contextmanager
     def _claimed(self, name: str, place: str) -> Iterator[None]:
-        """Nobody else attaches this place, or one inside or around it, meanwhile."""
+        """Nobody else takes the name, or this place, or one inside or around it, meanwhile."""
         with self._lock:
-            rows = [keeper.row for keeper in self._keepers.values()]
-            if any(row.name == name for row in rows):
+            taken = {keeper.row.path: keeper.row.name for keeper in self._keepers.values()}
+            taken |= self._attaching
+            if name in taken.values():
                 raise Conflict("name_taken", f"a backup point named {name!r} is attached")
-            for other in (*(row.path for row in rows), *self._attaching):
+            for other in taken:
                 if _overlap(place, other):
                     raise Conflict("point_in_use", f"{place} overlaps the point at {other}")
-            self._attaching.add(place)
+            self._attaching[place] = name
         try:
             yield
         finally:
             with self._lock:
-                self._attaching.discard(place)
+                del self._attaching[place]
 
     def _bounded(self, key: str, question: Callable[[], str]) -> str:
         try:

@@ -63,6 +63,7 @@ def _verify(core: Core, point_uuid: str, deep: bool, ctx: JobContext) -> tuple[s
             on_damage=on_damage,
             rate_bytes_per_s=core.config.limits.verify_bytes_per_s,
         )
+        ctx.lines = report_lines(report)  # whatever fails from here on
     finally:
         if reads is not None:
             reads.flush()
@@ -102,7 +103,9 @@ def _gc(core: Core, point_uuid: str, ctx: JobContext) -> tuple[str, ...]:
         )
         return _gc_lines(report)
 
-    return _in_each_domain(core, point_uuid, ctx, collect)
+    lines = _in_each_domain(core, point_uuid, ctx, collect)
+    ctx.check()  # one that was cut short says what it did, but not that it did all
+    return lines
 
 
 def _gc_lines(report: GcReport) -> list[str]:

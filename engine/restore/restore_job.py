@@ -31,7 +31,7 @@ from engine.qemu.header import VolumeFormat
 from engine.restore.restore import Gaps, RestoreDisk, run_restore
 from engine.verb_types import RestoreTarget, Scope
 from storage.domain.domain import Domain
-from storage.errors import StorageError
+from storage.errors import Damaged, StorageError
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def restore_backup(
         compute_uuid=plan.vm.uuid,
         backup_point_uuid=row.point_uuid,
     )
-    _claim_room(core, domain, plan, job.uuid)
+    _claim_room(core, domain, plan, job.uuid, allow_damaged=allow_damaged)
     try:
         core.inventory.add_vm(plan.vm)
         try:
@@ -189,7 +189,9 @@ def _require_free_name(core: Core, planned: PlannedDisk) -> None:
         raise Conflict("volume_in_use", f"volume {name!r} is in pool {pool.name} already")
 
 
-def _claim_room(core: Core, domain: Domain, plan: RestorePlan, job_uuid: str) -> None:
+def _claim_room(
+    core: Core, domain: Domain, plan: RestorePlan, job_uuid: str, *, allow_damaged: bool
+) -> None:
     """Reserves what the volumes can grow to; if there is no room for that, what they will hold."""
     most: Counter[Pool] = Counter()
     for planned in plan.disks:
@@ -201,16 +203,24 @@ def _claim_room(core: Core, domain: Domain, plan: RestorePlan, job_uuid: str) ->
     try:
         claim(most)
     except PoolFull:
-        claim(_measured(core, domain, plan))
+        claim(_measured(core, domain, plan, allow_damaged=allow_damaged))
 
 
-def _measured(core: Core, domain: Domain, plan: RestorePlan) -> Counter[Pool]:
-    """What the volumes will take: chunks that are zero stay holes."""
+def _measured(
+    core: Core, domain: Domain, plan: RestorePlan, *, allow_damaged: bool
+) -> Counter[Pool]:
+    """What the volumes will take: chunks that are zero stay holes, and so does a disk whose map
+    can't be read, if that is allowed."""
 
     def measure() -> Counter[Pool]:
         needs: Counter[Pool] = Counter()
         for planned in plan.disks:
-            disk_map = domain.disk_map(planned.source.disk_uuid)
+            try:
+                disk_map = domain.disk_map(planned.source.disk_uuid)
+            except Damaged:
+                if not allow_damaged:
+                    raise
+                continue
             chunks = sum(len(entries) for _, entries in disk_map.pages())
             needs[planned.pool] += min(chunks * disk_map.chunk_size, disk_map.capacity)
         return needs
@@ -240,8 +250,16 @@ class _RestoreJob:
         self._core = core
         self._plan = plan
         self._job_uuid = job_uuid
+        self._working = False
 
     def __call__(self, ctx: JobContext) -> tuple[str, ...]:
+        self._working = True
+        try:
+            return self._restore(ctx)
+        finally:
+            self._working = False
+
+    def _restore(self, ctx: JobContext) -> tuple[str, ...]:
         core, row = self._core, self._plan.backup
         disks = [
             RestoreDisk(
@@ -279,7 +297,11 @@ class _RestoreJob:
             log.exception("restore_not_noted", extra={"vm": plan.vm.uuid})
 
     def settle(self, error: Exception | None) -> None:
+        """A restore that a stop did not wait for may have given its volumes their names, or do so
+        yet. Its VM stays as it is: the next start takes back what was not complete by then."""
         core, vm = self._core, self._plan.vm
+        if self._working:
+            return
         row = self._plan.backup
         remember_distrusted(core.state, core.points, row.point_uuid, (row.cluster_uuid,))
         core.reservations.release(self._job_uuid)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,11 +10,14 @@ import pytest
 
 from engine.model import Backup, Vm
 from engine.points.keeper import Keeper
-from engine.verb_types import EVERYWHERE
-from storage.errors import Damaged
+from engine.verb_types import EVERYWHERE, NewDisk
+from storage.check.check import Finding
+from storage.domain.domain import Domain
+from storage.domain.maps import DiskMap
+from storage.errors import Damaged, PointUnreachable
 from storage.files.fs import OsFs
 from storage.format.packs import read_footer
-from tests.engine_rig import EngineRig
+from tests.engine_rig import ANYWHERE, EngineRig
 from tests.rig import random_bytes
 
 MIB = 1 << 20
@@ -60,6 +64,51 @@ def test_a_damaged_backup_is_restored_as_far_as_it_goes_when_asked_to(hit: Hit) 
         whole = rig.volume(vm.disks[0]).read_bytes()
         assert rig.volume(disks[0]).read_bytes() == bytes(2 * MIB) + whole[2 * MIB :]
         assert rig.volume(disks[1]).read_bytes() == rig.volume(vm.disks[1]).read_bytes()
+
+
+def test_a_disk_whose_map_is_damaged_needs_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its volume would be larger than the pool, so what all of them hold is measured."""
+    with EngineRig(tmp_path / "data") as rig:
+        huge = rig.pool_path / "huge.raw"
+        huge.touch()
+        os.truncate(huge, 8 << 40)
+        (rig.pool_path / "whole.raw").write_bytes(b"x" * MIB)
+        disks = [
+            NewDisk("sda", rig.pool_uuid, "huge.raw"),
+            NewDisk("sdb", rig.pool_uuid, "whole.raw"),
+        ]
+        vm = rig.engine.vm(rig.engine.create_vm(ANYWHERE, "vm", "", "", disks))
+        backup = rig.back_up(vm)
+        disk_map = Domain.disk_map
+
+        def damaged(self: Domain, disk: str) -> DiskMap:
+            if disk == backup.label.disks[0].disk_uuid:
+                raise Damaged("the manifest")
+            return disk_map(self, disk)
+
+        monkeypatch.setattr(Domain, "disk_map", damaged)
+        with pytest.raises(Damaged):
+            rig.ask_restore(backup, "not")
+        made, job = rig.ask_restore(backup, "left", allow_damaged=True)
+        assert rig.succeed(job).result[1] == f"sda: missing offset=0 length={8 << 40}"
+        assert rig.volume(rig.engine.vm(made).disks[1]).read_bytes() == b"x" * MIB
+
+
+def test_what_a_verify_found_is_said_though_it_fails_later(
+    hit: Hit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig, _, backup, pack = hit
+
+    def away(_domain: Domain) -> list[Finding]:
+        raise PointUnreachable("the point went")
+
+    monkeypatch.setattr("engine.points.upkeep.check_view", away)
+    with rig:
+        ended = rig.ended(rig.engine.start_maintenance("verify", rig.point_uuid, True))
+        assert (ended.state, ended.error) == ("failed", "the point went")
+        assert any(str(pack) in line and backup.uuid in line for line in ended.result)
 
 
 @pytest.mark.parametrize("how", ["verify", "restore"])

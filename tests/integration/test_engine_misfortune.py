@@ -307,6 +307,24 @@ def test_a_backup_whose_commit_got_no_answer_is_there_all_the_same(
         assert rig.core.points.domain(rig.point_uuid, rig.cluster_uuid).backups() == []
 
 
+def test_a_backup_that_a_look_has_met_before_its_end_is_the_newest_until_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else all that follow would build on it, and what is tracked since the last is of no use."""
+    with EngineRig(tmp_path / "data") as rig:
+        vm = rig.make_vm("web", disk_bytes(1 << 20, 1))
+
+        def looking(*args: Any) -> None:
+            rig.core.points.look_again(rig.point_uuid)
+            remember_distrusted(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("engine.backup.backup_job.remember_distrusted", looking)
+            made = [rig.back_up(vm)]
+        made += [rig.back_up(vm), rig.back_up(vm)]
+        assert [backup.parent for backup in made] == ["", made[0].uuid, made[1].uuid]
+
+
 def test_colliding_chunks_of_two_tenants_stay_their_own(tmp_path: Path) -> None:
     """Equal XXH3-128, different content: nobody gets the other one's data, in whatever order."""
     one, other = colliding_chunks(MIB)

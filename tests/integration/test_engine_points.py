@@ -16,11 +16,12 @@ import pytest
 from engine.catalogue.labels import UNREADABLE_NAME
 from engine.config import ClusterConfig, Config, PointConfig, parse_config
 from engine.errors import Conflict, EngineError, Invalid, NotFound
-from engine.model import Backup
-from engine.points import keeper
+from engine.model import Backup, PointKind
+from engine.points import keeper, points
 from engine.service import Engine
 from engine.verb_types import BackupQuery, Scope
 from storage.domain.domain import Domain
+from storage.domain.gc import GcReport
 from storage.domain.session import NewBackup
 from storage.errors import Damaged, PointNotEmpty, PointUnreachable, StorageError
 from storage.format import bundles
@@ -288,6 +289,43 @@ def test_attaching_twice_or_rubbish_is_refused(tmp_path: Path) -> None:
         (tmp_path / "new").mkdir()
         assert refused("other", "nfs", str(tmp_path / "new")) == "invalid_member"
         assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_of_two_points_that_are_attached_at_once_one_gets_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with EngineRig(tmp_path / "data") as rig:
+        made, refused = points._open_or_create, list[str]()
+
+        def meanwhile(path: str, name: str, kind: PointKind) -> str:
+            if path.endswith("one"):
+                with pytest.raises(Conflict) as caught:
+                    attach(rig, tmp_path / "two")
+                refused.append(caught.value.code)
+            return made(path, name, kind)
+
+        monkeypatch.setattr(points, "_open_or_create", meanwhile)
+        attach(rig, tmp_path / "one")
+        assert refused == ["name_taken"]
+        assert [state.point.name for state in rig.engine.points()] == ["default", "shared"]
+        assert attach(rig, tmp_path / "two", "other")
+
+
+def test_a_gc_that_was_cut_short_is_cancelled_and_says_what_it_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with EngineRig(tmp_path / "data") as rig:
+        reclaim = Domain.reclaim
+
+        def meanwhile(self: Domain, **wishes: Any) -> GcReport:
+            rig.engine.cancel_job(rig.engine.jobs()[0].uuid)
+            return reclaim(self, **wishes)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Domain, "reclaim", meanwhile)
+            ended = rig.ended(rig.engine.start_maintenance("gc", rig.point_uuid, False))
+        assert ended.state == "cancelled"
+        assert ended.result[0].startswith("0 packs of 0 bytes removed")
 
 
 def test_a_copy_of_a_point_is_the_same_point(tmp_path: Path) -> None:

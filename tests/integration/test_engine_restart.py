@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -30,12 +31,11 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from engine.config import Config, Limits
-from engine.verb_types import Scope
-from tests.engine_rig import EngineRig
+from tests.engine_rig import ANYWHERE, EngineRig
 
 rig = EngineRig(Path(sys.argv[1]), Config(limits=Limits(max_jobs=2)))
-vms = {vm.name: vm for vm in rig.engine.vms(Scope())}
-backup = rig.engine.backup(Scope(), rig.listed()[0])
+vms = {vm.name: vm for vm in rig.engine.vms(ANYWHERE)}
+backup = rig.engine.backup(ANYWHERE, rig.listed()[0])
 jobs = [rig.ask_restore(backup, "copy")[1], rig.ask_backup(vms["web"])[1]]
 rig.ask_backup(vms["db"])
 while True:
@@ -136,13 +136,7 @@ def test_killed_amid_a_backup_and_a_restore(tmp_path: Path) -> None:
         # Else the next one would find everything on the point and be over too soon.
         rig.volume(web.disks[0]).write_bytes(disk_bytes(150 * MIB, 3))
         pool_path = rig.pool_path
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path / "data")],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-        timeout=PATIENCE_S,
-        check=False,
-    )
-    assert killed.returncode == -signal.SIGKILL
+    assert _ended(KILLED, tmp_path / "data") == -signal.SIGKILL
     with EngineRig(tmp_path / "data") as rig:
         jobs = [job for job in rig.engine.jobs() if job.state != "succeeded"]
         assert [(job.state, job.error) for job in jobs] == [
@@ -202,11 +196,10 @@ def test_a_commit_that_we_did_not_live_to_note_counts(tmp_path: Path) -> None:
 KILLED_LATE = """
 import os, signal, sys
 from pathlib import Path
-from engine.verb_types import Scope
-from tests.engine_rig import EngineRig
+from tests.engine_rig import ANYWHERE, EngineRig
 
 rig = EngineRig(Path(sys.argv[1]))
-backup = rig.engine.backup(Scope(), rig.listed()[0])
+backup = rig.engine.backup(ANYWHERE, rig.listed()[0])
 setattr(rig.core.inventory, sys.argv[2], lambda *_: os.kill(os.getpid(), signal.SIGKILL))
 rig.succeed(rig.ask_restore(backup, "copy", volumes=["copy.raw"])[1])
 """
@@ -222,7 +215,7 @@ def test_a_restored_vm_that_we_did_not_live_to_note_is_undone(
         web = rig.make_vm("web", disk_bytes(MIB, 1))
         rig.back_up(web)
         pool = rig.pool_path
-    assert _killed_in(tmp_path / "data", last) == -signal.SIGKILL
+    assert _ended(KILLED_LATE, tmp_path / "data", last) == -signal.SIGKILL
     copy = pool / "copy.raw"
     assert copy.read_bytes() == disk_bytes(MIB, 1)
     if theirs:
@@ -234,11 +227,74 @@ def test_a_restored_vm_that_we_did_not_live_to_note_is_undone(
         assert files_below(pool) == [str(copy)] * theirs + [str(pool / "web-0.raw")]
 
 
+def test_a_pool_that_hangs_is_waited_for_once_however_much_is_left_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a start takes too long for who waits for it, and then so do all that follow."""
+    with EngineRig(tmp_path / "data") as rig:
+        web = rig.make_vm("web", disk_bytes(MIB, 1))
+        for name in ("a", "b", "c"):
+            disk = replace(web.disks[0], volume_name=name)
+            rig.core.inventory.add_vm(
+                replace(
+                    web,
+                    uuid=name,
+                    name=name,
+                    disks=(disk,),
+                    state="restoring",
+                    action="restoring",
+                )
+            )
+        asked, answers = list[str](), threading.Event()
+        monkeypatch.setattr("engine.recovery.POOL_TIMEOUT_S", 0.2)
+        monkeypatch.setattr(
+            "engine.recovery.unname_left",
+            lambda path: bool(asked.append(path)) or answers.wait(PATIENCE_S),
+        )
+        rig.restart()
+        assert len(asked) == 1
+        assert [vm.state for vm in rig.engine.vms(ANYWHERE)] == [*["restore_failed"] * 3, "stopped"]
+        answers.set()
+
+
+# argv: the data directory. The machine is never defined, and the service is stopped meanwhile.
+STOPPED_LATE = """
+import os, sys, threading
+from pathlib import Path
+from tests.engine_rig import ANYWHERE, EngineRig
+
+rig = EngineRig(Path(sys.argv[1]))
+backup = rig.engine.backup(ANYWHERE, rig.listed()[0])
+named, never = threading.Event(), threading.Event()
+rig.core.inventory.realize = lambda *_: named.set() or never.wait()
+rig.ask_restore(backup, "copy", volumes=["copy.raw"])
+assert named.wait(60)
+rig.engine.stop(0.5)
+os._exit(0)
+"""
+
+
+def test_volumes_of_a_restore_that_a_stop_did_not_wait_for_are_removed(tmp_path: Path) -> None:
+    """Nobody would know whose they are."""
+    data = tmp_path / "data"
+    with EngineRig(data) as rig:
+        rig.back_up(rig.make_vm("web", disk_bytes(MIB, 1)))
+        pool = rig.pool_path
+    assert _ended(STOPPED_LATE, data) == 0
+    assert (pool / "copy.raw").read_bytes() == disk_bytes(MIB, 1)
+    with EngineRig(data) as rig:
+        (vm,) = (vm for vm in rig.engine.vms(ANYWHERE) if vm.name == "copy")
+        assert (vm.state, vm.action, vm.disks) == ("restore_failed", "", ())
+        assert files_below(pool) == [str(pool / "web-0.raw")]
+        newest = rig.engine.jobs()[0]
+        assert (newest.state, newest.error) == ("failed", "interrupted: the service was stopped")
+
+
 def test_a_restored_vm_that_was_noted_is_kept_by_a_kill(tmp_path: Path) -> None:
     with EngineRig(tmp_path / "data") as rig:
         rig.back_up(rig.make_vm("web", disk_bytes(MIB, 1)))
         pool = rig.pool_path
-    assert _killed_in(tmp_path / "data", "end_action") == -signal.SIGKILL
+    assert _ended(KILLED_LATE, tmp_path / "data", "end_action") == -signal.SIGKILL
     with EngineRig(tmp_path / "data") as rig:
         (vm,) = (vm for vm in rig.engine.vms(ANYWHERE) if vm.name == "copy")
         assert (vm.state, vm.action, vm.last_error) == ("stopped", "", "")
@@ -246,14 +302,15 @@ def test_a_restored_vm_that_was_noted_is_kept_by_a_kill(tmp_path: Path) -> None:
         assert files_below(pool) == [str(pool / "copy.raw"), str(pool / "web-0.raw")]
 
 
-def _killed_in(data: Path, call: str) -> int:
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED_LATE, str(data), call],
+def _ended(script: str, data: Path, *more: str) -> int:
+    """The exit code."""
+    ended = subprocess.run(
+        [sys.executable, "-c", script, str(data), *more],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         timeout=PATIENCE_S,
         check=False,
     )
-    return killed.returncode
+    return ended.returncode
 
 
 def test_a_lost_state_brings_the_backups_back_as_another_clusters(tmp_path: Path) -> None:

@@ -46,6 +46,22 @@ def test_a_question_that_hangs_is_asked_once() -> None:
     assert probes.ask("nfs", lambda: "fresh", 20.0) in ("late", "fresh")
 
 
+def test_a_question_for_which_there_was_no_thread_is_asked_the_next_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else whoever asks it until the service ends would wait in vain."""
+    probes = Probes()
+
+    def no_more(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_more)
+        with pytest.raises(RuntimeError, match="new thread"):
+            probes.ask("nfs", lambda: 1, 10.0)
+    assert probes.ask("nfs", lambda: 2, 10.0) == 2
+
+
 def pool(path: Path, name: str = "p") -> Pool:
     path.mkdir(exist_ok=True)
     return Pool(uuid=name, name=name, path=str(path))

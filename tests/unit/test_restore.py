@@ -345,6 +345,25 @@ def test_the_names_of_a_restore_that_goes_on_are_left_alone(rig: Rig) -> None:
     assert names(rig) == ["n", "v"]
 
 
+def test_the_name_of_a_killed_restore_is_taken_back_on_nfs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its client locks a file for writers only where it is open for writing (flock(2))."""
+    flock = fcntl.flock
+
+    def as_on_nfs(fd: int, wish: int) -> None:
+        if wish & fcntl.LOCK_EX and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(fd, wish)
+
+    (tmp_path / RESTORES).mkdir()
+    (tmp_path / "n").write_bytes(b"x")
+    os.link(tmp_path / "n", tmp_path / RESTORES / "a")
+    monkeypatch.setattr(fcntl, "flock", as_on_nfs)
+    assert unname_left(str(tmp_path / "n"))
+    assert os.listdir(tmp_path) == [RESTORES]
+
+
 def test_a_link_in_the_place_of_the_hidden_names_says_nothing(tmp_path: Path) -> None:
     theirs, pool = tmp_path / "theirs", tmp_path / "pool"
     theirs.mkdir()
