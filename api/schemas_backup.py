@@ -227,7 +227,9 @@ class BackupRecord(Answer, frozen=True, kw_only=True):
     """What is known of a backup beyond ComputeBackupBaseInfo."""
 
     uuid: str
-    parent_uuid: Annotated[str, Meta(description="What it was built on; empty if full.")]
+    parent_uuid: Annotated[
+        str, Meta(description="What it was built on; empty if full, or when that was deleted.")
+    ]
     full_backup: bool
     notes: Annotated[list[str], Meta(description="Such as why it became a full one.")]
     error: Annotated[str, Meta(description="Why it failed.")]

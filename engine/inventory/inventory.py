@@ -18,6 +18,7 @@ from typing import Protocol, TypeVar
 from msgspec.structs import replace
 
 from engine.errors import Conflict, NotFound, Thing
+from engine.ids import normal
 from engine.model import (
     BackupLabel,
     Cluster,
@@ -261,6 +262,11 @@ def find(what: Thing, rows: Sequence[PlaceT], uuid: str) -> PlaceT:
         if row.uuid == uuid:
             return row
     raise NotFound(what, uuid)
+
+
+def called(rows: Sequence[PlaceT], wanted: str) -> PlaceT | None:
+    """The row of that name, or of that uuid."""
+    return next((row for row in rows if wanted == row.name or normal(wanted) == row.uuid), None)
 
 
 def find_or_default(what: Thing, rows: Sequence[PlaceT], uuid: str) -> PlaceT:

@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 from engine.errors import NotFound
 from engine.ids import normal
-from engine.inventory.inventory import DEFAULT_NAME, Places, default_of, find
+from engine.inventory.inventory import DEFAULT_NAME, Places, called, default_of, find
 from engine.model import Cluster, Namespace, Tenant
 from engine.verb_types import Scope
 
@@ -70,7 +70,7 @@ def _tenant_namespaces(places: Places, scope: Scope) -> list[Namespace]:
 
 def find_tenant(places: Places, tenant: str) -> Tenant:
     """The tenant of that uuid, or of that name. NotFound."""
-    for row in places.tenants:
-        if normal(tenant) == row.uuid or tenant == row.name:
-            return row
-    raise NotFound("tenant", tenant)
+    row = called(places.tenants, tenant)
+    if row is None:
+        raise NotFound("tenant", tenant)
+    return row

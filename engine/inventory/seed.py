@@ -29,12 +29,13 @@ from engine.config import (
     ZoneConfig,
 )
 from engine.errors import ConfigInvalid, EngineError, Invalid
-from engine.ids import canonical, new_id, normal
+from engine.ids import canonical, new_id
 from engine.inventory.inventory import (
     DEFAULT_NAME,
     Named,
     Places,
     PlaceT,
+    called,
     default_of,
     require_addable,
 )
@@ -166,10 +167,10 @@ def refer(rows: Sequence[PlaceT], name: str, what: str) -> PlaceT:
     """The row of that uuid or name; "" is the default one."""
     if not name:
         return default_of(rows)
-    for row in rows:
-        if name == row.name or normal(name) == row.uuid:
-            return row
-    raise ConfigInvalid(f"no {what} {name!r} is listed")
+    row = called(rows, name)
+    if row is None:
+        raise ConfigInvalid(f"no {what} {name!r} is listed")
+    return row
 
 
 def _require_listed_once(points: Sequence[PointConfig]) -> None:

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from engine.errors import EngineError, NotFound
-from engine.libvirt.binding import NO_SUCH_DOMAIN, OPERATION_INVALID, LibvirtFault, code_of
+from engine.libvirt.binding import NO_SUCH_DOMAIN, LibvirtFault, code_of
 from engine.libvirt.domains import DomainFacts
 from engine.libvirt.ending import LATER_PAUSE_S, LATER_TIMEOUT_S, FindDomain
 from engine.libvirt.setup import LiveSetup
@@ -76,12 +76,15 @@ def _thaw_later(find: FindDomain, timeout_s: int, vm_uuid: str) -> None:
         while time.monotonic() < deadline_s:
             time.sleep(LATER_PAUSE_S)
             try:
+                if not find().isActive():
+                    return
+                # Of a guest that is paused libvirt says that it does not run; it will again.
                 _freeze_or_thaw(find, timeout_s, "thaw")
             except NotFound:
                 return
             except (LibvirtFault, EngineError) as error:
-                if code_of(error) in (OPERATION_INVALID, NO_SUCH_DOMAIN):
-                    return  # it does not run any more
+                if code_of(error) == NO_SUCH_DOMAIN:
+                    return
             else:
                 log.warning("thawed_late", extra={"vm": vm_uuid})
                 return

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from engine.config import LibvirtRule
 from engine.ids import normal
-from engine.inventory.inventory import Places, PlaceT, default_of
+from engine.inventory.inventory import Places, PlaceT, called, default_of
 from engine.inventory.volumes import name_fault
 from engine.libvirt.domains import DomainDisk, PoolFacts
 from engine.libvirt.watch import DomainSeen, Sight
@@ -116,9 +116,7 @@ def _rule_marks(name: str, rules: Sequence[LibvirtRule]) -> dict[str, str]:
 
 
 def _named(rows: Sequence[PlaceT], name: str, domain: str) -> PlaceT:
-    for row in rows:
-        if name and (name == row.name or name.lower() == row.uuid):
-            return row
-    if name:
+    row = called(rows, name) if name else None
+    if name and row is None:
         log.warning("place_unknown", extra={"domain": domain, "place": name})
-    return default_of(rows)
+    return row or default_of(rows)

@@ -169,8 +169,8 @@ class Points:
         place = self._bounded(f"resolve {path}", lambda: os.path.realpath(path))
         if not _is_path(place):
             raise Invalid("path", f"{path!r} leads to {place!r}, which is not Unicode")
-        self._require_no_pool(place)
         with self._claimed(name, place):
+            self._require_no_pool(place)
             uuid = self._bounded(f"attach {place}", lambda: _open_or_create(place, name, checked))
             row = BackupPoint(uuid=uuid, name=name, kind=checked, path=place)
             keeper = Keeper(row, self._around)

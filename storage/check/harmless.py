@@ -39,8 +39,16 @@ class HarmlessCheck:
         for table, root in (("packs", self._paths.packs), ("manifests", self._paths.manifests)):
             with translated(root):
                 for session in orphans.names_in(self._fs, root):
-                    names = orphans.names_in(self._fs, os.path.join(root, session))
+                    names = self._names_in(os.path.join(root, session))
                     self._listed += [(table, f"{session}/{name}") for name in names]
+
+    def _names_in(self, directory: str) -> list[str]:
+        """None of one that can't be read. If it has live files, these are looked at by name."""
+        try:
+            return orphans.names_in(self._fs, directory)
+        except OSError as error:
+            self._found("orphan", directory, f"can't be listed: {error.strerror}")
+            return []
 
     def check_heartbeats(self) -> None:
         with translated(self._paths.hosts):

@@ -24,7 +24,7 @@ from storage.domain.maps import DiskMap
 from storage.domain.reader import ChunkReader
 from storage.domain.salvage import Salvage
 from storage.domain.session import Session
-from storage.errors import NotOnPoint, PointFull, PointUnreachable, SessionEnded
+from storage.errors import NotOnPoint, PointUnreachable, SessionEnded
 from storage.files.ballast import Ballast
 from storage.files.fs import Fs
 from storage.format.chunks import ChunkHasher
@@ -198,7 +198,7 @@ class Domain:
         frees = kind in ("gc", "read")
         try:
             self.append(lambda _: [op], spend_ballast=frees)
-        except (PointFull, PointUnreachable):
+        except PointUnreachable:
             self.leave_open(session)  # the record may be there all the same
             raise
         return Session(self, session, may_use_reserve=frees)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 
 from storage.errors import Damaged, PointNewerFormat, SessionEnded, translated
+from storage.files.bad_places import open_to_read, read_at
 from storage.files.fs import Fs
 from storage.files.publish import discard, make_dirs, write_new
 from storage.format.framing import decode_body, decode_object, encode_object
@@ -71,9 +72,9 @@ def read_beat(domain: Domain, host: str) -> Heartbeat | None:
 def load_beat(fs: Fs, path: str) -> Heartbeat:
     """The heartbeat in a file. Raises Damaged or PointNewerFormat when there is none in it,
     FileNotFoundError when it is gone, and other OSErrors."""
-    fd = fs.open_read(path)
+    fd = open_to_read(fs, path)
     try:
-        found = fs.pread(fd, LIMIT_BYTES, 0)
+        found = read_at(fs, fd, LIMIT_BYTES, 0, path)
     finally:
         fs.close(fd)
     return decode_body(_decoder, decode_object(MAGIC, found, LIMIT_BYTES, path), path)

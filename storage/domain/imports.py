@@ -26,6 +26,7 @@ from storage.errors import (
     NotOnPoint,
     PointUnreachable,
     Refused,
+    StorageError,
     translated,
 )
 from storage.files.bad_places import open_to_read
@@ -262,21 +263,28 @@ def _holders(
     domain: Domain, source: ForeignDomain, left: set[bytes]
 ) -> Iterator[tuple[tuple[int, str], list[bytes]]]:
     """(number, pack) of the source's packs that have the newest copies of the chunks, and the bases
-    of these. Empties the set."""
+    of these. Empties the set. Packs that can't be read are passed over, unless what is left is in
+    no other."""
     numbered = ((row.number, pack) for pack, row in tables.packs.scan(source.state))
+    unread: StorageError | None = None
     for number, pack in sorted(numbered, reverse=True):
         if not left:
             return
         path = source.paths.pack(pack)
-        _require_directory(domain.fs, os.path.dirname(path))
-        with translated(path):
-            _, entries = read_footer(domain.fs, path)
+        try:
+            _require_directory(domain.fs, os.path.dirname(path))
+            with translated(path):
+                _, entries = read_footer(domain.fs, path)
+        except (Damaged, PointUnreachable) as error:
+            log.info("pack_passed_over path=%s error=%s", path, error)
+            unread = unread or error
+            continue
         held = {entry.chunk_id: entry.base for entry in entries if entry.chunk_id in left}
         if held:
             yield (number, pack), [base for base in held.values() if base]
         left -= held.keys()
     if left:
-        raise ChunkMissing(frozenset(left))
+        raise unread or ChunkMissing(frozenset(left))
 
 
 def _patches_here(domain: Domain, bases: set[bytes]) -> set[bytes]:

@@ -80,7 +80,7 @@ def sweep(domain: Domain, *, thorough: bool = True) -> int:
             for root, table in ((paths.packs, "packs"), (paths.manifests, "manifests")):
                 roots[root] = _without_files(domain, table, roots[root])
         listed = {
-            root: {session: names_in(fs, os.path.join(root, session)) for session in sessions}
+            root: {session: readable_names(fs, os.path.join(root, session)) for session in sessions}
             for root, sessions in roots.items()
         }
     try:
@@ -127,6 +127,16 @@ def names_in(fs: Fs, directory: str) -> list[str]:
         return []
 
 
+def readable_names(fs: Fs, directory: str) -> list[str]:
+    """names_in, and none where that can't be read: one session's damage must not be in the way of
+    all others."""
+    try:
+        return names_in(fs, directory)
+    except OSError as error:
+        log.warning("directory_unreadable path=%s error=%s", directory, error)
+        return []
+
+
 def _sweep_session(
     fs: Fs, state: Tables, root: str, session: str, names: list[str], known: str
 ) -> int:
@@ -145,10 +155,7 @@ def _sweep_session(
 def remove_directory(fs: Fs, directory: str) -> int:
     """Removes a directory of a session, or of a host's, and the files in it; returns how many went.
     A failure is left for the next sweep."""
-    try:
-        names = names_in(fs, directory)
-    except OSError:
-        return 0  # the next sweep tries it again
+    names = readable_names(fs, directory)
     gone = sum(_unlink(fs, os.path.join(directory, name)) for name in names)
     _remove_if_empty(fs, directory)
     return gone

@@ -148,19 +148,14 @@ class Salvage:
             return []  # an import's may be a stranger's, and would be taken for ours
         directory = os.path.join(domain.paths.packs, session)
         sealed = []
-        with translated(directory):
+        for name in filter(_PACK_NAME.fullmatch, orphans.readable_names(domain.fs, directory)):
             try:
-                names = domain.fs.listdir(directory)
-            except FileNotFoundError:
-                return []
-            for name in filter(_PACK_NAME.fullmatch, names):
-                try:
-                    found = domain.fs.stat(os.path.join(directory, name))
-                except FileNotFoundError:
-                    continue  # a host that took us for gone has ended the session
-                if found.kind == "file" and found.inode not in inodes:
-                    inodes.add(found.inode)
-                    sealed.append(name)
+                found = domain.fs.stat(os.path.join(directory, name))
+            except OSError:
+                continue  # damaged, or a host that took us for gone has just ended the session
+            if found.kind == "file" and found.inode not in inodes:
+                inodes.add(found.inode)
+                sealed.append(name)
         return sealed
 
     def _link(self, saved: _Saved, session: str, names: Sequence[str]) -> None:

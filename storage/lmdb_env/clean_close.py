@@ -23,7 +23,7 @@ _PIECE = 4 << 20
 def put_seal(path: str) -> None:
     """Seals the file. Failing to is no error: the file then counts as one that was not closed."""
     fresh = f"{path}.seal.new"
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, Damaged):
         with open(fresh, "w", encoding="ascii") as file:
             file.write(_digest(path))
             file.flush()

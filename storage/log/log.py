@@ -14,7 +14,14 @@ import re
 import secrets
 from collections.abc import Sequence
 
-from storage.errors import Damaged, PointUnreachable, StorageError, translated
+from storage.errors import (
+    Damaged,
+    PointFull,
+    PointReadOnly,
+    PointUnreachable,
+    StorageError,
+    translated,
+)
 from storage.files.bad_places import open_to_read, read_at
 from storage.files.fs import Fs
 from storage.files.publish import make_dirs, put_if_absent, replace_same
@@ -240,7 +247,10 @@ class Log:
             raise error
         if found[0].nonce != record.nonce:
             return False
-        self.name_anew(record.seq, found[1])
+        try:
+            self.name_anew(record.seq, found[1])
+        except (PointFull, PointReadOnly) as failed:  # which would say that there is no record
+            raise PointUnreachable(str(failed)) from failed
         return True
 
     def name_anew(self, seq: int, digest: bytes) -> None:

@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 
 from storage.errors import PointFull, PointUnreachable
+from storage.log import log as storage_log
 from storage.log.log import record_path
 from storage.view.tables import Tables
 from tests.crash_scripts import CHANGED, FULL
@@ -87,6 +88,27 @@ def test_a_session_whose_begin_failed_is_ended_if_it_began(world: World) -> None
     assert dump(domain)["sessions"]
     assert domain.end_left_open() == 1
     assert not dump(domain)["sessions"]
+
+
+def test_a_record_that_may_be_there_is_not_said_to_have_found_no_room(world: World) -> None:
+    """A delete that is then tried in the ballast's room would not find its own backup."""
+    kept = world.save(FULL)
+    domain = world.domain()
+    refusing = Refusing(world.fs, epoch(world), 1)
+    real = storage_log.replace_same
+
+    def full(*_: object) -> None:
+        patched.stop()
+        raise OSError(errno.ENOSPC, "on purpose")
+
+    patched = mock.patch.object(storage_log, "replace_same", full)
+    patched.start()
+    with pytest.raises(PointUnreachable):
+        domain.forget([kept.backup])
+    assert storage_log.replace_same is real
+    assert not refusing.left
+    domain.refresh()
+    assert domain.backups() == []
 
 
 def test_other_bytes_than_the_records_do_not_take_its_place(world: World) -> None:

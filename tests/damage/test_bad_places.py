@@ -13,14 +13,17 @@ import pytest
 from engine.model import Backup, Vm
 from storage.check.check import check_point
 from storage.domain.domain import Domain
+from storage.domain.heartbeats import read_beat
+from storage.domain.leftovers import Leftovers
 from storage.domain.reader import MAX_RUN_BYTES, plan_reads
 from storage.errors import ChunkDamaged, Damaged, PointUnreachable
 from storage.files.fs import Buffer, OsFs
 from storage.format.packs import read_footer
+from storage.point import Point
 from tests.damage.site import Image, Site, readable
 from tests.engine_rig import PATIENCE_S, EngineRig
 from tests.rig import random_bytes
-from tests.store import CHUNK
+from tests.store import CHUNK, dump, open_domain
 
 MIB = 1 << 20
 
@@ -128,7 +131,7 @@ def start(_path: Path) -> tuple[int, int]:
     return 0, 16
 
 
-@pytest.mark.parametrize("kind", ["packs", "manifests", "checkpoints", "bundles"])
+@pytest.mark.parametrize("kind", ["packs", "manifests", "checkpoints", "bundles", "hosts"])
 @pytest.mark.parametrize("where", [start, tail])
 def test_it_is_named_and_all_else_is_checked_and_read(
     own: Site, medium: Medium, kind: str, where: Callable[[Path], tuple[int, int]]
@@ -145,6 +148,17 @@ def test_it_is_named_and_all_else_is_checked_and_read(
             holes = [readable(domain, image) for image in own.images]
         assert kind in ("packs", "manifests") or holes == [[]] * len(holes)
         own.restore_view()
+
+
+def test_the_heartbeat_of_a_host_that_is_gone_is_not_needed(own: Site, medium: Medium) -> None:
+    (beaten,) = own.files()["hosts"]
+    medium.spoil(beaten, 0)
+    other = open_domain(Point.open(str(own.path)), own.label, "host-2")
+    assert read_beat(other, beaten.name) is None
+    leftovers = Leftovers(patience_s=0.0)
+    assert [leftovers.clear(other, float(now_s)) for now_s in range(2)] == [0, 1]
+    assert not beaten.exists()
+    other.close()
 
 
 def test_who_reads_it_names_the_frame(own: Site, medium: Medium) -> None:
@@ -193,3 +207,31 @@ def test_a_read_that_fails_once_is_repeated(own: Site, medium: Medium) -> None:
     for path in own.files()["packs"]:
         medium.bad = Once([(str(path), 0, path.stat().st_size)])
         assert check_point(str(own.path), deep=True).findings == []
+
+
+@pytest.mark.parametrize("root", ["packs", "manifests", "tmp"])
+def test_a_directory_of_nobody_that_cant_be_listed_is_in_nobodys_way(
+    own: Site, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a crash may leave one that was being written: its session is dead."""
+    with own.opened() as domain:
+        session = domain.begin("backup")
+    bad = own.root / root / session.id
+    bad.mkdir(exist_ok=True)
+    listdir = OsFs.listdir
+
+    def failing(fs: OsFs, path: str) -> list[str]:
+        if path == str(bad):
+            raise OSError(errno.EUCLEAN, os.strerror(errno.EUCLEAN), path)
+        return listdir(fs, path)
+
+    monkeypatch.setattr(OsFs, "listdir", failing)
+    with own.opened() as domain:
+        assert dump(domain)["sessions"] == {}
+        assert all(readable(domain, image) == [] for image in own.images)
+        domain.forget([own.images[3].saved.backup])
+        assert domain.reclaim(sparse_below=1.0).packs_removed
+    report = check_point(str(own.path), deep=True)
+    assert {found.path for found in report.findings} <= {str(bad)}
+    assert report.clean
+    assert bool(report.findings) == (root != "tmp")

@@ -14,14 +14,15 @@ from storage.check.against_rebuild import check_view
 from storage.check.check import CheckReport, Damage, check_point
 from storage.domain.domain import Domain
 from storage.domain.session import Session
-from storage.errors import Damaged
+from storage.errors import Damaged, StorageError
 from storage.files.fs import OsFs
 from storage.format.packs import read_footer
 from storage.format.record import SessionKind
 from storage.log.fold import Garbage
 from storage.point import Point
+from storage.view import tables
 from tests.damage.site import Site, look, readable
-from tests.store import Saved, dump, open_domain, save
+from tests.store import Saved, cluster, dump, files, open_domain, save
 
 WAYS_TO_BREAK_A_PACK = ("gone", "table", "header", "cut", "empty")
 
@@ -211,6 +212,22 @@ def look_at(domain: Domain, saved: Saved) -> bytes:
     content, holes = look(domain, saved)
     assert holes == []
     return content
+
+
+@pytest.mark.parametrize("how", WAYS_TO_BREAK_A_PACK)
+def test_a_broken_pack_keeps_only_what_it_holds_from_being_imported(own: Site, how: str) -> None:
+    point = Point.open(str(own.path))
+    with own.opened() as domain, domain.view.read() as state:
+        newest = max((row.number, pack) for pack, row in tables.packs.scan(state))[1]
+    break_file(own.root / "packs" / newest, how)
+    mine = open_domain(point, cluster("mine"), "host-9")
+    source, (kept, lost) = own.label.cluster_uuid, own.images[2:]
+    with pytest.raises(StorageError, match=newest):
+        mine.import_backups(source, [lost.saved.backup], lambda row: row.label)
+    assert files(mine) == set()
+    mine.import_backups(source, [kept.saved.backup], lambda row: row.label)
+    assert look_at(mine, kept.saved) == kept.content
+    mine.close()
 
 
 def second_host(site: Site) -> Domain:

@@ -259,13 +259,14 @@ def test_junk_labels_are_shown_and_crash_nothing(tmp_path: Path) -> None:
 
 def test_attaching_twice_or_rubbish_is_refused(tmp_path: Path) -> None:
     with EngineRig(tmp_path / "a") as rig:
-        around = tmp_path / "around"
-        around.mkdir()
-        attach(rig, around / "shared")
-        (tmp_path / "link").symlink_to(around / "shared")
+        above = tmp_path / "nas"  # not tmp_path, which also holds the rig's pool
+        above.mkdir()
+        shared = above / "shared"
+        attach(rig, shared)
+        (tmp_path / "link").symlink_to(shared)
         (tmp_path / "full").mkdir()
         (tmp_path / "full" / "file").write_bytes(b"x")
-        inside = around / "shared" / "domains"
+        inside = shared / "domains"
 
         def refused(name: str, kind: str, path: str) -> str:
             try:
@@ -275,10 +276,10 @@ def test_attaching_twice_or_rubbish_is_refused(tmp_path: Path) -> None:
                 return error.code
             return "not at all"
 
-        assert refused("other", "local", str(around / "shared")) == "point_in_use"
+        assert refused("other", "local", str(shared)) == "point_in_use"
         assert refused("other", "local", str(tmp_path / "link")) == "point_in_use"
         assert refused("other", "local", str(inside)) == "point_in_use"
-        assert refused("other", "local", str(around)) == "point_in_use"
+        assert refused("other", "local", str(above)) == "point_in_use"
         assert refused("shared", "local", str(tmp_path / "new")) == "name_taken"
         assert refused("other", "local", str(tmp_path / "full")) == PointNotEmpty.code
         assert refused("other", "local", str(tmp_path / "none")) == PointUnreachable.code

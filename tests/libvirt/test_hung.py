@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
@@ -14,6 +15,7 @@ from api.metrics import Metrics
 from engine.config import Freeze, Limits
 from engine.errors import HypervisorAway
 from engine.libvirt import inventory, watch
+from engine.libvirt.ending import LATER_PAUSE_S
 from engine.libvirt.scratch import ScratchWatch
 from engine.model import Job
 from engine.snapshot import freeze
@@ -147,6 +149,21 @@ def test_a_guest_that_was_frozen_thaws_when_libvirt_is_back(
         lab.host.start()
         lab.domain = lab.host.connection.lookupByUUIDString(lab.domain.UUIDString())
     assert lab.rig.ended(job).state == "failed"
+    require_sound(lab)
+
+
+def test_a_guest_that_is_paused_while_frozen_thaws_when_it_goes_on(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As when the freeze writes what fills the pool up: QEMU pauses it, until there is room."""
+    monkeypatch.setattr(freeze, "_THAW_FOR_S", 0.0)
+    domain: Any = lab.domain
+    hang_once(monkeypatch, libvirt.virDomain, "backupBegin", domain.suspend)
+    backup = lab.back_up()
+    assert "thaw failed: the VM may still be frozen" in backup.label.notes
+    time.sleep(3 * LATER_PAUSE_S)
+    domain.resume()
+    wait_until(lambda: "thawed_late" in caplog.messages)
     require_sound(lab)
 
 

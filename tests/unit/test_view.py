@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import resource
 import threading
 from pathlib import Path
@@ -243,6 +245,22 @@ def test_a_scratch_view_that_can_not_be_flushed_gets_no_seal(tmp_path: Path) -> 
         view.close(seal=True)
     assert env.seals == [False]
     assert not (tmp_path / "view" / "data.mdb.seal").exists()
+
+
+def test_a_view_that_can_not_be_read_any_more_is_closed_without_a_seal(
+    view: View, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is closed after it must not be left open."""
+    view.update(lambda state: put(b"k", b"v", state))
+
+    def bad_sector(_fd: int, _size_bytes: int) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "read", bad_sector)
+        view.close(seal=True)
+    assert not (tmp_path / "view" / "data.mdb.seal").exists()
+    assert value_of(View(str(tmp_path / "view"), b"mine"), b"k") == b"v"
 
 
 def test_only_a_scratch_view_does_not_wait_for_the_medium(tmp_path: Path) -> None:
