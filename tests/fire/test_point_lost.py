@@ -16,7 +16,7 @@ from engine.jobs.jobs import JobContext
 from engine.model import BACKUP_FAILED
 from engine.verb_types import NewDisk, RestoreTarget
 from storage.check.check import check_point
-from storage.errors import Damaged, StorageError
+from storage.errors import Damaged, PointReadOnly, StorageError
 from storage.log.seen import Seen
 from storage.point import Point
 from tests.conftest import LoopFs
@@ -122,6 +122,29 @@ def test_a_mount_that_is_read_only_at_the_start(tmp_path: Path, loop_fs: LoopFs)
         assert look(rig) == "online"
         rig.back_up(rig.engine.vm(vm.uuid))
         assert rig.restore(kept, "old") == [random_bytes(2 * MIB, 1)]
+
+
+@pytest.mark.root
+def test_a_read_only_point_is_restored_from_by_way_of_a_copy(
+    tmp_path: Path, loop_fs: LoopFs
+) -> None:
+    """As docs/operations.md says."""
+    place, content = loop_fs("ext4", 64 * MIB), random_bytes(2 * MIB, 1)
+    with EngineRig(tmp_path / "data", Config(limits=Limits(point_reserve_bytes=0))) as rig:
+        first = rig.point_uuid
+        rig.engine.create_point("p", "local", str(place))
+        rig.engine.delete_point(first, erase=False)
+        kept = rig.back_up(rig.make_vm("web", content))
+        rig.engine.stop(PATIENCE_S)
+        subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
+        rig.restart()
+        assert look(rig) == "read_only"
+        with pytest.raises(PointReadOnly):
+            rig.ask_restore(kept, "not")
+        shutil.copytree(place, tmp_path / "copy")
+        rig.engine.delete_point(rig.point_uuid, erase=False)
+        rig.engine.create_point("p", "local", str(tmp_path / "copy"))
+        assert rig.restore(rig.engine.backup(ANYWHERE, kept.uuid), "copy") == [content]
 
 
 @pytest.mark.root
