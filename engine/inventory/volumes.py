@@ -108,9 +108,11 @@ def _qcow2_size(pool: Pool, path: str) -> int:
 def bounded_volume_size(
     probes: Probes, pool: Pool, volume_name: str, timeout_s: float, volume_format: str = "raw"
 ) -> int | None:
-    """volume_size, but PoolUnreachable when the pool does not answer in time."""
+    """volume_size, but PoolUnreachable when the pool does not answer in time. One that hangs holds
+    a single thread, however many volumes are asked for, and how often."""
     key = f"volume {pool.path}/{volume_name}"
     try:
+        probes.ask(f"pool {pool.uuid}", lambda: pool_room(pool), timeout_s)
         return probes.ask(key, lambda: volume_size(pool, volume_name, volume_format), timeout_s)
     except TimeoutError as error:
         raise PoolUnreachable(f"pool {pool.name}: {error}") from None

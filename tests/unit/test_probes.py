@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from engine.errors import PoolFull, PoolUnreachable
-from engine.inventory.volumes import pool_room
+from engine.inventory.volumes import bounded_volume_size, pool_room
 from engine.model import Pool
 from engine.probes import Probes
 from engine.restore.reservations import Reservations
@@ -65,6 +65,27 @@ def test_a_question_for_which_there_was_no_thread_is_asked_the_next_time(
 def pool(path: Path, name: str = "p") -> Pool:
     path.mkdir(exist_ok=True)
     return Pool(uuid=name, name=name, path=str(path))
+
+
+def test_a_pool_that_hangs_holds_one_thread_whatever_is_asked_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a restore into it is asked for again and again."""
+    probes, answers, asked = Probes(), threading.Event(), list[str]()
+    slow = pool(tmp_path / "slow")
+
+    def hangs(path: str) -> object:
+        asked.append(path)
+        return answers.wait(20.0)
+
+    for look in ("statvfs", "lstat"):
+        monkeypatch.setattr(f"engine.inventory.volumes.os.{look}", hangs)
+    for name in ("a", "b", "c"):
+        with pytest.raises(PoolUnreachable, match="no answer"):
+            bounded_volume_size(probes, slow, name, 0.05)
+    assert asked == [slow.path]
+    monkeypatch.undo()
+    answers.set()
 
 
 def test_claims_add_up_over_pools_of_one_file_system(tmp_path: Path) -> None:
