@@ -98,7 +98,8 @@ class Inventory(Protocol):
         """Makes the machine of a VM whose volumes are restored, if its label has one. Whether a
         hypervisor has it now: then it has the volumes too, whatever becomes of our note of that.
 
-        HypervisorAway, HypervisorRefused; then there is no machine.
+        HypervisorRefused; then there is no machine. HypervisorAway; then there may be one after
+        all, which has no volumes, as they go.
         """
         ...
 
