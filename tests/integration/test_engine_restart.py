@@ -246,11 +246,13 @@ def test_a_pool_that_hangs_is_waited_for_once_however_much_is_left_there(
                 )
             )
         asked, answers = list[str](), threading.Event()
+
+        def hangs(path: str) -> bool:
+            asked.append(path)
+            return answers.wait(PATIENCE_S)
+
         monkeypatch.setattr("engine.recovery.POOL_TIMEOUT_S", 0.2)
-        monkeypatch.setattr(
-            "engine.recovery.unname_left",
-            lambda path: bool(asked.append(path)) or answers.wait(PATIENCE_S),
-        )
+        monkeypatch.setattr("engine.recovery.unname_left", hangs)
         rig.restart()
         assert len(asked) == 1
         assert [vm.state for vm in rig.engine.vms(ANYWHERE)] == [*["restore_failed"] * 3, "stopped"]
