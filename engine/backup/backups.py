@@ -11,6 +11,8 @@ we die in between, the next look at the point says that the backup is gone.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from functools import partial
 
 from msgspec.structs import replace
 
@@ -168,8 +170,10 @@ class _BackupRun:
     def _note_end(self, row: Backup) -> None:
         """Backup and action at once: who waits for the one may rely on the other."""
         core, vm_uuid = self._core, self._vm.uuid
+        read = zip(self._vm.disks, row.label.disks, strict=True)
+        found = partial(_as_found, dict(read) if row.status == BACKUP_DONE else {})
         try:
-            core.catalogue.put(row, lambda txn: core.inventory.end_action_in(txn, vm_uuid))
+            core.catalogue.put(row, lambda txn: core.inventory.end_action_in(txn, vm_uuid, found))
         except StorageError:  # then as much of it as goes
             try:
                 core.catalogue.put(row)
@@ -347,6 +351,14 @@ def _require_disks(vm: Vm) -> None:
     if not 0 < len(vm.disks) <= MOST_DISKS:
         detail = f"VM {vm.name} has {len(vm.disks)} disks; a backup takes 1 to {MOST_DISKS}"
         raise Conflict("vm_no_disks", detail)
+
+
+def _as_found(read: Mapping[Disk, DiskBackup], vm: Vm) -> Vm:
+    """The VM with the sizes that its disks were found to have: a volume may have grown."""
+    disks = [
+        replace(disk, capacity=read[disk].capacity) if disk in read else disk for disk in vm.disks
+    ]
+    return replace(vm, disks=tuple(disks))
 
 
 def _parent(core: Core, row: Backup) -> Backup | None:
