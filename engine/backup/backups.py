@@ -281,7 +281,7 @@ class _BackupRun:
         label = self._row.label
         resting, held = self._resting, facts.snapshot
         notes = [*_snapshot_notes(held), *_changes_notes(facts), *facts.notes, *resting.notes]
-        told = any(note.startswith("full: ") for note in notes)
+        told = any("full: " in note for note in notes)  # of all, or of a disk
         if facts.full and not self._full_wanted and not told:
             notes.insert(0, NOTHING_TO_BUILD_ON)
         recorded = {t: resting.identities[t] for t in held.recording & resting.identities.keys()}
