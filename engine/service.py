@@ -13,19 +13,19 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 from engine.backup import backup_job, deletion
 from engine.catalogue.catalogue import Catalogue
 from engine.config import Config
 from engine.core import Core
-from engine.errors import Conflict, EngineError, Invalid, NotFound
+from engine.errors import Conflict, EngineError, Invalid, NotFound, PoolUnreachable
 from engine.host import Host
 from engine.ids import normal
 from engine.inventory import vms
 from engine.inventory.inventory import EmbeddedInventory, Inventory, Places, pool_of
 from engine.inventory.scopes import ranges
-from engine.inventory.seed import settle_places, settle_vms
+from engine.inventory.seed import SizeOf, settle_places, settle_vms
 from engine.inventory.volumes import bounded_volume_size, pool_room, volume_path
 from engine.jobs.hangs import Hangs
 from engine.jobs.jobs import Jobs
@@ -111,7 +111,7 @@ class Engine:
         try:
             core.inventory.start()
             cleared = recover(core)
-            settle_vms(state, config, core.inventory.places, partial(_size_of, core.probes))
+            settle_vms(state, config, core.inventory.places, _sizes(core.probes))
             core.points.start(config.points)
             if not config.points:
                 core.points.make_default(host.default_point_path)
@@ -411,8 +411,23 @@ def _inventory(state: State, places: Places, config: Config, host: Host) -> Inve
     return LibvirtInventory(state, places, config, host.id)
 
 
-def _size_of(probes: Probes, pool: Pool, volume_name: str, volume_format: str) -> int | None:
-    return bounded_volume_size(probes, pool, volume_name, POOL_LOOK_TIMEOUT_S, volume_format)
+def _sizes(probes: Probes) -> SizeOf:
+    """Of volumes, at a start: a pool that does not answer is waited for once, not for each."""
+
+    @cache
+    def answers(pool: Pool) -> bool:
+        try:
+            probes.ask(f"pool {pool.uuid}", partial(pool_room, pool), POOL_LOOK_TIMEOUT_S)
+        except (EngineError, TimeoutError):
+            return False
+        return True
+
+    def size_of(pool: Pool, volume_name: str, volume_format: str) -> int | None:
+        if not answers(pool):
+            raise PoolUnreachable(f"pool {pool.name} does not answer")
+        return bounded_volume_size(probes, pool, volume_name, POOL_LOOK_TIMEOUT_S, volume_format)
+
+    return size_of
 
 
 def _normal_query(query: BackupQuery) -> BackupQuery:

@@ -56,6 +56,12 @@ class JobContext:
         self._reason: Cancelled | None = None
         self.lines: tuple[str, ...] = ()  # becomes the job's result, also when it fails
 
+    def begin(self) -> None:
+        """The job's turn has come: how fast it is, and whether it gets on, is counted from now."""
+        with self._lock:
+            self._moved_s = self._clock()
+            self._speed = Speedometer(self._moved_s)
+
     def cancelled(self) -> bool:
         """Whether the job is to end. Ask at every batch."""
         return self._reason is not None
@@ -271,13 +277,11 @@ class Jobs:
         return sorted([*(self._fresh(one) for one in active), *done], key=_age, reverse=True)
 
     def find_active(self, kind: JobKind, point_uuid: str, deep: bool) -> Job | None:
-        """An equal maintenance job that has not ended."""
+        """An equal maintenance job that has not ended, nor been told to."""
         with self._lock:
-            for active in self._active.values():
-                job = active.job
-                if (job.kind, job.backup_point_uuid, job.deep) == (kind, point_uuid, deep):
-                    return job
-        return None
+            jobs = [one.job for one in self._active.values() if not one.context.cancelled()]
+        wanted = (kind, point_uuid, deep)
+        return next((j for j in jobs if (j.kind, j.backup_point_uuid, j.deep) == wanted), None)
 
     def active_on(self, point_uuid: str) -> bool:
         """Whether a job that has not ended works on this point."""
@@ -311,6 +315,7 @@ class Jobs:
 
     def _work(self) -> None:
         while (active := self._next()) is not None:
+            active.context.begin()
             self._publish(active, state="running", started_at=self._clock())
             error: Exception | None = None
             result: tuple[str, ...] = ()

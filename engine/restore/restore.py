@@ -35,6 +35,8 @@ from storage.format.ranges import joined
 
 log = logging.getLogger(__name__)
 
+LOOSE_PIECES = 1 << 16  # of what is missing; more are joined first, as there are millions to a disk
+
 
 @dataclass(frozen=True, slots=True)
 class RestoreDisk:
@@ -183,12 +185,16 @@ class Gaps:
     disk_uuid: str
     size_bytes: int = 0
     _pieces: list[tuple[int, int]] = field(default_factory=list)
+    _most_pieces: int = LOOSE_PIECES
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, offset: int, size_bytes: int) -> None:
         with self._lock:
             self.size_bytes += size_bytes
             self._pieces.append((offset, size_bytes))
+            if len(self._pieces) > self._most_pieces:
+                self._pieces = joined(self._pieces)
+                self._most_pieces = 2 * len(self._pieces) + LOOSE_PIECES
 
     def ranges(self) -> list[tuple[int, int]]:
         """(offset, length) in bytes, ascending, joined where they touch."""

@@ -15,16 +15,19 @@ import pytest
 
 from engine.config import (
     Config,
+    DiskConfig,
     Limits,
     NamespaceConfig,
     PointConfig,
     PoolConfig,
     TenantConfig,
+    VmConfig,
 )
 from engine.errors import NotFound, PoolUnreachable
 from engine.jobs.jobs import JobContext
 from engine.model import BACKUP_DONE, BACKUP_FAILED, Backup, Pool, Vm
 from engine.points.distrust import remember_distrusted
+from engine.probes import Probes
 from engine.restore.reservations import Reservations
 from engine.verb_types import NewDisk, RestoreTarget, Scope
 from storage.check.check import check_point
@@ -182,6 +185,32 @@ def test_a_pool_that_hangs_holds_up_no_vm_of_another(
                 found.result(PATIENCE_S / 6)
             create("big", f"other{len(vms)}")
         assert [vm.name for vm in rig.engine.vms(ANYWHERE)] == ["other1", "other2", "there"]
+
+
+def test_a_start_waits_for_a_pool_that_hangs_but_not_for_each_volume_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else with many VMs there it takes longer than any start may, again and again."""
+    place, answers, asked = str(tmp_path / "slow"), threading.Event(), list[str]()
+    os.mkdir(place)
+    vms = tuple(VmConfig(name, (DiskConfig("sda", f"{name}.raw"),)) for name in ("a", "b", "c"))
+    config = Config(pools=(PoolConfig("slow", place),), vms=vms)
+
+    def sized(_probes: Probes, _pool: Pool, name: str, *_more: object) -> int:
+        asked.append(name)
+        return MIB
+
+    hanging = _hanging(os.statvfs, place, answers)
+    with EngineRig(tmp_path / "data", config) as rig, monkeypatch.context() as patch:
+        patch.setattr("engine.service.POOL_LOOK_TIMEOUT_S", 0.2)
+        patch.setattr("engine.service.bounded_volume_size", sized)
+        patch.setattr("engine.inventory.volumes.os.statvfs", hanging)
+        rig.restart()
+        assert asked == []
+        assert [vm.name for vm in rig.engine.vms(ANYWHERE)] == ["a", "b", "c"]
+        answers.set()
+        rig.restart()
+        assert asked == ["a.raw", "b.raw", "c.raw"]
 
 
 def test_a_pool_that_hangs_at_last_holds_up_no_restore_into_another(

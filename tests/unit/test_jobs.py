@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
 from engine.errors import Cancelled, Conflict, NotFound
+from engine.jobs import jobs as engine_jobs
 from engine.jobs.history import KEPT_RESULT_CHARS
 from engine.jobs.jobs import KEPT_JOBS, RESTARTED, STOPPED, Handler, JobContext, Jobs, new_job
 from engine.model import Job, JobState
@@ -147,6 +149,48 @@ def test_cancelling(jobs: Jobs) -> None:
         jobs.cancel("nobody")
     gates[1].free.set()
     assert jobs.wait(made[1].uuid, PATIENCE_S).result == ("through",)
+
+
+def test_the_rate_is_that_of_the_work_not_of_the_wait(
+    state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(engine_jobs, "JobContext", partial(JobContext, clock=lambda: now[0]))
+    jobs, gate = Jobs(state, max_running=1), Gate()
+    jobs.start()
+    jobs.submit(new_job("backup"), gate)
+
+    def work(ctx: JobContext) -> tuple[str, ...]:
+        assert ctx.still_s == 0
+        ctx.set_total(100)
+        now[0] += 10
+        ctx.add(restored=100)
+        return ()
+
+    waits = jobs.submit(new_job("restore"), work)
+    now[0] = 3600.0
+    gate.free.set()
+    assert jobs.wait(waits.uuid, PATIENCE_S).progress.rate == 10
+    jobs.stop(PATIENCE_S)
+
+
+def test_who_asks_again_after_a_cancel_does_not_get_the_job_that_is_ending(jobs: Jobs) -> None:
+    gate, free = Gate(), threading.Event()
+
+    def ends_late(ctx: JobContext) -> tuple[str, ...]:
+        try:
+            return gate(ctx)
+        finally:
+            free.wait(PATIENCE_S)
+
+    job = jobs.submit(new_job("verify", backup_point_uuid="p"), ends_late)
+    assert gate.runs.wait(PATIENCE_S)
+    found = jobs.find_active("verify", "p", deep=False)
+    assert found is not None
+    assert found.uuid == job.uuid
+    jobs.cancel(job.uuid)
+    assert jobs.find_active("verify", "p", deep=False) is None
+    free.set()
 
 
 def test_what_a_cancelled_job_raises_does_not_hide_that_it_was_cancelled(jobs: Jobs) -> None:

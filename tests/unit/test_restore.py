@@ -20,7 +20,7 @@ import pytest
 from engine.errors import Cancelled, Conflict, PoolFull, PoolUnreachable
 from engine.jobs.jobs import JobContext
 from engine.restore.new_volume import unname_left
-from engine.restore.restore import RestoreDisk, run_restore
+from engine.restore.restore import LOOSE_PIECES, Gaps, RestoreDisk, run_restore
 from engine.snapshot.snapshot import RESTORES, clear_leftovers
 from storage.errors import Damaged, NotOnPoint, SessionEnded
 from storage.files.fs import Buffer, OsFs
@@ -325,6 +325,15 @@ def test_what_a_killed_restore_leaves_is_cleared(tmp_path: Path) -> None:
     assert sorted(os.listdir(pool)) == [RESTORES, "v"]
     assert clear_leftovers(str(pool)) == 1
     assert sorted(os.listdir(pool)) == ["v"]
+
+
+def test_what_is_missing_of_a_disk_that_is_lost_takes_little_memory() -> None:
+    gaps, count = Gaps("d"), 4 * LOOSE_PIECES
+    for at in range(count):
+        gaps.add((at ^ 1) * CHUNK, CHUNK)  # a little out of order, as from several threads
+    assert len(gaps._pieces) <= LOOSE_PIECES + 4
+    assert gaps.ranges() == [(0, count * CHUNK)]
+    assert gaps.size_bytes == count * CHUNK
 
 
 def test_the_names_of_a_restore_that_goes_on_are_left_alone(rig: Rig) -> None:
