@@ -9,6 +9,8 @@ What reads the disks and writes the point is engine.backup.backup.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from functools import partial
 
 from msgspec.structs import replace
 
@@ -144,8 +146,10 @@ class _BackupJob:
     def _note_end(self, row: Backup) -> None:
         """Backup and action at once: who waits for the one may rely on the other."""
         core, vm_uuid = self._core, self._vm.uuid
+        read = zip(self._vm.disks, row.label.disks, strict=True)
+        found = partial(_as_found, dict(read) if row.status == BACKUP_DONE else {})
         try:
-            core.catalogue.put(row, lambda txn: core.inventory.end_action_in(txn, vm_uuid))
+            core.catalogue.put(row, lambda txn: core.inventory.end_action_in(txn, vm_uuid, found))
         except StorageError:  # then as much of it as goes
             try:
                 core.catalogue.put(row)
@@ -254,7 +258,7 @@ class _BackupJob:
         label = self._row.label
         resting, held = self._resting, facts.snapshot
         notes = [*_snapshot_notes(held), *_changes_notes(facts), *facts.notes, *resting.notes]
-        told = any(note.startswith("full: ") for note in notes)
+        told = any("full: " in note for note in notes)  # of all, or of a disk
         if facts.full and not self._full_wanted and not told:
             notes.insert(0, NOTHING_TO_BUILD_ON)
         recorded = {t: resting.identities[t] for t in held.recording & resting.identities.keys()}
@@ -324,6 +328,14 @@ def _require_disks(vm: Vm) -> None:
     if not 0 < len(vm.disks) <= DISKS_LIMIT:
         detail = f"VM {vm.name} has {len(vm.disks)} disks; a backup takes 1 to {DISKS_LIMIT}"
         raise Conflict("vm_no_disks", detail)
+
+
+def _as_found(read: Mapping[Disk, DiskBackup], vm: Vm) -> Vm:
+    """The VM with the sizes that its disks were found to have: a volume may have grown."""
+    disks = [
+        replace(disk, capacity=read[disk].capacity) if disk in read else disk for disk in vm.disks
+    ]
+    return replace(vm, disks=tuple(disks))
 
 
 def _parent(core: Core, row: Backup) -> Backup | None:

@@ -98,7 +98,8 @@ class Inventory(Protocol):
         """Makes the machine of a VM whose volumes are restored, if its label has one. Whether a
         hypervisor has it now: then it has the volumes too, whatever becomes of our note of that.
 
-        HypervisorAway, HypervisorRefused; then there is no machine.
+        HypervisorRefused; then there is no machine. HypervisorAway; then there may be one after
+        all, which has no volumes, as they go.
         """
         ...
 
@@ -114,7 +115,7 @@ class Inventory(Protocol):
         """Clears the action and applies `change`. A VM that is gone is no error."""
         ...
 
-    def end_action_in(self, txn: WriteTxn, uuid: str) -> None:
+    def end_action_in(self, txn: WriteTxn, uuid: str, change: Callable[[Vm], Vm] = ...) -> None:
         """The same, with what else the transaction changes."""
         ...
 
@@ -205,8 +206,10 @@ class EmbeddedInventory:
     def end_action(self, uuid: str, change: Callable[[Vm], Vm] = _unchanged) -> None:
         self.note(uuid, lambda vm: replace(change(vm), action=""))
 
-    def end_action_in(self, txn: WriteTxn, uuid: str) -> None:
-        self._note_in(txn, uuid, lambda vm: replace(vm, action=""))
+    def end_action_in(
+        self, txn: WriteTxn, uuid: str, change: Callable[[Vm], Vm] = _unchanged
+    ) -> None:
+        self._note_in(txn, uuid, lambda vm: replace(change(vm), action=""))
 
     def _note_in(self, txn: WriteTxn, uuid: str, change: Callable[[Vm], Vm]) -> None:
         before = self._state.vms.get_in(txn, uuid)

@@ -78,6 +78,7 @@ class Appender:
 
     def refresh_to_end(self) -> None:
         """See Domain.refresh_to_end."""
+        self.refresh()  # mends the view, if need be
         self.require_own_past()
         while not self._log.ends_before(self.refresh() + 1):
             pass

@@ -152,8 +152,11 @@ def checkpoint_name(seq: int, digest: bytes) -> str:
 
 def _from_checkpoint(fs: Fs, paths: DomainPaths, path: str, identity: bytes) -> View | None:
     """The view in the newest checkpoint that proves whole and belongs to this log, if any."""
-    with translated(paths.checkpoints):
+    try:
         names = [name for name in fs.listdir(paths.checkpoints) if _CHECKPOINT.fullmatch(name)]
+    except OSError as error:
+        log.warning("checkpoints_unreadable path=%s error=%s", paths.checkpoints, error)
+        return None
     for name in _announced(Log(fs, paths.log, paths.tmp), names):
         try:
             view = _adopted(fs, paths, name, path, identity)

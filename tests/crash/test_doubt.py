@@ -10,7 +10,6 @@ from unittest import mock
 import pytest
 
 from storage.errors import PointFull, PointUnreachable
-from storage.log import log as storage_log
 from storage.log.log import record_path
 from storage.view.tables import Tables
 from tests.crash_scripts import CHANGED, FULL
@@ -95,17 +94,18 @@ def test_a_record_that_may_be_there_is_not_said_to_have_found_no_room(world: Wor
     kept = world.save(FULL)
     domain = world.domain()
     refusing = Refusing(world.fs, epoch(world), 1)
-    real = storage_log.replace_same
+    tried = list[object]()
 
-    def full(*_: object) -> None:
+    def full(*arguments: object) -> None:
         patched.stop()
+        tried.append(arguments)
         raise OSError(errno.ENOSPC, "on purpose")
 
-    patched = mock.patch.object(storage_log, "replace_same", full)
+    patched = mock.patch("storage.log.log.replace_same", full)
     patched.start()
     with pytest.raises(PointUnreachable):
         domain.forget([kept.backup])
-    assert storage_log.replace_same is real
+    assert tried
     assert not refusing.left
     domain.refresh()
     assert domain.backups() == []

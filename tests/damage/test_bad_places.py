@@ -209,6 +209,26 @@ def test_a_read_that_fails_once_is_repeated(own: Site, medium: Medium) -> None:
         assert check_point(str(own.path), deep=True).findings == []
 
 
+def lose_directory(bad: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listdir = OsFs.listdir
+
+    def failing(fs: OsFs, path: str) -> list[str]:
+        if path == str(bad):
+            raise OSError(errno.EUCLEAN, os.strerror(errno.EUCLEAN), path)
+        return listdir(fs, path)
+
+    monkeypatch.setattr(OsFs, "listdir", failing)
+
+
+def test_checkpoints_that_cant_be_listed_are_not_needed(
+    own: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own.forget_view()
+    lose_directory(own.root / "checkpoints", monkeypatch)
+    with own.opened() as domain:
+        assert all(readable(domain, image) == [] for image in own.images)
+
+
 @pytest.mark.parametrize("root", ["packs", "manifests", "tmp"])
 def test_a_directory_of_nobody_that_cant_be_listed_is_in_nobodys_way(
     own: Site, root: str, monkeypatch: pytest.MonkeyPatch
@@ -218,14 +238,7 @@ def test_a_directory_of_nobody_that_cant_be_listed_is_in_nobodys_way(
         session = domain.begin("backup")
     bad = own.root / root / session.id
     bad.mkdir(exist_ok=True)
-    listdir = OsFs.listdir
-
-    def failing(fs: OsFs, path: str) -> list[str]:
-        if path == str(bad):
-            raise OSError(errno.EUCLEAN, os.strerror(errno.EUCLEAN), path)
-        return listdir(fs, path)
-
-    monkeypatch.setattr(OsFs, "listdir", failing)
+    lose_directory(bad, monkeypatch)
     with own.opened() as domain:
         assert dump(domain)["sessions"] == {}
         assert all(readable(domain, image) == [] for image in own.images)

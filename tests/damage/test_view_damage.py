@@ -259,6 +259,14 @@ def test_a_view_that_its_proof_makes_anew_is_no_checkpoint_if_it_lacks_something
         assert own.files()["checkpoints"] == before
 
 
+def test_whether_the_log_is_ours_is_asked_of_a_view_that_is_whole(own: Site) -> None:
+    with own.opened() as domain:
+        before = dump(domain)
+        domain.view.update(partial(flipped, random.Random(1), "meta", b"applied"))
+        domain.refresh_to_end()
+        assert dump(domain) == before
+
+
 def test_a_manifest_that_somebody_needs_stays(own: Site) -> None:
     """Though the count of its users is an older one."""
     first, second, _, last = own.images

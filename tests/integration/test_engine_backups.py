@@ -150,6 +150,25 @@ def test_a_backup_that_is_seen_to_have_ended_leaves_its_vm_idle(rig: EngineRig) 
     assert set(ended) == {(BACKUP_DONE, ""), (BACKUP_FAILED, "")}
 
 
+def test_a_disk_that_has_grown_is_a_reason_of_its_own_for_a_full_backup(rig: EngineRig) -> None:
+    vm = rig.make_vm("web", random_bytes(MIB, 1))
+    rig.back_up(vm)
+    rig.volume(vm.disks[0]).write_bytes(random_bytes(2 * MIB, 2))
+    grown = rig.back_up(vm).label
+    assert grown.full
+    assert [note for note in grown.notes if "full: " in note] == ["sda full: its size changed"]
+
+
+def test_a_vm_is_shown_with_the_size_that_its_backup_found(rig: EngineRig) -> None:
+    vm = rig.make_vm("web", random_bytes(MIB, 1), random_bytes(MIB, 2))
+    rig.volume(vm.disks[0]).write_bytes(random_bytes(2 * MIB, 3))
+    made = rig.back_up(vm)
+    now = rig.engine.vm(vm.uuid)
+    for disks in (made.label.disks, now.disks):
+        assert [disk.capacity for disk in disks] == [2 * MIB, MIB]
+    assert now == replace(vm, disks=now.disks)
+
+
 def test_a_vm_that_can_not_be_noted_does_not_keep_its_backup_running(rig: EngineRig) -> None:
     vm = rig.make_vm("web", disk_bytes(MIB, 1))
     failing = mock.Mock(side_effect=Damaged("the VM's row"))
