@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from engine.catalogue.labels import at_home, decode_label, encode_label, settled_backup
 from engine.core import Core
-from engine.errors import Invalid, NotFound
+from engine.errors import EngineError, Invalid, NotFound
 from engine.ids import normal
 from engine.inventory.inventory import find
 from engine.model import Backup, Cluster
@@ -148,7 +148,7 @@ def _give_back(core: Core, fresh: Sequence[Backup]) -> None:
             core.catalogue.remove(row)
             core.points.domain(row.point_uuid, row.cluster_uuid).forget([row.uuid])
             core.points.reclaim(row.point_uuid, 0)
-        except (StorageError, NotFound):
+        except (EngineError, StorageError):
             log.exception("import_not_undone", extra={"backup": row.uuid})
 
 

@@ -8,16 +8,18 @@ import threading
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import msgspec
 import pytest
 
 from engine.catalogue.labels import UNREADABLE_NAME
 from engine.config import ClusterConfig, Config, PointConfig, parse_config
-from engine.errors import Conflict, EngineError, Invalid, NotFound
+from engine.core import Core
+from engine.errors import Conflict, EngineError, Invalid, NotFound, PointStateError
 from engine.model import Backup, PointKind
-from engine.points import keeper, points
+from engine.points import keeper, points, remote
 from engine.service import Engine
 from engine.verb_types import BackupQuery, Scope
 from storage.domain.domain import Domain
@@ -148,6 +150,26 @@ def test_an_import_is_all_or_nothing(tmp_path: Path) -> None:
         domain = two.core.points.domain(first, two.cluster_uuid)
         domain.refresh()
         assert domain.backups() == []
+
+
+def test_a_point_that_is_being_detached_keeps_no_other_from_what_is_given_back() -> None:
+    given: list[str] = []
+
+    def domain(point: str, _cluster: str) -> object:
+        if point == "closing":
+            raise PointStateError("backup point closing is not open")
+        return SimpleNamespace(forget=given.extend)
+
+    core = SimpleNamespace(
+        catalogue=SimpleNamespace(remove=lambda _row: None),
+        points=SimpleNamespace(domain=domain, reclaim=lambda *_: True),
+    )
+    rows = [
+        SimpleNamespace(uuid=uuid, point_uuid=point, cluster_uuid="c")
+        for uuid, point in (("a", "closing"), ("b", "open"))
+    ]
+    remote._give_back(cast(Core, core), cast(list[Backup], rows))
+    assert given == ["b"]
 
 
 def test_an_import_that_fails_gives_back_what_it_has_brought_itself(
