@@ -22,7 +22,7 @@ from engine.inventory.volumes import directories_above, directory_id
 from engine.model import BackupPoint, PointKind
 from engine.points.keeper import Keeper, Opened, Surroundings
 from engine.probes import Probes
-from engine.state import State
+from engine.state import State, pack_read_key
 from engine.verb_types import PointState
 from storage.domain.domain import Domain
 from storage.errors import (
@@ -196,7 +196,7 @@ class Points:
     def detach(self, uuid: str) -> None:
         """Lets go of the point; nothing on it changes. NotFound. Whether jobs run is not asked."""
         keeper = self._keeper(uuid)
-        self._state.points.delete(uuid)
+        _forget(self._state, uuid)
         with self._lock:
             self._keepers.pop(uuid, None)
         keeper.stop()
@@ -277,6 +277,16 @@ class Points:
             except (Invalid, StorageError) as error:
                 log.warning("point_not_attached", extra={"path": wanted.path, "error": str(error)})
             self._stopping.wait(self._around.limits.point_refresh_s)
+
+
+def _forget(state: State, uuid: str) -> None:
+    """The point's row, and when its packs were read: a row for each pack, which every verify of
+    another point would go through for good. What is damaged there stays known: it may come back."""
+    with state.store.write() as txn:
+        state.points.delete_in(txn, uuid)
+        read = [row.pack for row in state.pack_reads.each_in(txn) if row.point_uuid == uuid]
+        for pack in read:
+            state.pack_reads.delete_in(txn, pack_read_key(uuid, pack))
 
 
 def _checked_kind(kind: str) -> PointKind:

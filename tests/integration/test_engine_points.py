@@ -383,6 +383,18 @@ def test_detach_keeps_and_erase_deletes_our_own_only(tmp_path: Path) -> None:
         assert one.restore(one.engine.backup(ANYWHERE, kept), "copy") == [disk_bytes(MIB, 1)]
 
 
+def test_of_a_detached_point_no_row_for_each_pack_is_left(tmp_path: Path) -> None:
+    with EngineRig(tmp_path / "data") as rig:
+        home = rig.point_uuid
+        other = attach(rig, tmp_path / "other")
+        for point in (home, other):
+            back_up_to(rig, point, disk_bytes(MIB, 1), point)
+            rig.succeed(rig.engine.start_maintenance("verify", point, True))
+        assert {row.point_uuid for row in rig.core.state.pack_reads.values()} == {home, other}
+        rig.engine.delete_point(other, erase=False)
+        assert {row.point_uuid for row in rig.core.state.pack_reads.values()} == {home}
+
+
 def test_a_point_that_a_job_works_on_stays(tmp_path: Path) -> None:
     with EngineRig(tmp_path / "a", ONE_JOB) as rig:
         vm = rig.make_vm("web", disk_bytes(MIB, 1))
