@@ -7,7 +7,8 @@ the next backup that has its content stores it anew. What was healed, or deleted
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 from engine.errors import EngineError
@@ -38,24 +39,25 @@ def remember_distrusted(
         except (EngineError, StorageError):
             continue
         try:
-            _write_down(state, point_uuid, cluster_uuid, domain)
+            domain.trust.keep(partial(_write_down, state, point_uuid, cluster_uuid))
         except StorageError:
             log.exception("distrust_not_remembered", extra={"point": point_uuid})
 
 
-def _write_down(state: State, point_uuid: str, cluster_uuid: str, domain: Domain) -> None:
-    """Looks and writes in one transaction: what two jobs have found is not written over by the one
-    that looked first."""
-    with state.store.write() as txn:
-        found = domain.trust.withdrawn()
-        rows = [_row(point_uuid, cluster_uuid, pack, chunks) for pack, chunks in found.items()]
-        before = _of_domain(state.distrusts.values_in(txn), point_uuid, cluster_uuid)
-        for row in before:
-            if row.pack not in found:
-                state.distrusts.delete_in(txn, distrust_key(row))
-        for row in rows:
-            if row not in before:
-                state.distrusts.put_in(txn, row)
+def _write_down(
+    state: State,
+    point_uuid: str,
+    cluster_uuid: str,
+    found: Mapping[str, frozenset[bytes] | None],
+) -> None:
+    rows = [_row(point_uuid, cluster_uuid, pack, chunks) for pack, chunks in found.items()]
+    before = _of_domain(state.distrusts.values(), point_uuid, cluster_uuid)
+    gone = [distrust_key(row) for row in before if row.pack not in found]
+    if gone:
+        state.distrusts.delete(*gone)
+    fresh = [row for row in rows if row not in before]
+    if fresh:
+        state.distrusts.put_all(fresh)
 
 
 def recall_distrusted(

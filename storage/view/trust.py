@@ -7,7 +7,7 @@ by, and so it is healed: its newest copy is its place, and that one is trusted.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from storage.view import tables
 from storage.view.tables import LOST_PACK, ChunkRow, Tables, unpack_chunk_row
@@ -20,6 +20,7 @@ class Trust:
     def __init__(self, view: View) -> None:
         self._view = view
         self._lock = threading.Lock()
+        self._keeping = threading.Lock()  # of who writes down what is withdrawn
         self._by_pack: dict[str, frozenset[bytes] | None] = {}
         self._by_number: dict[int, frozenset[bytes] | None] = {}  # replaced, never changed
 
@@ -42,6 +43,12 @@ class Trust:
             self._by_pack = {pack: some for pack, some in still.items() if some != frozenset()}
             self._by_number = self._resolved(self._by_pack)
             return dict(self._by_pack)
+
+    def keep(self, write: Callable[[Mapping[str, frozenset[bytes] | None]], None]) -> None:
+        """Has `write` write down what is `withdrawn`: one at a time, so who writes last has looked
+        last."""
+        with self._keeping:
+            write(self.withdrawn())
 
     def follow(self) -> None:
         """After the view was made anew: its packs may have other numbers."""

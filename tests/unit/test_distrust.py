@@ -13,18 +13,28 @@ from engine.points.distrust import remember_distrusted
 from engine.points.points import Points
 from engine.state import State
 from storage.errors import PointFull
+from storage.view.trust import Trust
 
 PATIENCE_S = 20.0
 
 
-def points_with(withdrawn: Callable[[], dict[str, None]]) -> Points:
-    """Each with a domain that distrusts these packs."""
-    domain = SimpleNamespace(trust=SimpleNamespace(withdrawn=withdrawn))
-    return cast(Points, SimpleNamespace(domain=lambda *_: domain))
+Looks = Callable[[], dict[str, frozenset[bytes] | None]]
 
 
-def remember(state: State, withdrawn: Callable[[], dict[str, None]]) -> None:
-    remember_distrusted(state, points_with(withdrawn), "p", ("c",))
+class Found(Trust):
+    """What is withdrawn, as each look in turn tells it."""
+
+    def __init__(self, *looks: Looks) -> None:
+        self._keeping = threading.Lock()
+        self._looks = list(looks)
+
+    def withdrawn(self) -> dict[str, frozenset[bytes] | None]:
+        return self._looks.pop(0)()
+
+
+def remember(state: State, trust: Trust) -> None:
+    points = SimpleNamespace(domain=lambda *_: SimpleNamespace(trust=trust))
+    remember_distrusted(state, cast(Points, points), "p", ("c",))
 
 
 def packs(state: State) -> list[str]:
@@ -32,20 +42,21 @@ def packs(state: State) -> list[str]:
 
 
 def test_what_was_healed_is_forgotten(state: State) -> None:
-    remember(state, lambda: {"one": None, "two": None})
-    remember(state, lambda: {"two": None})
+    trust = Found(lambda: {"one": None, "two": None}, lambda: {"two": None})
+    remember(state, trust)
+    remember(state, trust)
     assert packs(state) == ["two"]
 
 
 def test_what_is_found_by_two_at_once_is_all_kept(state: State) -> None:
-    second = threading.Thread(target=remember, args=(state, lambda: {"one": None, "two": None}))
-
-    def looks() -> dict[str, None]:
+    def looks() -> dict[str, frozenset[bytes] | None]:
         second.start()
         second.join(0.2)
         return {"one": None}
 
-    remember(state, looks)
+    trust = Found(looks, lambda: {"one": None, "two": None})
+    second = threading.Thread(target=remember, args=(state, trust))
+    remember(state, trust)
     second.join(PATIENCE_S)
     assert packs(state) == ["one", "two"]
 
@@ -56,9 +67,10 @@ def test_a_state_that_is_full_keeps_no_job_from_its_end(
     def full(*_: object) -> None:
         raise PointFull("state is full")
 
+    trust = Found(lambda: {"one": None}, lambda: {"one": None})
     with monkeypatch.context() as patch:
         patch.setattr(state.distrusts, "put_in", full)
-        remember(state, lambda: {"one": None})
+        remember(state, trust)
     assert packs(state) == []
-    remember(state, lambda: {"one": None})
+    remember(state, trust)
     assert packs(state) == ["one"]
