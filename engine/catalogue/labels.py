@@ -13,6 +13,7 @@ import msgspec
 from msgspec.structs import replace
 
 from engine.inventory.inventory import Places, default_of
+from engine.libvirt.foreign import harmless
 from engine.model import Backup, BackupLabel, DiskBackup
 from storage.view.listing import BackupRow
 
@@ -68,6 +69,16 @@ def at_home(label: BackupLabel, places: Places) -> BackupLabel:
         tenant=tenant.uuid,
         tenant_name=tenant.name,
     )
+
+
+def imported(label: BackupLabel, places: Places) -> BackupLabel:
+    """Another cluster's label as it stands in one of ours: at home, and with no more of a machine
+    than may be made here (engine.libvirt.foreign)."""
+    label = at_home(label, places)
+    if label.machine is None:
+        return label
+    machine, notes = harmless(label.machine)
+    return replace(label, machine=machine, notes=(*label.notes, *notes))
 
 
 def _true_disks(label: BackupLabel, row: BackupRow) -> tuple[DiskBackup, ...]:

@@ -33,7 +33,7 @@ def machine_of(
         xml = with_plugged_disks(kept, domain.XMLDesc(XML_SECURE))
     except (LibvirtFault, ValueError) as error:
         return None, (f"the domain's XML is not in the backup: {error}",)
-    packed = _deflated(xml.encode())
+    packed = deflated(xml.encode())
     if not packed:
         return None, ("the domain's XML is not in the backup: it is too large",)
     nvram, notes = b"", tuple[str, ...]()
@@ -45,7 +45,7 @@ def machine_of(
         read = partial(read_tpm, tpm_directory, facts.uuid, facts.tpm)
         tpm, more = _small_file("the TPM's state is not", read)
         notes += more
-    return Machine(packed, _deflated(checkpoint.encode()), nvram, tpm), notes
+    return Machine(packed, deflated(checkpoint.encode()), nvram, tpm), notes
 
 
 def with_plugged_disks(kept: str, live: str) -> str:
@@ -79,8 +79,8 @@ def inflated_bytes(packed: bytes, most_bytes: int) -> bytes:
     return found if stream.eof else b""
 
 
-def _deflated(content: bytes) -> bytes:
-    """b"" for what is too large."""
+def deflated(content: bytes) -> bytes:
+    """b"" for what is empty or too large."""
     packed = zlib.compress(content) if 0 < len(content) <= MOST_NVRAM_BYTES else b""
     return packed if len(packed) <= MOST_DEFLATED_BYTES else b""
 
@@ -88,7 +88,7 @@ def _deflated(content: bytes) -> bytes:
 def _small_file(what: str, read: Callable[[], bytes]) -> tuple[bytes, tuple[str, ...]]:
     """(the file, deflated; a note if it is not kept)."""
     try:
-        packed = _deflated(read())
+        packed = deflated(read())
         why = "" if packed else "it is empty or too large"
     except OSError as error:
         packed, why = b"", error.strerror or str(error)

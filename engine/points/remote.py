@@ -11,7 +11,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.catalogue.labels import at_home, decode_label, encode_label, settled_backup
+from engine.catalogue.labels import decode_label, encode_label, imported, settled_backup
 from engine.core import Core
 from engine.errors import EngineError, Invalid, NotFound
 from engine.ids import normal
@@ -127,7 +127,7 @@ def _take(
     domain = core.points.domain(point_uuid, cluster.uuid)
 
     def relabel(row: BackupRow) -> bytes:
-        return encode_label(at_home(decode_label(row), places))
+        return encode_label(imported(decode_label(row), places))
 
     try:
         rows = (

@@ -13,12 +13,15 @@ from typing import Any, cast
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
-from engine.catalogue.labels import UNREADABLE_NAME
+from engine.catalogue.labels import UNREADABLE_NAME, encode_label
 from engine.config import ClusterConfig, Config, PointConfig, parse_config
 from engine.core import Core
 from engine.errors import Conflict, EngineError, Invalid, NotFound, PointStateError
-from engine.model import Backup, PointKind
+from engine.ids import new_id
+from engine.libvirt.machine import deflated, inflated
+from engine.model import Backup, Machine, PointKind
 from engine.points import keeper, points, remote
 from engine.service import Engine
 from engine.verb_types import BackupQuery, Scope
@@ -277,6 +280,28 @@ def test_junk_labels_are_shown_and_crash_nothing(tmp_path: Path) -> None:
         assert [disk.capacity for disk in found[0].backup.label.disks] == [MIB]
         rig.engine.import_backups(rig.cluster_uuid, [(uuids[0], rig.point_uuid)])
         rig.engine.delete_backup(ANYWHERE, uuids[0])
+
+
+def test_an_import_keeps_no_more_of_a_machine_than_may_be_made_here(tmp_path: Path) -> None:
+    xml = "<domain><devices><emulator>/evil</emulator><hostdev/></devices></domain>"
+    with EngineRig(tmp_path / "a") as one:
+        point = attach(one, tmp_path / "shared")
+        backup = back_up_to(one, point, disk_bytes(MIB, 1), "vm")
+        label = one.core.catalogue.whole(one.engine.backup(ANYWHERE, backup)).label
+        evil = new_id()
+        with one.core.points.domain(point, one.cluster_uuid).begin("backup") as session:
+            session.manifest(disk := new_id(), MIB, None)
+            label = replace(label, machine=Machine(deflated(xml.encode()), checkpoint=b"any"))
+            session.commit([NewBackup(evil, encode_label(label), [disk])])
+        with EngineRig(tmp_path / "b") as two:
+            attach(two, tmp_path / "shared", "theirs")
+            two.engine.import_backups(two.cluster_uuid, [(evil, point)])
+            found = two.core.catalogue.whole(two.engine.backup(ANYWHERE, evil)).label
+            assert found.machine is not None
+            assert inflated(found.machine.xml) == "<domain><devices /></domain>"
+            assert found.machine.checkpoint == b""
+            left_out = "the domain is another cluster's; left out of its XML: hostdev"
+            assert found.notes == (*label.notes, left_out)
 
 
 def test_attaching_twice_or_rubbish_is_refused(tmp_path: Path) -> None:

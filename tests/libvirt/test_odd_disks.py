@@ -6,6 +6,7 @@ What we can't read QEMU can: the same disks of a running domain are backed up li
 from __future__ import annotations
 
 import contextlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,8 +18,10 @@ import pytest
 
 from engine.libvirt.binding import Domain
 from engine.libvirt.domains import read_domain
+from engine.libvirt.foreign import harmless
+from engine.libvirt.machine import deflated, inflated
 from engine.libvirt.revive import NewDomain, new_domain_xml
-from engine.model import Job, Vm
+from engine.model import Job, Machine, Vm
 from tests.engine_rig import PATIENCE_S, EngineRig
 from tests.libvirt.host import MIB, Host, Image, disk_xml
 from tests.libvirt.lab import NAME, Lab, make_lab
@@ -147,6 +150,23 @@ def test_one_that_is_restored_to_a_raw_file_is_one_that_libvirt_takes(
     made = host.connection.defineXML(new_domain_xml(old.XMLDesc(), new))
     (found,) = read_domain(made.XMLDesc()).disks
     assert (found.kind, found.source, found.format) == ("file", f"{host.root}/pool/v", "raw")
+    for domain in (old, made):
+        domain.undefineFlags(0)
+
+
+def test_a_domain_that_another_cluster_kept_is_one_that_libvirt_takes(host: Host) -> None:
+    """And its emulator is not the one that is named there."""
+    image = host.image("vda", "foreign.raw", MIB, "raw")
+    old = host.define("stranger", [image])
+    theirs = re.sub("<emulator>.*?<", "<emulator>/nowhere/evil<", old.XMLDesc())
+    machine, notes = harmless(Machine(deflated(theirs.encode())))
+    assert machine is not None
+    assert notes == ()
+    new = NewDomain(str(uuid4()), "known", {"vda": (f"{host.root}/pool/v", "raw")}, marks={})
+    made = host.connection.defineXML(new_domain_xml(inflated(machine.xml), new))
+    assert re.findall("<emulator>.*?<", made.XMLDesc()) == re.findall(
+        "<emulator>.*?<", old.XMLDesc()
+    )
     for domain in (old, made):
         domain.undefineFlags(0)
 
