@@ -158,7 +158,10 @@ class Point:
                 found.append(self.cluster(name))
             except StorageError as error:
                 # Anybody's domain: it must not hide the others.
-                log.warning("domain_unreadable path=%s error=%s", os.path.join(root, name), error)
+                log.warning(
+                    "domain_unreadable",
+                    extra={"path": os.path.join(root, name), "error": str(error)},
+                )
         return [label for label in found if label is not None]
 
     def cluster(self, name: str) -> ClusterLabel | None:

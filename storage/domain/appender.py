@@ -65,11 +65,13 @@ class Appender:
                 while self._domain.ballast.spend(self._fold_next):
                     pass
             except FileGone as error:
-                log.info("view_made_anew domain=%s reason=%s", self._paths.root, error)
+                log.info("view_made_anew", extra={"domain": self._paths.root, "reason": str(error)})
                 self.rebuild()
             except (FileDamaged, Refused, ChunkMissing, ViewDamaged) as error:
                 # A file is damaged, or was when this view or the record's author looked.
-                log.warning("view_made_anew domain=%s reason=%s", self._paths.root, error)
+                log.warning(
+                    "view_made_anew", extra={"domain": self._paths.root, "reason": str(error)}
+                )
                 self.rebuild()
             with self._view.read() as state:
                 seq, digest = tables.applied(state)
@@ -118,9 +120,8 @@ class Appender:
         with self.lock:
             if self._view.suspect:
                 log.warning(
-                    "view_made_anew domain=%s reason=%s",
-                    self._paths.root,
-                    self._view.suspect,
+                    "view_made_anew",
+                    extra={"domain": self._paths.root, "reason": self._view.suspect},
                 )
                 self.rebuild()
 
@@ -211,8 +212,8 @@ class Appender:
         try:
             self.refresh()
         except StorageError as error:  # the next refresh tries it again
-            fields = (published.seq, self._view.path, error)
-            log.warning("view_behind seq=%d path=%s error=%s", *fields)
+            fields = {"seq": published.seq, "path": self._view.path, "error": str(error)}
+            log.warning("view_behind", extra=fields)
 
     def _next_record(self, state: Tables, ops: Sequence[Op]) -> Record:
         seq, previous = tables.applied(state)

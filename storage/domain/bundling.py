@@ -42,7 +42,9 @@ class Bundling:
             except (PointFull, PointReadOnly):
                 break
             except StorageError as error:
-                log.warning("records_not_bundled domain=%s error=%s", domain.paths.root, error)
+                log.warning(
+                    "records_not_bundled", extra={"domain": domain.paths.root, "error": str(error)}
+                )
             self._next = last + 1
         return made
 

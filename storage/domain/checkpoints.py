@@ -44,7 +44,9 @@ def publish_checkpoint(domain: Domain) -> None:
         shutil.rmtree(copy_directory, ignore_errors=True)
     op = Checkpoint(seq=seq, digest=digest, size_bytes=size_bytes)
     domain.append(lambda _: [op], spend_ballast=False)
-    log.info("checkpoint_published domain=%s seq=%d bytes=%d", domain.paths.root, seq, size_bytes)
+    log.info(
+        "checkpoint_published", extra={"domain": domain.paths.root, "seq": seq, "bytes": size_bytes}
+    )
     _drop_old(domain)
 
 
@@ -81,7 +83,7 @@ def _put(domain: Domain, copy: str, seq: int) -> tuple[bytes, int]:
         try:
             publish(fs, fd, tmp, os.path.join(paths.checkpoints, name))
         except FileExistsError:
-            log.info("checkpoint_there_already name=%s", name)
+            log.info("checkpoint_there_already", extra={"checkpoint": name})
     return hasher.digest(), offset
 
 

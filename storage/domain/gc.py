@@ -128,7 +128,7 @@ def reclaim(
         report = _both(report, execute_gc(domain, replace(plan, dead=()), cancelled))
         domain.checkpoint_if_due(CHECKPOINT_EVERY_RECORDS)
     except PointFull as error:
-        log.warning("gc_short_of_room domain=%s error=%s", domain.paths.root, error)
+        log.warning("gc_short_of_room", extra={"domain": domain.paths.root, "error": str(error)})
         return replace(report, short_of_room=True)
     return report
 

@@ -110,7 +110,7 @@ def import_backups(
             # another host of ours took the same ones over, or somebody stored the same chunks.
             if attempt + 1 == ATTEMPTS:
                 raise
-            log.info("import_again domain=%s reason=%s", source.root, error)
+            log.info("import_again", extra={"domain": source.root, "reason": str(error)})
     return [domain.backup(backup) for backup in dict.fromkeys(wanted)]
 
 
@@ -276,7 +276,7 @@ def _holders(
             with translated(path):
                 _, entries = read_footer(domain.fs, path)
         except (Damaged, PointUnreachable) as error:
-            log.info("pack_passed_over path=%s error=%s", path, error)
+            log.info("pack_passed_over", extra={"path": path, "error": str(error)})
             unread = unread or error
             continue
         held = {entry.chunk_id: entry.base for entry in entries if entry.chunk_id in left}

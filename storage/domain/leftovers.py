@@ -67,7 +67,7 @@ class Leftovers:
             busy = {row.host for _, row in tables.sessions.scan(state)}
         gone = [host for host in silent if host not in busy and _try(domain, host)]
         if gone:
-            log.info("hosts_cleared domain=%s hosts=%s", domain.paths.root, gone)
+            log.info("hosts_cleared", extra={"domain": domain.paths.root, "hosts": gone})
         return len(gone)
 
 
@@ -88,7 +88,7 @@ def _try(domain: Domain, host: str) -> bool:
     try:
         return _cleared(domain, host)
     except StorageError as error:
-        log.warning("host_not_cleared host=%s error=%s", host, error)
+        log.warning("host_not_cleared", extra={"host": host, "error": str(error)})
         return False
 
 

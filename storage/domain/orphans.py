@@ -59,7 +59,7 @@ def _unneeded(domain: Domain, manifests: list[str]) -> list[str]:
     try:
         contradicted = domain.view.ask(needed).intersection(manifests)
     except StorageError as error:
-        log.warning("manifests_left domain=%s error=%s", domain.paths.root, error)
+        log.warning("manifests_left", extra={"domain": domain.paths.root, "error": str(error)})
         return []
     if contradicted:
         domain.view.suspect = f"view: manifest {min(contradicted)} went, but is needed"
@@ -86,7 +86,7 @@ def sweep(domain: Domain, *, thorough: bool = True) -> int:
     try:
         domain.refresh_to_end()
     except (PointFull, PointReadOnly) as error:
-        log.warning("orphans_left domain=%s error=%s", paths.root, error)
+        log.warning("orphans_left", extra={"domain": paths.root, "error": str(error)})
         return 0
     gone = 0
     if not any(listed.values()):
@@ -98,7 +98,7 @@ def sweep(domain: Domain, *, thorough: bool = True) -> int:
             for session, names in sessions.items():
                 gone += _sweep_session(fs, state, root, session, names, known)
     if gone:
-        log.info("orphans_removed domain=%s files=%d", paths.root, gone)
+        log.info("orphans_removed", extra={"domain": paths.root, "files": gone})
     return gone
 
 
@@ -133,7 +133,7 @@ def readable_names(fs: Fs, directory: str) -> list[str]:
     try:
         return names_in(fs, directory)
     except OSError as error:
-        log.warning("directory_unreadable path=%s error=%s", directory, error)
+        log.warning("directory_unreadable", extra={"path": directory, "error": str(error)})
         return []
 
 
@@ -167,7 +167,7 @@ def _unlink(fs: Fs, path: str) -> bool:
     except FileNotFoundError:
         return False
     except OSError as error:
-        log.warning("unlink_failed path=%s error=%s", path, error)
+        log.warning("unlink_failed", extra={"path": path, "error": str(error)})
         return False
     return True
 
@@ -181,4 +181,4 @@ def _remove_if_empty(fs: Fs, directory: str) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
-        log.debug("rmdir_failed path=%s error=%s", directory, error)
+        log.debug("rmdir_failed", extra={"path": directory, "error": str(error)})

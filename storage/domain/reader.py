@@ -327,7 +327,7 @@ class ChunkReader:
         self, run: ReadRun, memory: _Memory, attempts: int
     ) -> Iterator[tuple[FramePlace, Buffer | ChunkDamaged]]:
         """The pack's name is gone: gc has moved its live chunks. Looks them up anew."""
-        log.info("pack_moved pack=%s", run.pack)
+        log.info("pack_moved", extra={"pack": run.pack})
         frames = [*run.frames, *(patch.place for f in run.frames for patch in f.patches)]
         targets = {place.chunk_id: list(place.targets) for place in frames if place.targets}
         yield from self._read_anew(targets, run.held, memory, attempts)

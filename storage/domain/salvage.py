@@ -124,7 +124,7 @@ class Salvage:
         try:
             domain.append(lambda _: ops, spend_ballast=False)
         except PointFull as error:
-            log.info("salvage_refused domain=%s error=%s", domain.paths.root, error)
+            log.info("salvage_refused", extra={"domain": domain.paths.root, "error": str(error)})
             return 0
         for one, (session, names) in zip(saved, found, strict=True):
             self._link(one, session, names)
@@ -132,7 +132,7 @@ class Salvage:
             self._saved += saved
             self._forget_index()
         count = sum(len(one.packs) for one in saved)
-        log.info("packs_salvaged domain=%s packs=%d", domain.paths.root, count)
+        log.info("packs_salvaged", extra={"domain": domain.paths.root, "packs": count})
         return count
 
     def _sealed(self, session: str, inodes: set[int]) -> list[str]:
@@ -169,7 +169,7 @@ class Salvage:
                 saved.packs.append(path)
             fs.fsync_dir(target)
         except OSError as error:
-            log.warning("salvage_incomplete session=%s error=%s", session, error)
+            log.warning("salvage_incomplete", extra={"session": session, "error": str(error)})
 
     # Looking up -----------------------------------------------------------------------------
 
@@ -193,13 +193,13 @@ class Salvage:
         self._packs = [path for saved in self._saved for path in saved.packs]
         for number, path in enumerate(self._packs):
             if places.count >= CHUNKS_LIMIT:
-                log.info("salvage_not_all_indexed domain=%s", self._domain.paths.root)
+                log.info("salvage_not_all_indexed", extra={"domain": self._domain.paths.root})
                 break
             try:
                 with translated(path):
                     _, entries = read_footer(self._domain.fs, path)
             except StorageError as error:
-                log.warning("salvage_unusable path=%s error=%s", path, error)
+                log.warning("salvage_unusable", extra={"path": path, "error": str(error)})
                 continue
             for entry in entries:
                 places.add(entry.chunk_id, number)
@@ -246,6 +246,6 @@ class Salvage:
             # Somebody took us for dead; whether it lived to unlink is not known.
             orphans.unlink_garbage(self._domain, Garbage(sessions=[saved.session]))
         except StorageError as error:
-            log.warning("salvage_left session=%s error=%s", saved.session, error)
+            log.warning("salvage_left", extra={"session": saved.session, "error": str(error)})
             with self._lock:
                 self._saved.append(saved)  # for the next drop

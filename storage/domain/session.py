@@ -191,7 +191,7 @@ class Session:
                 self.adopt_pack(path)
             except StorageError as error:
                 # Its chunks are stored again, which tells what is wrong if the point itself is.
-                log.info("pack_not_salvaged path=%s error=%s", path, error)
+                log.info("pack_not_salvaged", extra={"path": path, "error": str(error)})
                 self._domain.salvage.gone(path)
                 return False
             self._adopted.add(path)
@@ -382,7 +382,7 @@ class Session:
         try:
             self._domain.abort(self.id)
         except SessionEnded:
-            log.info("session_ended_already session=%s", self.id)
+            log.info("session_ended_already", extra={"session": self.id})
         except StorageError as error:
-            log.warning("session_left_open session=%s error=%s", self.id, error)
+            log.warning("session_left_open", extra={"session": self.id, "error": str(error)})
             self._domain.leave_open(self.id)

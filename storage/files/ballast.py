@@ -68,7 +68,7 @@ class Ballast:
             try:
                 self._keep()
             except (OSError, StorageError) as error:
-                log.info("ballast_not_made path=%s error=%s", self._path, error)
+                log.info("ballast_not_made", extra={"path": self._path, "error": str(error)})
 
     def spend(self, act: Callable[[], ResultT]) -> ResultT:
         """act(), and, when that raises PointFull, once more in the room that the ballast took."""
@@ -118,5 +118,5 @@ class Ballast:
                 self._fs.unlink(self._path)
             except OSError:
                 return False
-            log.warning("ballast_given_up path=%s", self._path)
+            log.warning("ballast_given_up", extra={"path": self._path})
             return True

@@ -88,7 +88,7 @@ class Log:
                     return []
             return self._proved(body, seq, previous, path)
         except StorageError as error:
-            log.warning("bundle_unusable path=%s error=%s", path, str(error))
+            log.warning("bundle_unusable", extra={"path": path, "error": str(error)})
             return []
 
     def _proved(

@@ -71,7 +71,7 @@ def open_view(fs: Fs, paths: DomainPaths, path: str, identity: bytes, us: Host) 
         try:
             return View(path, identity)
         except Damaged as error:
-            log.warning("view_discarded path=%s error=%s", path, error)
+            log.warning("view_discarded", extra={"path": path, "error": str(error)})
             destroy(path)
     view = _from_checkpoint(fs, paths, path, identity)
     if view is None:
@@ -114,7 +114,8 @@ def _make_view(fs: Fs, paths: DomainPaths, path: str, identity: bytes, us: Host)
         # named it still when it had been missed before. (Others may append all the time.)
         if lost <= before or records.read_surely(last + 1) is None:
             if lost:
-                log.warning("view_incomplete path=%s: what the point lost is missing in it", path)
+                why = "what the point lost is missing in it"
+                log.warning("view_incomplete", extra={"path": path, "why": why})
             _settle_names(records, last, us)
             return
         before = lost
@@ -155,16 +156,18 @@ def _from_checkpoint(fs: Fs, paths: DomainPaths, path: str, identity: bytes) -> 
     try:
         names = [name for name in fs.listdir(paths.checkpoints) if _CHECKPOINT.fullmatch(name)]
     except OSError as error:
-        log.warning("checkpoints_unreadable path=%s error=%s", paths.checkpoints, error)
+        log.warning(
+            "checkpoints_unreadable", extra={"path": paths.checkpoints, "error": str(error)}
+        )
         return None
     for name in _announced(Log(fs, paths.log, paths.tmp), names):
         try:
             view = _adopted(fs, paths, name, path, identity)
         except StorageError as error:
-            log.warning("checkpoint_unusable name=%s error=%s", name, error)
+            log.warning("checkpoint_unusable", extra={"checkpoint": name, "error": str(error)})
             destroy(_unfinished(path))
         else:
-            log.info("view_from_checkpoint name=%s path=%s", name, path)
+            log.info("view_from_checkpoint", extra={"checkpoint": name, "path": path})
             return view
     return None
 
@@ -202,13 +205,13 @@ def _announced(records: Log, names: list[str]) -> Iterator[str]:
             vouched |= _announced_from(records, start, known)
         except Damaged as error:
             # Who starts from there needs this record itself; from the log's start, its bundle.
-            log.warning("checkpoint_unusable name=%s error=%s", name, error)
+            log.warning("checkpoint_unusable", extra={"checkpoint": name, "error": str(error)})
             return
         known = start
         if name in vouched:
             yield name
         else:
-            log.warning("checkpoint_unannounced name=%s", name)
+            log.warning("checkpoint_unannounced", extra={"checkpoint": name})
 
 
 def _announced_from(records: Log, seq: int, end: int | None) -> set[str]:
@@ -294,7 +297,7 @@ def _unplaced_packs(
             try:
                 filling.place(number, contents.footer(pack, digest))
             except (FileDamaged, FileGone) as error:
-                log.info("pack_unreadable pack=%s error=%s", pack, error)
+                log.info("pack_unreadable", extra={"pack": pack, "error": str(error)})
                 yield pack, str(error)
         first = packs[-1][0] + 1
 
@@ -325,7 +328,7 @@ def _fill_disk(update: Update, contents: Contents, filling: Filling, disk: str) 
             for _, page in batch:
                 filling.refer(page_chunks(page))
     except (FileDamaged, FileGone) as error:
-        log.info("map_unreadable disk=%s error=%s", disk, error)
+        log.info("map_unreadable", extra={"disk": disk, "error": str(error)})
         while pages := update(partial(_take_pages, layer=layer)):
             for page in pages:
                 filling.refer(page_chunks(page), -1)

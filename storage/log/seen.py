@@ -75,7 +75,7 @@ class Seen:
                     _write(self._path, self._last)
                 except OSError as error:
                     # It only watches: the record itself stands.
-                    log.warning("seen_not_written path=%s error=%s", self._path, error)
+                    log.warning("seen_not_written", extra={"path": self._path, "error": str(error)})
 
     def make_durable(self) -> None:
         """What was noted survives a power failure, too. Failing to see to that is no error."""
@@ -93,7 +93,7 @@ def _read(path: str) -> SeenRecord | None:
     try:
         body = _decoder.decode(decode_object(MAGIC, found, LIMIT_BYTES, path))
     except (Damaged, msgspec.MsgspecError) as error:
-        log.warning("seen_unreadable path=%s error=%s", path, error)
+        log.warning("seen_unreadable", extra={"path": path, "error": str(error)})
         return None
     return SeenRecord(body.seq, body.digest)
 

@@ -252,7 +252,7 @@ def test_a_view_comes_back_from_a_checkpoint_and_the_tail(
     shutil.rmtree(domain.view.path)
     with caplog.at_level("INFO", logger="storage.log.rebuild"):
         again = open_domain(point, label)
-    assert "view_from_checkpoint" in caplog.text
+    assert "view_from_checkpoint" in caplog.messages
     assert dump(again) == before
     assert load(again, second) == image_of(1, 3)
 
@@ -290,7 +290,7 @@ def test_a_checkpoint_that_no_record_announces_is_not_opened(
     path.with_name(checkpoint_name(int(name[:16], 16), blake3(forged).digest())).write_bytes(forged)
     with caplog.at_level("INFO", logger="storage.log.rebuild"):
         again = open_domain(point, label)
-    assert "checkpoint_unannounced" in caplog.text
+    assert "checkpoint_unannounced" in caplog.messages
     assert dump(again) == before
 
 
