@@ -45,7 +45,8 @@ def publish_checkpoint(domain: Domain) -> None:
     op = Checkpoint(seq=seq, digest=digest, size_bytes=size_bytes)
     domain.append(lambda _: [op], spend_ballast=False)
     log.info(
-        "checkpoint_published", extra={"domain": domain.paths.root, "seq": seq, "bytes": size_bytes}
+        "checkpoint_published",
+        extra={"domain": domain.paths.root, "seq": seq, "size_bytes": size_bytes},
     )
     _drop_old(domain)
 
