@@ -130,8 +130,8 @@ def _take(
     vouched = cache(partial(_same_file, domain, source.paths))
     beside_view = os.path.dirname(domain.view.path)
     with (
-        translated(beside_view),
         domain.begin("import") as session,
+        translated(beside_view),
         _Gathered(beside_view) as gathered,
     ):
         for backup in wanted:
