@@ -30,6 +30,7 @@ PLAIN = f"""<domain type='kvm' {QEMU}><name>mail</name><memory unit='MiB'>512</m
 <video><model type='vga'/></video><graphics type='vnc' keymap='de'/><rng model='virtio'>
 <backend model='random'>/dev/random</backend></rng></devices></domain>"""
 EVIL = "/evil/thing"
+IN_X = "xmlns:x='urn:x'"
 IN_DEVICES = {
     f"<emulator>{EVIL}</emulator>": "",
     f"<filesystem><source dir='{EVIL}'/><target dir='x'/></filesystem>": "filesystem",
@@ -54,6 +55,13 @@ IN_DEVICES = {
     ),
     f"<channel type='unix'><source path='{EVIL}'/><target type='virtio' name='n'/></channel>": "",
     f"<channel type='dev'><source path='{EVIL}'/><target type='virtio'/></channel>": "channel",
+    f"<channel type='unix'><target type='virtio' name='../..{EVIL}'/></channel>": "channel",
+    "<interface type='user'><model type='evil'/></interface>": "interface",
+    "<interface type='bridge'><source bridge='b'/><mtu size='evil'/></interface>": "",
+    f"<graphics type='vnc' keymap='..{EVIL}'/>": "",
+    f"<disk device='cdrom'><driver {IN_X} x:type='evil' type='raw'/><target dev='sdb'/></disk>": "",
+    f"<interface type='bridge'><model><a {IN_X}><x:b>evil</x:b></a></model></interface>": "",
+    "<disk device='cdrom'><driver type='raw'/><driver type='evil'/><target dev='c'/></disk>": "",
     f"<input type='evdev'><source dev='{EVIL}'/></input>": "input",
     f"<input type='passthrough'><source evdev='{EVIL}'/></input>": "input",
     f"<graphics type='vnc' passwd='{EVIL}'><listen type='socket' socket='{EVIL}'/></graphics>": "",
@@ -78,6 +86,9 @@ IN_DOMAIN = {
     f"<metadata><a xmlns='urn:a'>{EVIL}</a></metadata>": "",
     f"<memoryBacking><source type='{EVIL}'/></memoryBacking>": "memoryBacking",
     f"<sysinfo type='fwcfg'><entry name='opt/x' file='{EVIL}'/></sysinfo>": "sysinfo",
+    f"<sysinfo {IN_X} x:type='evil' type='smbios'/>": "",
+    f"<devices><emulator>{EVIL}</emulator></devices>": "devices",
+    f"<os><kernel>{EVIL}</kernel></os>": "os",
     f"<resource><partition>{EVIL}</partition></resource>": "",
 }
 IN_OS = {
@@ -159,7 +170,25 @@ def test_a_loader_that_is_left_out_is_chosen_by_libvirt() -> None:
     assert (found.get("firmware"), found.find("loader")) == ("efi", None)
 
 
-@pytest.mark.parametrize("xml", ["", "<a>", "<a/>", "<domain/>"])
+def test_a_loader_is_where_libvirt_reads_that_it_is() -> None:
+    xml = PLAIN.replace("/OVMF", "/OVMF<a>/../../..</a>/evil")
+    os_node = restored(kept(xml)[0]).find("os")
+    assert os_node is not None
+    assert "evil" not in "".join(os_node.itertext())
+
+
+@pytest.mark.parametrize(
+    "xml",
+    [
+        "",
+        "<a>",
+        "<a/>",
+        "<domain/>",
+        f"<domain><devices/><cpu>{'<a>' * 5000}{'</a>' * 5000}</cpu></domain>",
+        "<!DOCTYPE a [<!ENTITY a 'a'>]><domain><devices/><title>&a;</title></domain>",
+    ],
+    ids=["", "unended", "another", "empty", "deep", "entities"],
+)
 def test_what_is_no_domain_is_left_out(xml: str) -> None:
     machine, notes = harmless(Machine(deflated(xml.encode())))
     assert (machine, notes) == (None, ("the domain's XML is left out: it is no domain's",))
