@@ -214,8 +214,8 @@ def _character_device(device: ET.Element) -> bool:
 
 
 def _channel(channel: ET.Element) -> bool:
-    """An agent's. libvirt makes its socket under the target's name in a directory of its own, as root
-    and in the place of what is there."""
+    """An agent's. libvirt makes its socket, as root and in the place of what is there, under the
+    target's name in a directory of its own."""
     target = channel.find("target")
     if channel.get("type") not in ("unix", "spicevmc") or target is None:
         return False
