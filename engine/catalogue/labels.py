@@ -20,6 +20,7 @@ from storage.view.listing import BackupRow
 log = logging.getLogger(__name__)
 
 UNREADABLE_NAME = "(unreadable label)"
+FOREIGN_IDENTITY = "another cluster's"
 
 _decoder = msgspec.msgpack.Decoder(BackupLabel)
 _encoder = msgspec.msgpack.Encoder()
@@ -73,8 +74,13 @@ def at_home(label: BackupLabel, places: Places) -> BackupLabel:
 
 def imported(label: BackupLabel, places: Places) -> BackupLabel:
     """Another cluster's label as it stands in one of ours: at home, and with no more of a machine
-    than may be made here (engine.libvirt.foreign)."""
-    label = at_home(label, places)
+    than may be made here (engine.libvirt.foreign).
+
+    It may say that it is of a VM of ours, and have the uuids of a backup that was deleted here. So
+    its disks say whose they are: what was recorded since that backup is not since this one.
+    """
+    disks = tuple(replace(disk, identity=FOREIGN_IDENTITY) for disk in label.disks)
+    label = replace(at_home(label, places), disks=disks)
     if label.machine is None:
         return label
     machine, notes = harmless(label.machine)
