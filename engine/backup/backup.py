@@ -47,15 +47,13 @@ COMMIT_ROUNDS = 3
 class DiskWork:
     """A disk to back up as `disk_uuid`, against `parent_disk` (`parent_capacity` bytes) or "".
 
-    `untracked`: why nothing may have been recorded since that one. `lenders`: disk backups that it
-    may resemble, for when it builds on no parent.
+    `lenders`: disk backups that it may resemble, for when it builds on no parent.
     """
 
     file: DiskFile
     disk_uuid: str
     parent_disk: str = ""
     parent_capacity: int = 0
-    untracked: str = ""
     lenders: tuple[str, ...] = ()
 
 
@@ -243,7 +241,7 @@ def _compare(work: BackupWork, disk: DiskWork, snapshot: Held) -> str:
     clone = snapshot.clones.get(disk.file.target_device)
     if clone is None or work.tracker is None:
         return ""
-    return disk.untracked or work.tracker.compare(disk.file.target_device, disk.parent_disk, clone)
+    return work.tracker.compare(disk.file.target_device, disk.parent_disk, clone)
 
 
 def _keep_baselines(work: BackupWork, snapshot: Held) -> None:

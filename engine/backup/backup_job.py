@@ -15,7 +15,7 @@ from functools import partial
 from msgspec.structs import replace
 
 from engine.backup.backup import BackupFacts, BackupWork, DiskWork, run_backup
-from engine.catalogue.labels import FOREIGN_IDENTITY, encode_label, settled_backup
+from engine.catalogue.labels import encode_label, settled_backup
 from engine.core import Core
 from engine.errors import Conflict, EngineError, Invalid
 from engine.ids import new_id, normal
@@ -200,13 +200,10 @@ class _BackupJob:
         for disk, made in zip(self._vm.disks, self._row.label.disks, strict=True):
             path = self._path(disk) if by_path else disk.volume_name
             base = before.get(disk.target_device)
-            foreign = base is not None and base.identity == FOREIGN_IDENTITY
-            untracked = "the parent backup is another cluster's" if foreign else ""
             bitmaps = self._resting.bitmaps.get(disk.target_device) or BitmapPlan(
-                parent=bitmap_name(base.disk_uuid) if base and not foreign else "",
+                parent=bitmap_name(base.disk_uuid) if base else "",
                 new=bitmap_name(made.disk_uuid),
                 keep=kept,
-                why=untracked,
             )
             form = disk.format if by_path else "raw"
             file = DiskFile(disk.target_device, path, form, roots, bitmaps)
@@ -216,7 +213,6 @@ class _BackupJob:
                     made.disk_uuid,
                     parent_disk=base.disk_uuid if base else "",
                     parent_capacity=base.capacity if base else 0,
-                    untracked=untracked,
                     lenders=self._lenders(disk),
                 )
             )

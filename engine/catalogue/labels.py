@@ -14,13 +14,12 @@ from msgspec.structs import replace
 
 from engine.inventory.inventory import Places, default_of
 from engine.libvirt.foreign import harmless
-from engine.model import Backup, BackupLabel, DiskBackup
+from engine.model import FOREIGN_IDENTITY, Backup, BackupLabel, DiskBackup
 from storage.view.listing import BackupRow
 
 log = logging.getLogger(__name__)
 
 UNREADABLE_NAME = "(unreadable label)"
-FOREIGN_IDENTITY = "another cluster's"
 
 _decoder = msgspec.msgpack.Decoder(BackupLabel)
 _encoder = msgspec.msgpack.Encoder()
@@ -76,8 +75,7 @@ def imported(label: BackupLabel, places: Places) -> BackupLabel:
     """Another cluster's label as it stands in one of ours: at home, and with no more of a machine
     than may be made here (engine.libvirt.foreign).
 
-    It may say that it is of a VM of ours, and have the uuids of a backup that was deleted here. So
-    its disks say whose they are: what was recorded since that backup is not since this one.
+    It may say that it is of a VM of ours. So its disks say whose they are, and none builds on it.
     """
     disks = tuple(replace(disk, identity=FOREIGN_IDENTITY) for disk in label.disks)
     label = replace(at_home(label, places), disks=disks)

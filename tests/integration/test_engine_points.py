@@ -15,13 +15,13 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from engine.catalogue.labels import FOREIGN_IDENTITY, UNREADABLE_NAME, encode_label
+from engine.catalogue.labels import UNREADABLE_NAME, encode_label
 from engine.config import ClusterConfig, Config, PointConfig, parse_config
 from engine.core import Core
 from engine.errors import Conflict, EngineError, Invalid, NotFound, PointStateError
 from engine.ids import new_id
 from engine.libvirt.machine import deflated, inflated
-from engine.model import Backup, Machine, PointKind
+from engine.model import FOREIGN_IDENTITY, Backup, Machine, PointKind
 from engine.points import keeper, points, remote
 from engine.service import Engine
 from engine.verb_types import BackupQuery, Scope
