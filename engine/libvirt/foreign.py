@@ -19,9 +19,11 @@ from collections.abc import Callable, Iterator
 
 from msgspec.structs import replace
 
+from engine.errors import DiskServerRefused
 from engine.libvirt.domains import parsed
-from engine.libvirt.machine import deflated, inflated
+from engine.libvirt.machine import MOST_NVRAM_BYTES, deflated, inflated, inflated_bytes
 from engine.model import Machine
+from engine.qemu.header import parse_header
 
 FIRMWARE_DIRECTORY = "/usr/share/"  # the system's packages have theirs below it
 _IN_EVERY_DOMAIN = frozenset({"emulator", "metadata", "resource", "seclabel", "on_crash", "audio"})
@@ -59,8 +61,23 @@ def harmless(machine: Machine) -> tuple[Machine | None, tuple[str, ...]]:
     if left_out:
         what = ", ".join(sorted(left_out))[:_MOST_NOTE_CHARS]
         notes = (f"the domain is another cluster's; left out of its XML: {what}",)
+    nvram = machine.nvram
+    if _stands_on_files(nvram):
+        nvram, notes = (
+            b"",
+            (*notes, "the firmware's variables are left out: they are in other files"),
+        )
     # The checkpoint says what the disks have in common with the backup. Only our own word counts.
-    return replace(machine, xml=xml, checkpoint=b""), notes
+    return replace(machine, xml=xml, checkpoint=b"", nvram=nvram), notes
+
+
+def _stands_on_files(nvram: bytes) -> bool:
+    """They have the loader's format, which may be qcow2. No firmware's name other files."""
+    try:
+        header = parse_header(inflated_bytes(nvram, MOST_NVRAM_BYTES), "nvram")
+    except DiskServerRefused:
+        return False  # QEMU refuses it as well
+    return bool(header.backing) or header.external_data
 
 
 def _stripped(root: ET.Element) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from engine.libvirt.foreign import harmless
 from engine.libvirt.machine import deflated, inflated
 from engine.libvirt.revive import NewDomain, new_domain_xml
 from engine.model import Machine
+from tests.qemu.images import create
 
 QEMU = "xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'"
 PLAIN = f"""<domain type='kvm' {QEMU}><name>mail</name><memory unit='MiB'>512</memory>
@@ -175,6 +177,21 @@ def test_a_loader_is_where_libvirt_reads_that_it_is() -> None:
     os_node = restored(kept(xml)[0]).find("os")
     assert os_node is not None
     assert "evil" not in "".join(os_node.itertext())
+
+
+@pytest.mark.parametrize("options", ["backing", "data_file", "plain", "raw"])
+def test_the_firmwares_variables_are_in_no_other_file(tmp_path: Path, options: str) -> None:
+    image, evil = tmp_path / "nvram", tmp_path / "evil"
+    evil.write_bytes(bytes(1 << 20))
+    how = {"backing": ["-b", str(evil), "-F", "raw"], "data_file": ["-o", f"data_file={evil}"]}
+    if options == "raw":
+        image.write_bytes(bytes(1 << 20))
+    else:
+        create(image, "1M", *how.get(options, ()))
+    nvram = deflated(image.read_bytes())
+    machine, notes = harmless(Machine(deflated(PLAIN.encode()), nvram=nvram))
+    assert machine is not None
+    assert (machine.nvram == nvram, notes == ()) == (options not in how,) * 2
 
 
 @pytest.mark.parametrize(
