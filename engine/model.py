@@ -113,6 +113,9 @@ class BackupPoint(Row, frozen=True):
     last_error: str = ""
 
 
+FOREIGN_IDENTITY = "another cluster's"
+
+
 class DiskBackup(Row, frozen=True):
     """One disk in a backup; `disk_uuid` names the disk backup itself (API: disks[].backup_uuid)."""
 
@@ -124,7 +127,9 @@ class DiskBackup(Row, frozen=True):
     usd_type: str = ""
     snapshot_uuid: str = ""
     format: str = "raw"  # of the volume; what a restore makes, unless the pool says otherwise
-    identity: str = ""  # which file it was, for the next backup; "" if that needs nothing of it
+    # Which file it was, for the next backup; "" if that needs nothing of it. FOREIGN_IDENTITY: this
+    # was imported, so none builds on it.
+    identity: str = ""
 
 
 class Machine(Row, frozen=True):

@@ -31,7 +31,13 @@ from engine.catalogue.sharing import Sharing, without_machine
 from engine.catalogue.shelves import Shelves, length, page_of, place_of
 from engine.errors import NotFound
 from engine.inventory.scopes import Range
-from engine.model import BACKUP_DONE, BACKUP_FAILED, BACKUP_RUNNING, Backup
+from engine.model import (
+    BACKUP_DONE,
+    BACKUP_FAILED,
+    BACKUP_RUNNING,
+    FOREIGN_IDENTITY,
+    Backup,
+)
 from engine.state import State, backup_key
 from engine.verb_types import BackupPage, BackupQuery, RangeState
 from storage.lmdb_env.kv import WriteTxn
@@ -105,10 +111,14 @@ class Catalogue:
     def newest(self, cluster_uuid: str, point_uuid: str, vm_uuid: str) -> Backup | None:
         """What an incremental of that VM builds on: the finished one that came there last. By the
         log, which no clock can put out of order: one that was ahead would make the parent of all
-        that followed, and what is tracked since the last backup would be of no use to them."""
+        that followed, and what is tracked since the last backup would be of no use to them.
+
+        None that was imported. Its maker says which VM it is of, and may have given it the uuids of
+        one of ours, by which bitmaps are found, and chunk ids that begin as ours and name nothing.
+        """
         with self._lock:
             rows = self._shelves.of_vm(cluster_uuid, point_uuid, vm_uuid)
-            done = (row for row in rows if row.status == BACKUP_DONE)
+            done = (row for row in rows if row.status == BACKUP_DONE and not _is_foreign(row))
             return max(done, key=self._age, default=None)
 
     def newest_of_each(self, cluster_uuid: str, point_uuid: str, most: int) -> list[Backup]:
@@ -274,6 +284,10 @@ class Catalogue:
         import's, the clock tells."""
         arrival = self._arrival.get(backup_key(row.cluster_uuid, row.uuid), 0)
         return row.seq or math.inf, arrival, row.label.create_time, row.uuid
+
+
+def _is_foreign(row: Backup) -> bool:
+    return any(disk.identity == FOREIGN_IDENTITY for disk in row.label.disks)
 
 
 def _overrules(row: Backup, known: Backup | None) -> bool:

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from engine.inventory.inventory import Places, default_of
 from engine.libvirt.foreign import harmless
-from engine.model import Backup, BackupLabel, DiskBackup
+from engine.model import FOREIGN_IDENTITY, Backup, BackupLabel, DiskBackup
 from storage.view.listing import BackupRow
 
 log = logging.getLogger(__name__)
@@ -73,8 +73,12 @@ def at_home(label: BackupLabel, places: Places) -> BackupLabel:
 
 def imported(label: BackupLabel, places: Places) -> BackupLabel:
     """Another cluster's label as it stands in one of ours: at home, and with no more of a machine
-    than may be made here (engine.libvirt.foreign)."""
-    label = at_home(label, places)
+    than may be made here (engine.libvirt.foreign).
+
+    It may say that it is of a VM of ours. So its disks say whose they are, and none builds on it.
+    """
+    disks = tuple(replace(disk, identity=FOREIGN_IDENTITY) for disk in label.disks)
+    label = replace(at_home(label, places), disks=disks)
     if label.machine is None:
         return label
     machine, notes = harmless(label.machine)

@@ -33,6 +33,12 @@ def write_new(path: str, content: bytes) -> None:
 
 def hand_over(path: str) -> None:
     """To whom its directory belongs: a QEMU that is not root's has to use it."""
+    directory, name = os.path.split(path)
     with contextlib.suppress(OSError):
-        owner = os.stat(os.path.dirname(path))
-        os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
+        fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            # Of one directory, however often its owner puts another in its place.
+            owner = os.fstat(fd)
+            os.chown(name, owner.st_uid, owner.st_gid, dir_fd=fd, follow_symlinks=False)
+        finally:
+            os.close(fd)

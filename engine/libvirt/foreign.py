@@ -5,7 +5,10 @@ XML says with more rights than theirs: it runs the emulator and the scripts that
 opens files, hands out devices. So an import keeps what makes up the virtual machine itself, and of
 the host nothing but the networks that it is on. What is not known to be harmless is left out.
 
-The names are those of libvirt's domain format (https://libvirt.org/formatdomain.html).
+The names are those of libvirt's domain format (https://libvirt.org/formatdomain.html). libvirt and
+we have to read the same in it. So nothing stays of what the two understand differently: a second
+element where there is to be one, names in a namespace (libvirt takes them for its own), elements in
+a text, a document type.
 """
 
 from __future__ import annotations
@@ -16,9 +19,11 @@ from collections.abc import Callable, Iterator
 
 from msgspec.structs import replace
 
+from engine.errors import DiskServerRefused
 from engine.libvirt.domains import parsed
-from engine.libvirt.machine import deflated, inflated
+from engine.libvirt.machine import MOST_NVRAM_BYTES, deflated, inflated, inflated_bytes
 from engine.model import Machine
+from engine.qemu.header import parse_header
 
 FIRMWARE_DIRECTORY = "/usr/share/"  # the system's packages have theirs below it
 _IN_EVERY_DOMAIN = frozenset({"emulator", "metadata", "resource", "seclabel", "on_crash", "audio"})
@@ -35,25 +40,44 @@ _OF_DISK = frozenset(
     {"driver", "target", "address", "boot", "serial", "wwn", "vendor", "product"}
     | {"readonly", "shareable", "iotune", "geometry", "blockio"}
 )
-_OF_INTERFACE = frozenset({"source", "model", "address", "boot", "link", "mtu", "filterref"})
+_OF_INTERFACE = frozenset({"source", "model", "address", "boot", "link", "filterref"})
 _OF_CHARACTER_DEVICE = frozenset({"target", "address"})
 _OF_MEMORY = frozenset({"target", "address"})
+_SEVERAL = frozenset({"boot", "codec", "sysinfo"})  # all others are in their parent once
 
 
 def harmless(machine: Machine) -> tuple[Machine | None, tuple[str, ...]]:
     """(what may be kept of it, notes for the backup)."""
+    text = inflated(machine.xml)
     try:
-        root = parsed(inflated(machine.xml))
+        if "<!DOCTYPE" in text:
+            raise ValueError("entities may be any number of times as long as what names them")
+        root = parsed(text)
         left_out = {tag.rpartition("}")[2] for tag in _stripped(root)} - _IN_EVERY_DOMAIN
-    except ValueError:
+        xml = deflated(ET.tostring(root))
+    except (ValueError, RecursionError):
         return None, ("the domain's XML is left out: it is no domain's",)
-    xml = deflated(ET.tostring(root))
     notes: tuple[str, ...] = ()
     if left_out:
         what = ", ".join(sorted(left_out))[:_MOST_NOTE_CHARS]
         notes = (f"the domain is another cluster's; left out of its XML: {what}",)
+    nvram = machine.nvram
+    if _stands_on_files(nvram):
+        nvram, notes = (
+            b"",
+            (*notes, "the firmware's variables are left out: they are in other files"),
+        )
     # The checkpoint says what the disks have in common with the backup. Only our own word counts.
-    return replace(machine, xml=xml, checkpoint=b""), notes
+    return replace(machine, xml=xml, checkpoint=b"", nvram=nvram), notes
+
+
+def _stands_on_files(nvram: bytes) -> bool:
+    """They have the loader's format, which may be qcow2. No firmware's name other files."""
+    try:
+        header = parse_header(inflated_bytes(nvram, MOST_NVRAM_BYTES), "nvram")
+    except DiskServerRefused:
+        return False  # QEMU refuses it as well
+    return bool(header.backing) or header.external_data
 
 
 def _stripped(root: ET.Element) -> Iterator[str]:
@@ -63,6 +87,7 @@ def _stripped(root: ET.Element) -> Iterator[str]:
         raise ValueError("not a domain")
     _keep_attributes(root, "type")
     yield from _keep_children(root, _OF_DOMAIN)
+    _strip_namespaces(root)
     for os_node in root.findall("os"):
         yield from _keep_children(os_node, _OF_OS)
         yield from _strip_firmware(os_node)
@@ -83,15 +108,25 @@ def _keep_attributes(node: ET.Element, *names: str) -> None:
 
 
 def _keep_children(node: ET.Element, names: frozenset[str]) -> Iterator[str]:
+    there = set[str]()
     for child in list(node):
-        if child.tag not in names:
+        if child.tag not in names or child.tag in there - _SEVERAL:
             node.remove(child)
             yield child.tag
+        there.add(child.tag)
+
+
+def _strip_namespaces(root: ET.Element) -> None:
+    for node in root.iter():
+        _keep_attributes(node, *(name for name in node.attrib if not name.startswith("{")))
+        for child in [child for child in node if child.tag.startswith("{")]:
+            node.remove(child)
 
 
 def _strip_firmware(os_node: ET.Element) -> Iterator[str]:
     """A loader stays that the system's packages have; else libvirt chooses one like it."""
     for loader in os_node.findall("loader"):
+        list(_keep_children(loader, frozenset()))
         path = (loader.text or "").strip()
         if path and not os.path.normpath(path).startswith(FIRMWARE_DIRECTORY):
             os_node.remove(loader)
@@ -120,7 +155,10 @@ def _disk(disk: ET.Element) -> bool:
 
 
 def _interface(interface: ET.Element) -> bool:
-    if interface.get("type") not in ("network", "bridge", "user"):
+    """On one of the host's networks. Not one by QEMU itself ("user"): it leads to what listens on
+    the host's loopback, our own API included. No MTU, for a bridge takes the least of its ports'.
+    """
+    if interface.get("type") not in ("network", "bridge"):
         return False
     _keep_attributes(interface, "type")
     list(_keep_children(interface, _OF_INTERFACE))
@@ -144,6 +182,8 @@ def _graphics(graphics: ET.Element) -> bool:
     if graphics.get("type") not in ("vnc", "spice"):
         return False
     _keep_attributes(graphics, "type", "keymap")
+    if "/" in graphics.get("keymap", ""):
+        del graphics.attrib["keymap"]
     list(_keep_children(graphics, frozenset()))
     return True
 
@@ -191,13 +231,14 @@ def _character_device(device: ET.Element) -> bool:
 
 
 def _channel(channel: ET.Element) -> bool:
-    """An agent's: libvirt chooses its socket."""
+    """An agent's. libvirt makes its socket, as root and in the place of what is there, under the
+    target's name in a directory of its own."""
     target = channel.find("target")
     if channel.get("type") not in ("unix", "spicevmc") or target is None:
         return False
     _keep_attributes(channel, "type")
     list(_keep_children(channel, _OF_CHARACTER_DEVICE))
-    return target.get("type") == "virtio"
+    return target.get("type") == "virtio" and "/" not in target.get("name", "")
 
 
 def _memory(memory: ET.Element) -> bool:

@@ -7,13 +7,14 @@ forgotten again.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.catalogue.labels import decode_label, encode_label, imported, settled_backup
 from engine.core import Core
-from engine.errors import EngineError, Invalid, NotFound
+from engine.errors import Conflict, EngineError, Invalid, NotFound
 from engine.ids import normal
 from engine.inventory.inventory import find
 from engine.model import Backup, Cluster
@@ -66,7 +67,8 @@ def import_backups(
 ) -> list[RemoteBackup]:
     """Takes the wanted (backup, point) into the cluster, durably: all or none.
 
-    Those that are in it already are no error. Invalid, NotFound, StorageError.
+    Those that are in it already are no error. Conflict(name_taken) for one that has the uuid of a
+    backup of ours on another point. Invalid, NotFound, StorageError.
     """
     core.jobs.refuse_if_stopping()
     cluster = find("cluster", core.inventory.places.clusters, normal(cluster_uuid))
@@ -74,6 +76,7 @@ def import_backups(
         raise Invalid("backup", f"has to have 1 to {MOST_IMPORTED} entries")
     asked = list(dict.fromkeys((normal(uuid), normal(point)) for uuid, point in wanted))
     found = _locate(core, cluster, asked)
+    _require_ours_stay(core, cluster, found)
     taken: list[Backup] = []
     fresh: list[Backup] = []
     try:
@@ -117,6 +120,18 @@ def _locate(core: Core, cluster: Cluster, asked: Sequence[tuple[str, str]]) -> l
                     raise NotFound("backup", uuid)
                 found.append(_Found(uuid, point, where[uuid]))
     return found
+
+
+def _require_ours_stay(core: Core, cluster: Cluster, found: Sequence[_Found]) -> None:
+    """A uuid names one backup of a cluster. Who has seen ours may give theirs the same."""
+    for one in found:
+        if one.source == cluster.uuid:
+            continue
+        with contextlib.suppress(NotFound):
+            ours = core.catalogue.get(one.backup_uuid, cluster.uuid)
+            if ours.point_uuid != one.point_uuid:
+                detail = f"backup {one.backup_uuid} is one of ours, on another point"
+                raise Conflict("name_taken", detail)
 
 
 def _take(

@@ -21,7 +21,7 @@ from engine.core import Core
 from engine.errors import Conflict, EngineError, Invalid, NotFound, PointStateError
 from engine.ids import new_id
 from engine.libvirt.machine import deflated, inflated
-from engine.model import Backup, Machine, PointKind
+from engine.model import FOREIGN_IDENTITY, Backup, Machine, PointKind
 from engine.points import keeper, points, remote
 from engine.service import Engine
 from engine.verb_types import BackupQuery, Scope
@@ -292,6 +292,7 @@ def test_an_import_keeps_no_more_of_a_machine_than_may_be_made_here(tmp_path: Pa
         with one.core.points.domain(point, one.cluster_uuid).begin("backup") as session:
             session.manifest(disk := new_id(), MIB, None)
             label = replace(label, machine=Machine(deflated(xml.encode()), checkpoint=b"any"))
+            label = replace(label, disks=(replace(label.disks[0], disk_uuid=disk, identity="any"),))
             session.commit([NewBackup(evil, encode_label(label), [disk])])
         with EngineRig(tmp_path / "b") as two:
             attach(two, tmp_path / "shared", "theirs")
@@ -300,8 +301,25 @@ def test_an_import_keeps_no_more_of_a_machine_than_may_be_made_here(tmp_path: Pa
             assert found.machine is not None
             assert inflated(found.machine.xml) == "<domain><devices /></domain>"
             assert found.machine.checkpoint == b""
+            assert [one.identity for one in found.disks] == [FOREIGN_IDENTITY]
             left_out = "the domain is another cluster's; left out of its XML: hostdev"
             assert found.notes == (*label.notes, left_out)
+
+
+def test_an_import_takes_no_backups_place_on_another_point(tmp_path: Path) -> None:
+    content = disk_bytes(MIB, 1)
+    with EngineRig(tmp_path / "a") as one, EngineRig(tmp_path / "b") as two:
+        vm = two.make_vm("vm", content)
+        ours = two.back_up(vm)
+        point = attach(one, tmp_path / "shared")
+        with one.core.points.domain(point, one.cluster_uuid).begin("backup") as session:
+            session.manifest(disk := new_id(), MIB, None)
+            session.commit([NewBackup(ours.uuid, encode_label(ours.label), [disk])])
+        attach(two, tmp_path / "shared")
+        with pytest.raises(Conflict, match="one of ours"):
+            two.engine.import_backups(two.cluster_uuid, [(ours.uuid, point)])
+        assert two.engine.backup(ANYWHERE, ours.uuid) == ours
+        assert two.restore(ours, "copy") == [content]
 
 
 def test_attaching_twice_or_rubbish_is_refused(tmp_path: Path) -> None:

@@ -8,9 +8,12 @@ from typing import Literal
 
 import pytest
 
+from engine.backup import sampling
+from engine.catalogue.labels import encode_label
 from engine.config import Config, DiskConfig, PoolConfig, VmConfig
 from engine.model import BACKUP_FAILED, Backup, Vm
 from engine.verb_types import BackupQuery, Scope
+from storage.domain.session import NewBackup
 from tests.engine_rig import EngineRig
 from tests.qemu.images import MIB, bitmaps, content, create, qemu_img, qemu_io
 from tests.qemu.test_stopped import running_vm
@@ -99,6 +102,27 @@ def test_an_image_that_was_replaced_under_its_name(rig: EngineRig) -> None:
     again, again_shown = rig.back_up(vm), shown(rig)
     assert "changes found by: vda scan, vdb scan, vdc scan" in again.label.notes
     assert restored(rig, again, "again") == again_shown
+
+
+def test_nothing_builds_on_a_strangers_backup_with_the_uuids_of_ours(
+    rig: EngineRig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ours was deleted, and theirs has other bytes: here zeros, which a sample would find out."""
+    monkeypatch.setattr(sampling, "SHARE", 0)
+    monkeypatch.setattr(sampling, "FEWEST_CHUNKS", 0)
+    ours = rig.back_up(the_vm(rig))
+    rig.engine.delete_backup(Scope(), ours.uuid)
+    disks = [disk.disk_uuid for disk in ours.label.disks]
+    with EngineRig(tmp_path / "b") as stranger:
+        point = stranger.engine.create_point("shared", "local", str(rig.data / "point"))
+        with stranger.core.points.domain(point, stranger.cluster_uuid).begin("backup") as session:
+            for disk in ours.label.disks:
+                session.manifest(disk.disk_uuid, disk.capacity, None)
+            session.commit([NewBackup(ours.uuid, encode_label(ours.label), disks)])
+    rig.engine.import_backups(rig.cluster_uuid, [(ours.uuid, rig.point_uuid)])
+    again = rig.back_up(the_vm(rig))
+    assert (again.parent, again.label.full) == ("", True)
+    assert restored(rig, again, "copy") == shown(rig)
 
 
 def test_a_vm_that_runs_is_a_named_failure(rig: EngineRig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from engine.libvirt.foreign import harmless
 from engine.libvirt.machine import deflated, inflated
 from engine.libvirt.revive import NewDomain, new_domain_xml
 from engine.model import Machine
+from tests.qemu.images import create
 
 QEMU = "xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'"
 PLAIN = f"""<domain type='kvm' {QEMU}><name>mail</name><memory unit='MiB'>512</memory>
@@ -30,6 +32,7 @@ PLAIN = f"""<domain type='kvm' {QEMU}><name>mail</name><memory unit='MiB'>512</m
 <video><model type='vga'/></video><graphics type='vnc' keymap='de'/><rng model='virtio'>
 <backend model='random'>/dev/random</backend></rng></devices></domain>"""
 EVIL = "/evil/thing"
+IN_X = "xmlns:x='urn:x'"
 IN_DEVICES = {
     f"<emulator>{EVIL}</emulator>": "",
     f"<filesystem><source dir='{EVIL}'/><target dir='x'/></filesystem>": "filesystem",
@@ -54,6 +57,13 @@ IN_DEVICES = {
     ),
     f"<channel type='unix'><source path='{EVIL}'/><target type='virtio' name='n'/></channel>": "",
     f"<channel type='dev'><source path='{EVIL}'/><target type='virtio'/></channel>": "channel",
+    f"<channel type='unix'><target type='virtio' name='../..{EVIL}'/></channel>": "channel",
+    "<interface type='user'><model type='evil'/></interface>": "interface",
+    "<interface type='bridge'><source bridge='b'/><mtu size='evil'/></interface>": "",
+    f"<graphics type='vnc' keymap='..{EVIL}'/>": "",
+    f"<disk device='cdrom'><driver {IN_X} x:type='evil' type='raw'/><target dev='sdb'/></disk>": "",
+    f"<interface type='bridge'><model><a {IN_X}><x:b>evil</x:b></a></model></interface>": "",
+    "<disk device='cdrom'><driver type='raw'/><driver type='evil'/><target dev='c'/></disk>": "",
     f"<input type='evdev'><source dev='{EVIL}'/></input>": "input",
     f"<input type='passthrough'><source evdev='{EVIL}'/></input>": "input",
     f"<graphics type='vnc' passwd='{EVIL}'><listen type='socket' socket='{EVIL}'/></graphics>": "",
@@ -78,6 +88,9 @@ IN_DOMAIN = {
     f"<metadata><a xmlns='urn:a'>{EVIL}</a></metadata>": "",
     f"<memoryBacking><source type='{EVIL}'/></memoryBacking>": "memoryBacking",
     f"<sysinfo type='fwcfg'><entry name='opt/x' file='{EVIL}'/></sysinfo>": "sysinfo",
+    f"<sysinfo {IN_X} x:type='evil' type='smbios'/>": "",
+    f"<devices><emulator>{EVIL}</emulator></devices>": "devices",
+    f"<os><kernel>{EVIL}</kernel></os>": "os",
     f"<resource><partition>{EVIL}</partition></resource>": "",
 }
 IN_OS = {
@@ -159,7 +172,40 @@ def test_a_loader_that_is_left_out_is_chosen_by_libvirt() -> None:
     assert (found.get("firmware"), found.find("loader")) == ("efi", None)
 
 
-@pytest.mark.parametrize("xml", ["", "<a>", "<a/>", "<domain/>"])
+def test_a_loader_is_where_libvirt_reads_that_it_is() -> None:
+    xml = PLAIN.replace("/OVMF", "/OVMF<a>/../../..</a>/evil")
+    os_node = restored(kept(xml)[0]).find("os")
+    assert os_node is not None
+    assert "evil" not in "".join(os_node.itertext())
+
+
+@pytest.mark.parametrize("options", ["backing", "data_file", "plain", "raw"])
+def test_the_firmwares_variables_are_in_no_other_file(tmp_path: Path, options: str) -> None:
+    image, evil = tmp_path / "nvram", tmp_path / "evil"
+    evil.write_bytes(bytes(1 << 20))
+    how = {"backing": ["-b", str(evil), "-F", "raw"], "data_file": ["-o", f"data_file={evil}"]}
+    if options == "raw":
+        image.write_bytes(bytes(1 << 20))
+    else:
+        create(image, "1M", *how.get(options, ()))
+    nvram = deflated(image.read_bytes())
+    machine, notes = harmless(Machine(deflated(PLAIN.encode()), nvram=nvram))
+    assert machine is not None
+    assert (machine.nvram == nvram, notes == ()) == (options not in how,) * 2
+
+
+@pytest.mark.parametrize(
+    "xml",
+    [
+        "",
+        "<a>",
+        "<a/>",
+        "<domain/>",
+        f"<domain><devices/><cpu>{'<a>' * 5000}{'</a>' * 5000}</cpu></domain>",
+        "<!DOCTYPE a [<!ENTITY a 'a'>]><domain><devices/><title>&a;</title></domain>",
+    ],
+    ids=["", "unended", "another", "empty", "deep", "entities"],
+)
 def test_what_is_no_domain_is_left_out(xml: str) -> None:
     machine, notes = harmless(Machine(deflated(xml.encode())))
     assert (machine, notes) == (None, ("the domain's XML is left out: it is no domain's",))
