@@ -20,7 +20,6 @@ from engine.inventory.inventory import pool_of
 from engine.inventory.volumes import volume_path
 from engine.model import BACKUP_RUNNING, Baseline
 from engine.snapshot.snapshot import clear_leftovers
-from storage.errors import StorageError
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +113,7 @@ class BaselineTending:
                 tend_baselines(self._core)
                 self.clear_late_pools()
                 self._core.pinned.look(self._core.baselines.rows(), self._core.probes)
-            except (EngineError, StorageError):
+            except Exception:  # also that the system has no thread just now: the next round may
                 if not self._stopped.is_set():
                     log.exception("baselines_not_tended")
 
