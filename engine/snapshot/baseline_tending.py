@@ -9,6 +9,7 @@ and at once where something was deleted. The regular ones also look how much roo
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -47,18 +48,19 @@ def tend_baselines(core: Core) -> None:
 
 
 def _used(core: Core) -> frozenset[tuple[str, str, str]]:
-    """(VM, target device, volume's path) of all disks; "" for what may be any path, for a
-    hypervisor that is away says nothing of its pools."""
+    """(VM, target device, volume's path) of all disks that are files in pools; "" for what may be
+    any path, for a hypervisor that is away says nothing of its pools, and the configuration may
+    have left one out by mistake."""
     found = set()
     for vm in core.inventory.vms():
         for disk in vm.disks:
-            if vm.state == "unreachable":
-                found.add((vm.uuid, disk.target_device, ""))
-                continue
-            try:
-                path = volume_path(pool_of(core.inventory.places, disk), disk.volume_name)
-            except EngineError:
-                continue
+            path = ""
+            if vm.state != "unreachable":
+                if not disk.pool_uuid:
+                    continue
+                with contextlib.suppress(EngineError):
+                    pool = pool_of(core.inventory.places, disk)
+                    path = volume_path(pool, disk.volume_name)
             found.add((vm.uuid, disk.target_device, path))
     return frozenset(found)
 
