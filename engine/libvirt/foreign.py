@@ -58,8 +58,8 @@ def harmless(machine: Machine) -> tuple[Machine | None, tuple[str, ...]]:
 
 def _stripped(root: ET.Element) -> Iterator[str]:
     """Takes out what may not stay; its names. ValueError for what is no domain."""
-    devices = root.find("devices")
-    if root.tag != "domain" or devices is None:
+    all_devices = root.findall("devices")
+    if root.tag != "domain" or len(all_devices) != 1:  # libvirt takes what is in any of them
         raise ValueError("not a domain")
     _keep_attributes(root, "type")
     yield from _keep_children(root, _OF_DOMAIN)
@@ -70,6 +70,7 @@ def _stripped(root: ET.Element) -> Iterator[str]:
         if sysinfo.get("type") != "smbios":
             root.remove(sysinfo)
             yield "sysinfo"
+    (devices,) = all_devices
     for device in list(devices):
         strip = _DEVICES.get(device.tag)
         if strip is None or not strip(device):
@@ -92,6 +93,7 @@ def _keep_children(node: ET.Element, names: frozenset[str]) -> Iterator[str]:
 def _strip_firmware(os_node: ET.Element) -> Iterator[str]:
     """A loader stays that the system's packages have; else libvirt chooses one like it."""
     for loader in os_node.findall("loader"):
+        list(_keep_children(loader, frozenset()))  # the text behind one is of the path, too
         path = (loader.text or "").strip()
         if path and not os.path.normpath(path).startswith(FIRMWARE_DIRECTORY):
             os_node.remove(loader)

@@ -88,6 +88,7 @@ IN_OS = {
     f"<nvram template='{EVIL}'>{EVIL}</nvram>": "",
     f"<loader type='rom' readonly='no'>{EVIL}</loader>": "loader",
     f"<loader type='pflash'>/usr/share/../..{EVIL}</loader>": "loader",
+    f"<loader type='pflash'>/usr/share/OVMF/<a/>../../..{EVIL}</loader>": "",
 }
 
 
@@ -159,7 +160,11 @@ def test_a_loader_that_is_left_out_is_chosen_by_libvirt() -> None:
     assert (found.get("firmware"), found.find("loader")) == ("efi", None)
 
 
-@pytest.mark.parametrize("xml", ["", "<a>", "<a/>", "<domain/>"])
+TWO_LISTS = "<domain><devices/><devices><emulator>/evil</emulator></devices></domain>"
+
+
+@pytest.mark.parametrize("xml", ["", "<a>", "<a/>", "<domain/>", TWO_LISTS])
 def test_what_is_no_domain_is_left_out(xml: str) -> None:
+    """Nor is one with two lists of devices, which libvirt would take for one."""
     machine, notes = harmless(Machine(deflated(xml.encode())))
     assert (machine, notes) == (None, ("the domain's XML is left out: it is no domain's",))
