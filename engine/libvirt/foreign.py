@@ -146,6 +146,8 @@ def _graphics(graphics: ET.Element) -> bool:
     if graphics.get("type") not in ("vnc", "spice"):
         return False
     _keep_attributes(graphics, "type", "keymap")
+    if "/" in graphics.get("keymap", ""):  # QEMU opens what is a file
+        del graphics.attrib["keymap"]
     list(_keep_children(graphics, frozenset()))
     return True
 

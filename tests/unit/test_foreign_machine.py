@@ -57,6 +57,7 @@ IN_DEVICES = {
     f"<input type='evdev'><source dev='{EVIL}'/></input>": "input",
     f"<input type='passthrough'><source evdev='{EVIL}'/></input>": "input",
     f"<graphics type='vnc' passwd='{EVIL}'><listen type='socket' socket='{EVIL}'/></graphics>": "",
+    f"<graphics type='spice' keymap='{EVIL}'/>": "",
     f"<graphics type='egl-headless'><gl rendernode='{EVIL}'/></graphics>": "graphics",
     f"<video><driver name='x'/><model type='virtio'><a rendernode='{EVIL}'/></model></video>": "",
     f"<audio id='1' type='file' path='{EVIL}'/>": "",
