@@ -37,6 +37,7 @@ from storage.errors import (
     PointUnreachable,
     StorageError,
 )
+from storage.format.manifests import PAGE_ENTRIES
 
 log = logging.getLogger(__name__)
 
@@ -129,6 +130,7 @@ def _make(work: BackupWork, session: Session, parent: str, ctx: JobContext) -> B
         facts = _facts(work, parent, snapshot.facts)
         for disk in work.disks:
             facts = _scanned(work, disk, facts, snapshot, session, ctx)
+        _store_doubted(work, facts, snapshot, session, ctx)
         label = work.make_label(facts)
         new = NewBackup(
             backup=work.backup_uuid,
@@ -185,7 +187,7 @@ def _damage(domain: Domain, disk: str) -> str:
     try:
         disk_map = domain.disk_map(disk)
         pages = () if domain.trust.is_whole() else disk_map.pages()
-        if all(domain.trust.vouches_for(list(page.values())) for _, page in pages):
+        if not any(domain.trust.doubted(list(page.values())) for _, page in pages):
             return ""
     except Damaged:
         return "the parent's manifest is damaged"
@@ -234,6 +236,31 @@ def _scanned(
         found_by={**facts.found_by, target: found_by},
         notes=(*facts.notes, *(f"{target} {said}" for said in notes)),
     )
+
+
+def _store_doubted(
+    work: BackupWork, facts: BackupFacts, snapshot: Held, session: Session, ctx: JobContext
+) -> None:
+    """Stores anew what has been found damaged since `_facts` asked, where a disk has it unchanged:
+    else it would be acknowledged though it can't be had any more."""
+    trust, chunk_size = work.domain.trust, work.domain.chunk_size
+    for disk in work.disks if not trust.is_whole() else ():
+        if disk.file.target_device not in facts.incremental:
+            continue
+        places: list[tuple[int, int]] = []
+        wanted: set[bytes] = set()
+        for page_no, page in work.domain.disk_map(disk.parent_disk).pages():
+            doubted = trust.doubted(list(page.values()))
+            first = page_no * PAGE_ENTRIES
+            places += [
+                ((first + at) * chunk_size, chunk_size)
+                for at, chunk in sorted(page.items())
+                if chunk in doubted
+            ]
+            wanted |= doubted
+        if wanted:
+            source = snapshot.sources[disk.file.target_device]
+            store_again(work.domain, source, session, wanted, ctx, work.workers, within=places)
 
 
 def _compare(work: BackupWork, disk: DiskWork, snapshot: Held) -> str:

@@ -59,9 +59,9 @@ class Trust:
         """Whether nothing at all is known to be damaged."""
         return not self._by_pack and not self._view.ask(tables.losses).chunks
 
-    def vouches_for(self, ids: Sequence[bytes]) -> bool:
-        """Whether all of the chunks are `sound`."""
-        return self._view.ask(lambda state: len(self.sound(state, ids)) == len(set(ids)))
+    def doubted(self, ids: Sequence[bytes]) -> set[bytes]:
+        """Those of the chunks that are not `sound`."""
+        return set(ids) - self._view.ask(lambda state: self.sound(state, ids)).keys()
 
     def sound(self, state: Tables, ids: Sequence[bytes]) -> dict[bytes, ChunkRow]:
         """The rows of those of the chunks that can be expected to be whole where they lie: a patch
