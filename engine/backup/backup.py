@@ -12,6 +12,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 from engine.backup.likeness import find_lender
 from engine.backup.pages import Ranges
@@ -241,26 +242,28 @@ def _scanned(
 def _store_doubted(
     work: BackupWork, facts: BackupFacts, snapshot: Held, session: Session, ctx: JobContext
 ) -> None:
-    """Stores anew what has been found damaged since `_facts` asked, where a disk has it unchanged:
-    else it would be acknowledged though it can't be had any more."""
-    trust, chunk_size = work.domain.trust, work.domain.chunk_size
-    for disk in work.disks if not trust.is_whole() else ():
-        if disk.file.target_device not in facts.incremental:
-            continue
+    """Stores anew what has been found damaged since it was taken for unchanged, or known: else it
+    would be acknowledged though it can't be had any more. All scans are done."""
+    domain, chunk_size = work.domain, work.domain.chunk_size
+    for disk in work.disks if not domain.trust.is_whole() else ():
+        target = disk.file.target_device
+        below = domain.disk_map(disk.parent_disk).pages() if target in facts.incremental else ()
         places: list[tuple[int, int]] = []
         wanted: set[bytes] = set()
-        for page_no, page in work.domain.disk_map(disk.parent_disk).pages():
-            doubted = trust.doubted(list(page.values()))
+        for page_no, page in chain(below, session.pages(disk.disk_uuid)):
+            doubted = {
+                chunk
+                for chunk in domain.trust.doubted(list(page.values()))
+                if chunk not in session.packs
+            }
             first = page_no * PAGE_ENTRIES
             places += [
-                ((first + at) * chunk_size, chunk_size)
-                for at, chunk in sorted(page.items())
-                if chunk in doubted
+                ((first + at) * chunk_size, chunk_size) for at in page if page[at] in doubted
             ]
             wanted |= doubted
         if wanted:
-            source = snapshot.sources[disk.file.target_device]
-            store_again(work.domain, source, session, wanted, ctx, work.workers, within=places)
+            source, within = snapshot.sources[target], sorted(places)
+            store_again(domain, source, session, wanted, ctx, work.workers, within=within)
 
 
 def _compare(work: BackupWork, disk: DiskWork, snapshot: Held) -> str:

@@ -60,8 +60,13 @@ class Trust:
         return not self._by_pack and not self._view.ask(tables.losses).chunks
 
     def doubted(self, ids: Sequence[bytes]) -> set[bytes]:
-        """Those of the chunks that are not `sound`."""
-        return set(ids) - self._view.ask(lambda state: self.sound(state, ids)).keys()
+        """Those of the chunks that are live, and not `sound`."""
+
+        def found(state: Tables) -> set[bytes]:
+            live = state.table("chunks").get_many(ids)
+            return live.keys() - self.sound_among(state, live).keys()
+
+        return self._view.ask(found)
 
     def sound(self, state: Tables, ids: Sequence[bytes]) -> dict[bytes, ChunkRow]:
         """The rows of those of the chunks that can be expected to be whole where they lie: a patch

@@ -118,6 +118,20 @@ def test_what_stands_on_a_damaged_base_elsewhere_on_the_disk_is_stored_anew(
     assert rig.domain.trust.withdrawn() == {}
 
 
+def test_a_chunk_that_was_known_and_is_then_found_damaged_is_stored_anew(
+    rig: Rig, path: Path
+) -> None:
+    content = path.read_bytes()[30 * CHUNK : 31 * CHUNK]
+    full = rig.back_up(path)
+    damage(rig, content)
+    write_at(path, 0, content)  # on the point already, as far as anybody knows
+    write_at(path, 30 * CHUNK, random_bytes(BLOCK, 1))  # of which it is read as the base
+    made = rig.back_up(path, parent=full, workers=1)
+    assert same(rig, made, path)
+    assert stored(made) < 3 * CHUNK
+    assert rig.domain.trust.withdrawn() == {}
+
+
 def test_a_base_that_goes_before_the_commit(rig: Rig, path: Path) -> None:
     """Its patch is stored whole, from the snapshot, and the backup is made."""
     full = rig.back_up(path)
