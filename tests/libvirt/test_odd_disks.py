@@ -155,13 +155,14 @@ def test_one_that_is_restored_to_a_raw_file_is_one_that_libvirt_takes(
 
 
 def test_a_domain_that_another_cluster_kept_is_one_that_libvirt_takes(host: Host) -> None:
-    """And its emulator is not the one that is named there."""
+    """And its emulator is not the one that is named there. (It boots a kernel of the host's.)"""
     image = host.image("vda", "foreign.raw", MIB, "raw")
     old = host.define("stranger", [image])
     theirs = re.sub("<emulator>.*?<", "<emulator>/nowhere/evil<", old.XMLDesc())
     machine, notes = harmless(Machine(deflated(theirs.encode())))
     assert machine is not None
-    assert notes == ()
+    (note,) = notes
+    assert note.endswith("left out of its XML: cmdline, initrd, kernel")
     new = NewDomain(str(uuid4()), "known", {"vda": (f"{host.root}/pool/v", "raw")}, marks={})
     made = host.connection.defineXML(new_domain_xml(inflated(machine.xml), new))
     assert re.findall("<emulator>.*?<", made.XMLDesc()) == re.findall(
