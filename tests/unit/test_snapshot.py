@@ -399,8 +399,8 @@ class TestLeftovers:
             file.write_bytes(b"x")
         (pool / SNAPSHOTS / "kept").write_bytes(b"x")
         kept = [str(pool / SNAPSHOTS / "kept")]
-        command = [sys.executable, "-c", _SWAPS, pool / SNAPSHOTS, precious, aside]
-        with subprocess.Popen(command) as swapper:
+        places = map(str, (pool / SNAPSHOTS, precious, aside))
+        with subprocess.Popen([sys.executable, "-c", _SWAPS, *places]) as swapper:
             for _ in range(20_000):
                 clear_leftovers(str(pool), kept)
             swapper.kill()
