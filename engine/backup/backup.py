@@ -12,6 +12,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 from engine.backup.likeness import find_lender
 from engine.backup.pages import Ranges
@@ -37,6 +38,7 @@ from storage.errors import (
     PointUnreachable,
     StorageError,
 )
+from storage.format.manifests import PAGE_ENTRIES
 
 log = logging.getLogger(__name__)
 
@@ -129,6 +131,7 @@ def _make(work: BackupWork, session: Session, parent: str, ctx: JobContext) -> B
         facts = _facts(work, parent, snapshot.facts)
         for disk in work.disks:
             facts = _scanned(work, disk, facts, snapshot, session, ctx)
+        _store_doubted(work, facts, snapshot, session, ctx)
         label = work.make_label(facts)
         new = NewBackup(
             backup=work.backup_uuid,
@@ -185,7 +188,7 @@ def _damage(domain: Domain, disk: str) -> str:
     try:
         disk_map = domain.disk_map(disk)
         pages = () if domain.trust.is_whole() else disk_map.pages()
-        if all(domain.trust.vouches_for(list(page.values())) for _, page in pages):
+        if not any(domain.trust.doubted(list(page.values())) for _, page in pages):
             return ""
     except Damaged:
         return "the parent's manifest is damaged"
@@ -234,6 +237,33 @@ def _scanned(
         found_by={**facts.found_by, target: found_by},
         notes=(*facts.notes, *(f"{target} {said}" for said in notes)),
     )
+
+
+def _store_doubted(
+    work: BackupWork, facts: BackupFacts, snapshot: Held, session: Session, ctx: JobContext
+) -> None:
+    """Stores anew what has been found damaged since it was taken for unchanged, or known: else it
+    would be acknowledged though it can't be had any more. All scans are done."""
+    domain, chunk_size = work.domain, work.domain.chunk_size
+    for disk in work.disks if not domain.trust.is_whole() else ():
+        target = disk.file.target_device
+        below = domain.disk_map(disk.parent_disk).pages() if target in facts.incremental else ()
+        places: list[tuple[int, int]] = []
+        wanted: set[bytes] = set()
+        for page_no, page in chain(below, session.pages(disk.disk_uuid)):
+            doubted = {
+                chunk
+                for chunk in domain.trust.doubted(list(page.values()))
+                if chunk not in session.packs
+            }
+            first = page_no * PAGE_ENTRIES
+            places += [
+                ((first + at) * chunk_size, chunk_size) for at in page if page[at] in doubted
+            ]
+            wanted |= doubted
+        if wanted:
+            source, within = snapshot.sources[target], sorted(places)
+            store_again(domain, source, session, wanted, ctx, work.workers, within=within)
 
 
 def _compare(work: BackupWork, disk: DiskWork, snapshot: Held) -> str:

@@ -98,15 +98,19 @@ def store_again(
     wanted: Collection[bytes],
     ctx: JobContext,
     workers: int,
+    *,
+    within: Ranges | None = None,
 ) -> None:
     """Stores every chunk of a disk whose id is in `wanted`, whether or not the domain knows it.
 
     For chunks that a commit found gone. The whole disk is read again, which is rare and needs no
-    memory of which chunk was where. Raises as scan_disk does.
+    memory of which chunk was where; or only `within` these ranges. Raises as scan_disk does.
     """
     hasher, chunk_size = domain.hasher, domain.chunk_size
     fast_halves = frozenset(chunk_id[:FAST_BYTES] for chunk_id in wanted)
     plans = plan_pages(source.data_ranges(), chunk_size, ())
+    if within is not None:
+        plans = plan_changed(within, source.data_ranges(), chunk_size, lambda _: {})
     line = page_line(plans, source, chunk_size, ignore_page, workers)
 
     def work() -> None:

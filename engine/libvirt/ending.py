@@ -70,6 +70,20 @@ def end_job(find: FindDomain, ours: str, socket: str) -> End:
     return "unknown"
 
 
+def abort_job(find: FindDomain, ours: str, socket: str) -> bool:
+    """Tells the backup job that serves at `socket` to end, if it is on, and does not wait for that.
+    Whether it ends now, or is over; else libvirt has to be asked again."""
+    try:
+        domain = find()
+        if _socket_of(domain, ours) == socket:
+            domain.abortJob()
+    except NotFound:
+        return True
+    except (LibvirtFault, EngineError) as error:
+        return code_of(error) in _NOT_RUNNING
+    return True
+
+
 def _socket_of(domain: Domain, ours: str) -> str:
     """Where its backup job serves its disks; "" if none is on. LibvirtFault.
 

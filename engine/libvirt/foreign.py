@@ -126,7 +126,7 @@ def _strip_namespaces(root: ET.Element) -> None:
 def _strip_firmware(os_node: ET.Element) -> Iterator[str]:
     """A loader stays that the system's packages have; else libvirt chooses one like it."""
     for loader in os_node.findall("loader"):
-        list(_keep_children(loader, frozenset()))
+        list(_keep_children(loader, frozenset()))  # the text behind one is of the path, too
         path = (loader.text or "").strip()
         if path and not os.path.normpath(path).startswith(FIRMWARE_DIRECTORY):
             os_node.remove(loader)
@@ -182,7 +182,7 @@ def _graphics(graphics: ET.Element) -> bool:
     if graphics.get("type") not in ("vnc", "spice"):
         return False
     _keep_attributes(graphics, "type", "keymap")
-    if "/" in graphics.get("keymap", ""):
+    if "/" in graphics.get("keymap", ""):  # QEMU opens what is a file
         del graphics.attrib["keymap"]
     list(_keep_children(graphics, frozenset()))
     return True

@@ -27,7 +27,6 @@ from engine.errors import (
     EngineError,
     HypervisorAway,
     HypervisorRefused,
-    NotFound,
     ScratchFull,
 )
 from engine.libvirt import checkpoints
@@ -35,13 +34,12 @@ from engine.libvirt.agent import agent_hook
 from engine.libvirt.binding import (
     INCREMENTAL_LOST,
     NO_SUCH_DOMAIN,
-    OPERATION_INVALID,
     Domain,
     LibvirtFault,
     code_of,
 )
 from engine.libvirt.domains import DomainDisk, DomainFacts, read_domain
-from engine.libvirt.ending import FindDomain, end_job, end_later, end_left_job
+from engine.libvirt.ending import FindDomain, abort_job, end_job, end_later, end_left_job
 from engine.libvirt.half_begun import is_half_begun
 from engine.libvirt.jobxml import JobDisk, backup_xml, checkpoint_xml, export_bitmap, record_xml
 from engine.libvirt.machine import inflated, machine_of
@@ -190,12 +188,7 @@ class _Job:
         return end == "stopped"
 
     def _abort(self) -> bool:
-        """Whether the job ends now, or is over."""
-        try:
-            self.find().abortJob()
-        except (LibvirtFault, EngineError) as error:
-            return isinstance(error, NotFound) or code_of(error) == OPERATION_INVALID
-        return True
+        return abort_job(self.find, self.setup.ours, self.socket)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ and at once where something was deleted. The regular ones also look how much roo
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -20,7 +21,6 @@ from engine.inventory.inventory import pool_of
 from engine.inventory.volumes import volume_path
 from engine.model import BACKUP_RUNNING, Baseline
 from engine.snapshot.snapshot import clear_leftovers
-from storage.errors import StorageError
 
 log = logging.getLogger(__name__)
 
@@ -48,18 +48,19 @@ def tend_baselines(core: Core) -> None:
 
 
 def _used(core: Core) -> frozenset[tuple[str, str, str]]:
-    """(VM, target device, volume's path) of all disks; "" for what may be any path, for a
-    hypervisor that is away says nothing of its pools."""
+    """(VM, target device, volume's path) of all disks that are files in pools; "" for what may be
+    any path, for a hypervisor that is away says nothing of its pools, and the configuration may
+    have left one out by mistake."""
     found = set()
     for vm in core.inventory.vms():
         for disk in vm.disks:
-            if vm.state == "unreachable":
-                found.add((vm.uuid, disk.target_device, ""))
-                continue
-            try:
-                path = volume_path(pool_of(core.inventory.places, disk), disk.volume_name)
-            except EngineError:
-                continue
+            path = ""
+            if vm.state != "unreachable":
+                if not disk.pool_uuid:
+                    continue
+                with contextlib.suppress(EngineError):
+                    pool = pool_of(core.inventory.places, disk)
+                    path = volume_path(pool, disk.volume_name)
             found.add((vm.uuid, disk.target_device, path))
     return frozenset(found)
 
@@ -114,7 +115,7 @@ class BaselineTending:
                 tend_baselines(self._core)
                 self.clear_late_pools()
                 self._core.pinned.look(self._core.baselines.rows(), self._core.probes)
-            except (EngineError, StorageError):
+            except Exception:  # also that the system has no thread just now: the next round may
                 if not self._stopped.is_set():
                     log.exception("baselines_not_tended")
 

@@ -31,6 +31,7 @@ FoundBy: TypeAlias = Literal["scan", "reflink", "bitmap"]
 # The kernel stamps files with a clock that ticks every 1 to 10 ms. A volume that changed less than
 # this ago could change again without its times showing it.
 _TICK_NS = 20_000_000
+_SECOND_NS = 1_000_000_000
 
 
 BITMAP_PREFIX = "vmkeep-"
@@ -164,11 +165,20 @@ def settled_mark(fd: int) -> Mark:
     """
     for _ in range(2):
         mark = mark_of(os.fstat(fd))
-        age_ns = time.time_ns() - max(mark.mtime_ns, mark.ctime_ns)
-        if not 0 <= age_ns < _TICK_NS:
+        age_ns, tick_ns = time.time_ns() - max(mark.mtime_ns, mark.ctime_ns), _tick_ns(mark)
+        if not 0 <= age_ns < tick_ns:
             return mark
-        time.sleep((_TICK_NS - age_ns) / 1e9)
+        time.sleep((tick_ns - age_ns) / 1e9)
     return mark_of(os.fstat(fd))
+
+
+def _tick_ns(mark: Mark) -> int:
+    """How long after the times of `mark` another change might not show.
+
+    ext4 with inodes of 128 bytes, ext3 and NFS of them keep whole seconds. That is told by ctime,
+    since mtime may be set to any time.
+    """
+    return _TICK_NS if mark.ctime_ns % _SECOND_NS else _TICK_NS + _SECOND_NS
 
 
 class VolumeSource:

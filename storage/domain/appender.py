@@ -80,16 +80,13 @@ class Appender:
 
     def refresh_to_end(self) -> None:
         """See Domain.refresh_to_end."""
-        self.refresh()  # mends the view, if need be
         self.require_own_past()
         while not self._log.ends_before(self.refresh() + 1):
             pass
 
     def require_own_past(self) -> None:
         """See Domain.require_own_past."""
-        with self._view.read() as state:
-            seq, digest = tables.applied(state)
-        self._require_record(seq, digest)
+        self._require_record(*self._view.ask(tables.applied))
         self._require_seen()
 
     def require_no_gap(self) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -59,10 +59,12 @@ class _Overtaken(Refused):
 
 @dataclass(frozen=True, slots=True)
 class ForeignDomain:
-    """Another domain as its log tells it: who is live, without an index."""
+    """Another domain as its log tells it: who is live, without an index. `gone`: packs that were
+    not there, though its log named them."""
 
     paths: DomainPaths
     state: BoundedTables
+    gone: set[str] = field(default_factory=set)
 
     def backups(self) -> list[BackupRow]:
         return list(backup_rows(self.state))
@@ -96,13 +98,14 @@ def import_backups(
     neither; Damaged; PointFull.
     """
     domain.refresh()
+    gone: set[str] = set()
     for attempt in range(ATTEMPTS):
         here = {row.backup for row in domain.backups()}
         missing = [backup for backup in dict.fromkeys(wanted) if backup not in here]
         if not missing:
             break
         try:
-            _take(domain, read_domain(domain.fs, source), missing, relabel)
+            _take(domain, replace(read_domain(domain.fs, source), gone=gone), missing, relabel)
             taken(missing)
             break
         except (PointUnreachable, ChunkMissing, AlreadyOnPoint, _Overtaken) as error:
@@ -127,8 +130,8 @@ def _take(
     vouched = cache(partial(_same_file, domain, source.paths))
     beside_view = os.path.dirname(domain.view.path)
     with (
-        translated(beside_view),
         domain.begin("import") as session,
+        translated(beside_view),
         _Gathered(beside_view) as gathered,
     ):
         for backup in wanted:
@@ -264,12 +267,17 @@ def _holders(
 ) -> Iterator[tuple[tuple[int, str], list[bytes]]]:
     """(number, pack) of the source's packs that have the newest copies of the chunks, and the bases
     of these. Empties the set. Packs that can't be read are passed over, unless what is left is in
-    no other."""
+    no other.
+
+    One that is gone may have been moved: what older packs have of its chunks may be what it had
+    healed. So it is passed over only when the log, read again since, still names it.
+    """
     numbered = ((row.number, pack) for pack, row in tables.packs.scan(source.state))
     unread: StorageError | None = None
+    moved: StorageError | None = None
     for number, pack in sorted(numbered, reverse=True):
         if not left:
-            return
+            break
         path = source.paths.pack(pack)
         try:
             _require_directory(domain.fs, os.path.dirname(path))
@@ -278,11 +286,16 @@ def _holders(
         except (Damaged, PointUnreachable) as error:
             log.info("pack_passed_over", extra={"path": path, "error": str(error)})
             unread = unread or error
+            if isinstance(error, PointUnreachable) and pack not in source.gone:
+                source.gone.add(pack)
+                moved = error
             continue
         held = {entry.chunk_id: entry.base for entry in entries if entry.chunk_id in left}
         if held:
             yield (number, pack), [base for base in held.values() if base]
         left -= held.keys()
+    if moved:
+        raise moved
     if left:
         raise unread or ChunkMissing(frozenset(left))
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -24,7 +24,7 @@ from storage.domain.new_packs import NewPacks, file_seal
 from storage.errors import PointFull, Refused, SessionEnded, StorageError, translated
 from storage.files.publish import make_dirs
 from storage.format.chunks import Frame
-from storage.format.manifests import ManifestWriter, encode_page
+from storage.format.manifests import ManifestReader, ManifestWriter, decode_page, encode_page
 from storage.format.packs import read_footer
 from storage.format.record import (
     BackupSeal,
@@ -239,6 +239,14 @@ class Session:
         builder = ManifestBuilder(writer, n, capacity, parent_disk or "")
         self._builders[disk] = builder
         return builder
+
+    def pages(self, disk: str) -> Iterator[tuple[int, dict[int, bytes]]]:
+        """What was added to a disk's manifest, which is complete with that."""
+        self._seal_manifests()
+        path = self._domain.paths.manifest(file_id(self.id, self._builders[disk].n))
+        with translated(path), ManifestReader(self._domain.fs, path) as reader:
+            for page_no, page in reader.pages():
+                yield page_no, decode_page(page)
 
     def _seal_manifests(self) -> None:
         for disk, builder in self._builders.items():

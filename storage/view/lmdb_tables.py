@@ -232,7 +232,7 @@ class LmdbTables:
         return found
 
     def flush(self) -> None:
-        """Writes the sums of what was changed. Once, before the commit."""
+        """Writes the sums of what was changed, before the commit."""
         self._sums.flush()
 
     def rows(self) -> int:

@@ -59,9 +59,14 @@ class Trust:
         """Whether nothing at all is known to be damaged."""
         return not self._by_pack and not self._view.ask(tables.losses).chunks
 
-    def vouches_for(self, ids: Sequence[bytes]) -> bool:
-        """Whether all of the chunks are `sound`."""
-        return self._view.ask(lambda state: len(self.sound(state, ids)) == len(set(ids)))
+    def doubted(self, ids: Sequence[bytes]) -> set[bytes]:
+        """Those of the chunks that are live, and not `sound`."""
+
+        def found(state: Tables) -> set[bytes]:
+            live = state.table("chunks").get_many(ids)
+            return live.keys() - self.sound_among(state, live).keys()
+
+        return self._view.ask(found)
 
     def sound(self, state: Tables, ids: Sequence[bytes]) -> dict[bytes, ChunkRow]:
         """The rows of those of the chunks that can be expected to be whole where they lie: a patch

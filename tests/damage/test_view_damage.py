@@ -259,11 +259,15 @@ def test_a_view_that_its_proof_makes_anew_is_no_checkpoint_if_it_lacks_something
         assert own.files()["checkpoints"] == before
 
 
-def test_whether_the_log_is_ours_is_asked_of_a_view_that_is_whole(own: Site) -> None:
+@pytest.mark.parametrize("ask", [Domain.refresh_to_end, Domain.require_own_past])
+def test_whether_the_log_is_ours_is_asked_of_a_view_that_is_whole(
+    own: Site, ask: Callable[[Domain], None]
+) -> None:
+    """Each look at a point begins with that: nothing else would mend the view."""
     with own.opened() as domain:
         before = dump(domain)
         domain.view.update(partial(flipped, random.Random(1), "meta", b"applied"))
-        domain.refresh_to_end()
+        ask(domain)
         assert dump(domain) == before
 
 

@@ -21,6 +21,7 @@ from engine.config import (
     PointConfig,
     PoolConfig,
     TenantConfig,
+    Tracking,
     VmConfig,
 )
 from engine.errors import NotFound, PoolUnreachable
@@ -375,3 +376,20 @@ def test_colliding_chunks_of_two_tenants_stay_their_own(tmp_path: Path) -> None:
         assert rig.core.points.domain(rig.point_uuid, rig.cluster_uuid).stats().chunks == 2
         for name, content in contents.items():
             assert rig.restore(backups[name], f"{name}-copy") == [content]
+
+
+def test_baselines_are_tended_again_after_a_moment_without_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else none would ever go until the next start, however short of room their pool is."""
+    rounds, again = list[int](), threading.Event()
+
+    def tend(_core: object) -> None:
+        rounds.append(1)
+        if len(rounds) == 1:
+            raise RuntimeError("can't start new thread")
+        again.set()
+
+    monkeypatch.setattr("engine.snapshot.baseline_tending.tend_baselines", tend)
+    with EngineRig(tmp_path / "data", Config(tracking=Tracking(look_every_s=0.05))):
+        assert again.wait(PATIENCE_S)

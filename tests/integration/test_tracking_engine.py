@@ -211,6 +211,25 @@ def test_they_stay_while_the_vms_hypervisor_is_away(
     assert any("tracking is off since" in note for note in rig.back_up(vm).label.notes)
 
 
+def test_they_stay_while_their_pool_is_left_out_of_the_configuration(
+    rig: EngineRig, tmp_path: Path
+) -> None:
+    """It may be a mistake. What is off must be so afterwards."""
+    vm = rig.make_vm("web", random_bytes(SIZE))
+    rig.back_up(vm)
+    right = rig.config
+    for off in ("", "proved wrong"):
+        if off:
+            rig.core.baselines.turn_off(rig.core.baselines.rows()[0], off)
+        rig.config = Config(pools=(PoolConfig(name="other", path=str(tmp_path / "other")),))
+        rig.restart()
+        tend_baselines(rig.core)
+        rig.config = right
+        rig.restart()
+        assert [row.off for row in rig.core.baselines.rows()] == [off]
+        assert len(kept(rig)) == (0 if off else 1)
+
+
 def test_what_has_too_many_extents_is_not_cloned(rig: EngineRig) -> None:
     rig.config = Config(pools=rig.config.pools, clone=Clone(most_extents=1))
     rig.restart()

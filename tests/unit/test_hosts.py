@@ -223,6 +223,32 @@ def test_importing_does_not_put_damage_in_the_place_of_ones_own_chunks(
     assert files(mine) == live_files(mine)
 
 
+def test_importing_beside_a_gc_takes_no_older_copy_for_the_one_that_moved(
+    point: Point, label: ClusterLabel, domain: Domain
+) -> None:
+    """The older one may be the damaged one, which the newer one has healed."""
+    wanted, gone, *kept = mixed(6)
+    save(domain, wanted + b"".join(kept))
+    (pack,) = files(domain, "packs")
+    path = Path(domain.paths.root, pack)
+    content = bytearray(path.read_bytes())
+    content[content.index(wanted)] ^= 1
+    path.write_bytes(content)
+    domain.trust.withdraw(pack.removeprefix("packs/"), frozenset({domain.hasher.full(wanted)}))
+    large, there = save(domain, wanted + gone), save(domain, wanted)
+    domain.forget([large.backup])
+    fs = HookFs()
+    mine = through(point, cluster("mine"), "host-9", fs)
+
+    def repack() -> None:
+        assert domain.reclaim(sparse_below=0.6).packs_repacked == 1
+
+    fs.root, fs.hook = domain.paths.packs, repack
+    mine.import_backups(label.cluster_uuid, [there.backup], lambda _: b"")
+    assert fs.hook is None
+    assert load(mine, there) == wanted
+
+
 def test_two_hosts_that_import_the_same_both_succeed(point: Point, domain: Domain) -> None:
     there = save(domain, image_of(1, 2))
     label = cluster("mine")

@@ -10,6 +10,7 @@ import pytest
 
 from engine.libvirt import watch
 from engine.libvirt.binding import LibvirtFault
+from engine.libvirt.ending import abort_job
 from engine.libvirt.scratch import ScratchWatch
 
 PATIENCE_S = 20.0
@@ -73,3 +74,29 @@ def test_the_watch_goes_on_until_the_job_could_be_ended(tmp_path: Path) -> None:
     scratch.stop()
     assert answers == []
     assert "are the reserve" in scratch.problem
+
+
+class Busy:
+    """A domain with a backup job that serves at `socket`."""
+
+    def __init__(self, socket: str) -> None:
+        self._socket = socket
+        self.aborted = False
+
+    def jobInfo(self) -> list[int]:
+        return [1]
+
+    def backupGetXMLDesc(self) -> str:
+        return f"<domainbackup><server transport='unix' socket='{self._socket}'/></domainbackup>"
+
+    def abortJob(self) -> int:
+        self.aborted = True
+        return 0
+
+
+@pytest.mark.parametrize(("socket", "ours"), [("/s/host-1.sock", True), ("/s/other.sock", False)])
+def test_a_full_scratch_directory_ends_our_own_job_only(socket: str, ours: bool) -> None:
+    """The VM may have been stopped and started since, and is being migrated now."""
+    domain: Any = Busy(socket)
+    assert abort_job(lambda: domain, "/s/host-", "/s/host-1.sock")
+    assert domain.aborted == ours

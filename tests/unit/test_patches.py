@@ -6,6 +6,7 @@ import errno
 import os
 import tempfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -313,8 +314,11 @@ def test_an_import_without_room_for_what_it_must_remember_changes_nothing(
     _, made = three(source)
     monkeypatch.setattr(sorted_runs, "IDS_AT_ONCE", 1)
     monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    drop = Mock()
+    monkeypatch.setattr(target.salvage, "drop", drop)
     with pytest.raises(PointFull, match=r"views?"):
         target.import_backups(one.cluster_uuid, [made[2].backup], lambda row: row.label)
+    drop.assert_called_once_with()  # a point is never full because of salvage
     assert (target.backups(), files(target, "packs", "manifests", "tmp")) == ([], set())
 
 

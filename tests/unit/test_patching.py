@@ -10,7 +10,7 @@ import pytest
 
 from engine.backup.backup import BackupFacts, run_backup
 from storage.format.chunks import FRAME_HEADER_BYTES
-from storage.format.packs import read_footer
+from storage.view.tables import pack_id, unpack_chunk_row
 from tests.rig import Made, Rig, random_bytes, write_at
 from tests.store import patches
 
@@ -37,6 +37,18 @@ def scatter(path: Path, count: int, seed: int) -> None:
     """Writes a block into as many chunks."""
     for at in range(count):
         write_at(path, at * CHUNK + 3 * BLOCK, random_bytes(BLOCK, seed + at))
+
+
+def damage(rig: Rig, content: bytes) -> tuple[str, bytes]:
+    """Spoils the frame of the chunk of this content; its pack, and its id."""
+    chunk = rig.domain.hasher.full(content)
+    with rig.domain.view.read() as state:
+        row = unpack_chunk_row(state.table("chunks").get_many([chunk])[chunk])
+        pack = pack_id(state, row.pack)
+    file = Path(rig.domain.paths.pack(pack))
+    os.chmod(file, 0o600)
+    write_at(file, row.offset + FRAME_HEADER_BYTES + 5, b"damage")
+    return pack, chunk
 
 
 def test_scattered_writes_are_stored_as_what_they_are(rig: Rig, path: Path) -> None:
@@ -72,12 +84,7 @@ def test_a_full_backup_makes_no_patches(rig: Rig, path: Path) -> None:
 def test_a_damaged_base_is_no_base(rig: Rig, path: Path) -> None:
     """The chunks are stored whole, the backup says so, and it restores."""
     full = rig.back_up(path)
-    with rig.domain.view.read() as state:
-        (pack,) = [key.decode() for key, _ in state.table("packs").scan()]
-    file = Path(rig.domain.paths.pack(pack))
-    entry = read_footer(rig.domain.fs, str(file))[1][0]
-    os.chmod(file, 0o600)
-    write_at(file, entry.offset + FRAME_HEADER_BYTES + 5, b"damage")
+    pack, chunk = damage(rig, path.read_bytes()[:CHUNK])
     scatter(path, 40, 1)  # all whole chunks of the disk: nothing else is needed of the damaged one
     made = rig.back_up(path, parent=full)
     assert made.result is not None
@@ -85,7 +92,44 @@ def test_a_damaged_base_is_no_base(rig: Rig, path: Path) -> None:
     assert "1 of the parent's are damaged" in notes
     assert 39 * BLOCK + CHUNK < stored(made) < 39 * (BLOCK + 200) + CHUNK + 200
     assert same(rig, made, path)
-    assert rig.domain.trust.withdrawn() == {pack: frozenset({entry.chunk_id})}
+    assert rig.domain.trust.withdrawn() == {pack: frozenset({chunk})}
+
+
+def test_what_stands_on_a_damaged_base_elsewhere_on_the_disk_is_stored_anew(
+    rig: Rig, path: Path
+) -> None:
+    """Else it would be acknowledged as unchanged, though known to be damaged."""
+    twice = path.read_bytes()[:CHUNK]
+    for at in (20, 30):
+        write_at(path, at * CHUNK, twice)
+    write_at(path, 10 * CHUNK, bytes(CHUNK))
+    full = rig.back_up(path)
+    write_at(path, 10 * CHUNK, twice)
+    write_at(path, 30 * CHUNK, random_bytes(BLOCK, 1))
+    middle = rig.back_up(path, parent=full)
+    assert len(patches(rig.domain)) == 1
+    damage(rig, twice)
+    scatter(path, 1, 2)  # so that the base is read
+    made = rig.back_up(path, parent=middle)
+    assert made.result is not None
+    assert made.result.facts.incremental
+    assert same(rig, made, path)
+    assert stored(made) < 4 * CHUNK
+    assert rig.domain.trust.withdrawn() == {}
+
+
+def test_a_chunk_that_was_known_and_is_then_found_damaged_is_stored_anew(
+    rig: Rig, path: Path
+) -> None:
+    content = path.read_bytes()[30 * CHUNK : 31 * CHUNK]
+    full = rig.back_up(path)
+    damage(rig, content)
+    write_at(path, 0, content)  # on the point already, as far as anybody knows
+    write_at(path, 30 * CHUNK, random_bytes(BLOCK, 1))  # of which it is read as the base
+    made = rig.back_up(path, parent=full, workers=1)
+    assert same(rig, made, path)
+    assert stored(made) < 3 * CHUNK
+    assert rig.domain.trust.withdrawn() == {}
 
 
 def test_a_base_that_goes_before_the_commit(rig: Rig, path: Path) -> None:

@@ -242,6 +242,32 @@ class TestGuard:
                 source.check_unchanged()
             source.close()
 
+    def test_no_write_is_missed_where_times_are_whole_seconds(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As on ext4 with inodes of 128 bytes. Both writes are in one second, unless waited for."""
+        path = tmp_path / "v"
+        path.write_bytes(b"a" * 100)
+        fstat, second_ns = os.fstat, 10**9
+
+        def coarse(fd: int) -> os.stat_result:
+            found = fstat(fd)
+            times = {
+                name: getattr(found, name) // second_ns * second_ns
+                for name in ("st_atime_ns", "st_mtime_ns", "st_ctime_ns")
+            }
+            return os.stat_result(tuple(found), times)
+
+        monkeypatch.setattr(os, "fstat", coarse)
+        time.sleep(1.05 - time.time() % 1)
+        overwrite(path)
+        time.sleep(0.05)
+        source = direct(path)
+        overwrite(path)
+        with pytest.raises(Conflict, match="somebody wrote"):
+            source.check_unchanged()
+        source.close()
+
     def test_reading_is_no_change(self, tmp_path: Path) -> None:
         path = tmp_path / "v"
         path.write_bytes(b"a" * 100)
