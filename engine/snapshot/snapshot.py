@@ -26,6 +26,7 @@ import fcntl
 import logging
 import os
 import secrets
+import stat
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -60,6 +61,8 @@ RESTORES = ".vmkeep-restores"
 _PROBE_BYTES = 4096
 _CREATE_ATTEMPTS = 100
 _NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+_OLD_FILE = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,25 +372,46 @@ def clear_leftovers(pool_path: str, kept: Collection[str] = ()) -> int:
     """
     count = 0
     for root in (f"{pool_path}/{SNAPSHOTS}", f"{pool_path}/{RESTORES}"):
-        if os.path.islink(root):
-            continue
-        for place, _, names in os.walk(root, topdown=False):
-            paths = (f"{place}/{name}" for name in names)
-            count += sum(_clear_file(path) for path in paths if path not in kept)
-            with contextlib.suppress(OSError):
-                os.rmdir(place)
+        count += _clear_directory(root, kept)
     return count
 
 
-def _clear_file(path: str) -> bool:
+def _clear_directory(path: str, kept: Collection[str], parent_fd: int | None = None) -> int:
+    """One of a pool, and with a `parent_fd` one in that, where there are no more. By descriptors:
+    whoever may write to the pool can put a link to any other directory in the place of one."""
+    count, name = 0, path if parent_fd is None else os.path.basename(path)
+    with contextlib.suppress(OSError):
+        fd = os.open(name, _DIRECTORY, dir_fd=parent_fd)
+        try:
+            for below in os.listdir(fd):
+                place = f"{path}/{below}"
+                if parent_fd is None and _is_directory(below, fd):
+                    count += _clear_directory(place, kept, fd)
+                elif place not in kept:
+                    count += _clear_file(place, fd)
+        finally:
+            os.close(fd)
+        os.rmdir(name, dir_fd=parent_fd)
+    return count
+
+
+def _is_directory(name: str, parent_fd: int) -> bool:
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        return stat.S_ISDIR(os.stat(name, dir_fd=parent_fd, follow_symlinks=False).st_mode)
+    except OSError:
+        return False
+
+
+def _clear_file(path: str, parent_fd: int) -> bool:
+    name = os.path.basename(path)
+    try:
+        fd = os.open(name, _OLD_FILE, dir_fd=parent_fd)
     except OSError as error:
         log.warning("leftover_kept", extra={"path": path, "why": str(error)})
         return False
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.unlink(path)
+        os.unlink(name, dir_fd=parent_fd)
     except OSError as error:
         log.info("leftover_kept", extra={"path": path, "why": str(error)})
         return False

@@ -347,6 +347,17 @@ def wait_for(journal: Path, expected: Sequence[str]) -> None:
     raise AssertionError(f"{lines(journal)} instead of {expected}")
 
 
+_SWAPS = """
+import os, sys
+place, target, aside = sys.argv[1:]
+while True:
+    os.rename(place, aside)
+    os.symlink(target, place)
+    os.unlink(place)
+    os.rename(aside, place)
+"""
+
+
 class TestLeftovers:
     def test_files_of_the_killed_go_and_others_stay(self, tmp_path: Path) -> None:
         (tmp_path / SNAPSHOTS / "1").mkdir(parents=True)
@@ -377,6 +388,37 @@ class TestLeftovers:
         (pool / RESTORES / "directory").symlink_to(precious)
         clear_leftovers(str(pool))
         assert (precious / "file").read_bytes() == b"x"
+
+    def test_links_that_come_meanwhile_lead_nowhere(self, tmp_path: Path) -> None:
+        """Whoever may write to the pool puts them there, again and again, until one is followed."""
+        pool, precious, aside = (tmp_path / name for name in ("pool", "precious", "aside"))
+        for place in (pool / SNAPSHOTS, pool / RESTORES, precious):
+            place.mkdir(parents=True)
+        files = [precious / str(number) for number in range(3)]
+        for file in files:
+            file.write_bytes(b"x")
+        (pool / SNAPSHOTS / "kept").write_bytes(b"x")
+        kept = [str(pool / SNAPSHOTS / "kept")]
+        places = map(str, (pool / SNAPSHOTS, precious, aside))
+        with subprocess.Popen([sys.executable, "-c", _SWAPS, *places]) as swapper:
+            for _ in range(20_000):
+                clear_leftovers(str(pool), kept)
+            swapper.kill()
+        assert [file.exists() for file in files] == [True] * 3
+
+    def test_no_depth_is_too_much(self, tmp_path: Path) -> None:
+        (tmp_path / SNAPSHOTS).mkdir()
+        fd = os.open(tmp_path / SNAPSHOTS, os.O_RDONLY)
+        for _ in range(1500):
+            os.mkdir("a", dir_fd=fd)
+            below = os.open("a", os.O_RDONLY, dir_fd=fd)
+            os.close(fd)
+            fd = below
+        os.close(fd)
+        try:
+            assert clear_leftovers(str(tmp_path)) == 0
+        finally:
+            subprocess.run(["rm", "-rf", tmp_path / SNAPSHOTS], check=True)  # pytest can't
 
     def test_nothing_there(self, tmp_path: Path) -> None:
         assert clear_leftovers(str(tmp_path / "none")) == 0
