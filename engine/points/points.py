@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from msgspec.structs import replace
 
 from engine.config import PointConfig
-from engine.errors import Conflict, Invalid, NotFound
+from engine.errors import ConfigInvalid, Conflict, Invalid, NotFound
 from engine.inventory.inventory import DEFAULT_NAME
 from engine.inventory.volumes import directories_above, directory_id
 from engine.model import BackupPoint, PointKind
@@ -78,8 +78,15 @@ class Points:
 
     def _rename(self, wanted: tuple[PointConfig, ...]) -> None:
         """An attached point has the name that it is configured with now: its old one may be
-        another's."""
+        another's. ConfigInvalid for the name of one that is not configured."""
         names = {os.path.normpath(point.path): point.name for point in wanted}
+        listed = frozenset(names.values())
+        for keeper in self._keepers.values():
+            if keeper.row.path not in names and keeper.row.name in listed:
+                raise ConfigInvalid(
+                    f"points: {keeper.row.name!r} is the name of the attached point at"
+                    f" {keeper.row.path}; list that with another name, or use one here"
+                )
         for keeper in self._keepers.values():
             name = names.get(keeper.row.path, keeper.row.name)
             if name != keeper.row.name:

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from engine.catalogue.labels import UNREADABLE_NAME, encode_label
 from engine.config import ClusterConfig, Config, PointConfig, parse_config
 from engine.core import Core
-from engine.errors import Conflict, EngineError, Invalid, NotFound, PointStateError
+from engine.errors import ConfigInvalid, Conflict, EngineError, Invalid, NotFound, PointStateError
 from engine.ids import new_id
 from engine.libvirt.machine import deflated, inflated
 from engine.model import FOREIGN_IDENTITY, Backup, Machine, PointKind
@@ -95,6 +95,20 @@ def test_a_point_has_the_name_that_it_is_configured_with(tmp_path: Path) -> None
     assert renamed == {"nas": "second", "old": "first"}
     with EngineRig(tmp_path / "data") as rig:
         assert {row.point.name for row in rig.engine.points()} == {"nas", "old"}
+
+
+def test_a_point_is_not_configured_with_the_name_of_another_that_is_attached(
+    tmp_path: Path,
+) -> None:
+    with EngineRig(tmp_path / "data") as rig:
+        attach(rig, tmp_path / "mine", "nas")
+        attach(rig, tmp_path / "other", "archive")
+        before = {row.point.name for row in rig.engine.points()}
+    taken = Config(points=(PointConfig("nas", f"{tmp_path}/other"),))
+    with pytest.raises(ConfigInvalid, match=f"'nas' is the name .* {tmp_path}/mine"):
+        EngineRig(tmp_path / "data", taken)
+    with EngineRig(tmp_path / "data") as rig:
+        assert {row.point.name for row in rig.engine.points()} == before
 
 
 def test_a_cluster_has_its_present_name_wherever_its_backups_are_listed(tmp_path: Path) -> None:
