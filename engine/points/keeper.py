@@ -16,8 +16,9 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 
 from engine.catalogue.catalogue import Catalogue
@@ -338,13 +339,8 @@ class Keeper:
         our own that nobody works in any more, and clears what those hosts have left."""
         self._beats += 1
         for cluster_uuid, domain in opened.sound():
-            ended = 0
-            try:
-                ended = domain.end_left_open()
-                beat(domain, self._beats)
-            except PointFull as error:
-                # Missing it costs at most a session; a full point has to stay open for deletes.
-                log.warning("no_room_to_beat", extra={"point": self.row.uuid, "error": str(error)})
+            ended = self._unless_full(domain.end_left_open)
+            self._unless_full(partial(beat, domain, self._beats))
             observer = self._observers.setdefault(cluster_uuid, Observer())
             ended += observer.end_dead_sessions(domain, time.monotonic())
             if ended:
@@ -352,6 +348,15 @@ class Keeper:
                 log.warning("dead_sessions_ended", extra=fields)
             self._leftovers.setdefault(cluster_uuid, Leftovers()).clear(domain, time.monotonic())
         self._beat_at_s = time.monotonic()
+
+    def _unless_full(self, do: Callable[[], int | None]) -> int:
+        """What it returns; 0 where there is no room, here or on the point. A heartbeat that is
+        missed costs at most a session, and a full point has to stay open for deletes."""
+        try:
+            return do() or 0
+        except PointFull as error:
+            log.warning("no_room_to_beat", extra={"point": self.row.uuid, "error": str(error)})
+            return 0
 
     def _sync(self, cluster_uuid: str, domain: Domain) -> bool:
         """After the first time only what the records since then have changed is looked at. In
