@@ -41,6 +41,7 @@ _OF_DISK = frozenset(
     | {"readonly", "shareable", "iotune", "geometry", "blockio"}
 )
 _OF_INTERFACE = frozenset({"source", "model", "address", "boot", "link", "filterref"})
+_OF_SWITCH_PORT = frozenset({"virtualport", "vlan"})  # named: without them it may reach nothing
 _OF_CHARACTER_DEVICE = frozenset({"target", "address"})
 _OF_MEMORY = frozenset({"target", "address"})
 _SEVERAL = frozenset({"boot", "codec", "sysinfo"})  # all others are in their parent once
@@ -95,6 +96,7 @@ def _stripped(root: ET.Element) -> Iterator[str]:
         if sysinfo.get("type") != "smbios":
             root.remove(sysinfo)
             yield "sysinfo"
+    yield from (node.tag for node in devices.iterfind("interface/*") if node.tag in _OF_SWITCH_PORT)
     for device in list(devices):
         strip = _DEVICES.get(device.tag)
         if strip is None or not strip(device):

@@ -43,6 +43,9 @@ IN_DEVICES = {
     f"<interface type='bridge'><script path='{EVIL}'/><source bridge='b'/></interface>": "",
     f"<interface type='network'><backend tap='{EVIL}'/><rom file='{EVIL}'/></interface>": "",
     f"<interface type='network'><source network='n' dev='{EVIL}'/></interface>": "",
+    f"<interface type='bridge'><virtualport type='{EVIL}'/><vlan/></interface>": (
+        "virtualport, vlan"
+    ),
     f"<interface type='vhostuser'><source path='{EVIL}'/></interface>": "interface",
     f"<disk device='cdrom'><source file='{EVIL}'/><target dev='sdb'/></disk>": "",
     f"<disk device='disk'><source file='{EVIL}'/><target dev='vdz'/></disk>": "",
