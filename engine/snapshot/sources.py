@@ -32,6 +32,7 @@ FoundBy: TypeAlias = Literal["scan", "reflink", "bitmap"]
 # this ago could change again without its times showing it.
 _TICK_NS = 20_000_000
 _SECOND_NS = 1_000_000_000
+SKEW_NS = 60 * _SECOND_NS  # of a file server's clock; more is taken for a time of long ago
 
 
 BITMAP_PREFIX = "vmkeep-"
@@ -160,16 +161,19 @@ def mark_of(found: os.stat_result) -> Mark:
 def settled_mark(fd: int) -> Mark:
     """The mark of `fd`, taken when any later change is sure to give the file another time.
 
-    Waits for the file system's clock to tick, at most twice: who writes all the time is found out
-    by a later comparison anyway. A clock in the future (a server's) is not waited for.
+    Of a file that was changed lately that is so once it has been seen for a tick of the file
+    system's clock. Which is a server's, perhaps: within SKEW_NS what ours says is not believed.
+    Who writes all the time is waited for twice, and found out by a later comparison anyway.
     """
+    mark = mark_of(os.fstat(fd))
     for _ in range(2):
-        mark = mark_of(os.fstat(fd))
-        age_ns, tick_ns = time.time_ns() - max(mark.mtime_ns, mark.ctime_ns), _tick_ns(mark)
-        if not 0 <= age_ns < tick_ns:
-            return mark
-        time.sleep((tick_ns - age_ns) / 1e9)
-    return mark_of(os.fstat(fd))
+        if abs(time.time_ns() - max(mark.mtime_ns, mark.ctime_ns)) >= SKEW_NS:
+            break
+        time.sleep(_tick_ns(mark) / 1e9)
+        seen, mark = mark, mark_of(os.fstat(fd))
+        if mark == seen:
+            break
+    return mark
 
 
 def _tick_ns(mark: Mark) -> int:

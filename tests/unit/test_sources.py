@@ -242,10 +242,12 @@ class TestGuard:
                 source.check_unchanged()
             source.close()
 
+    @pytest.mark.parametrize("skew_s", [0, 5, -5])
     def test_no_write_is_missed_where_times_are_whole_seconds(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skew_s: int
     ) -> None:
-        """As on ext4 with inodes of 128 bytes. Both writes are in one second, unless waited for."""
+        """As on ext4 with inodes of 128 bytes. Both writes are in one second, unless waited for.
+        `skew_s`: how far our clock is before that of the server that gives the times."""
         path = tmp_path / "v"
         path.write_bytes(b"a" * 100)
         fstat, second_ns = os.fstat, 10**9
@@ -259,6 +261,8 @@ class TestGuard:
             return os.stat_result(tuple(found), times)
 
         monkeypatch.setattr(os, "fstat", coarse)
+        time_ns = time.time_ns
+        monkeypatch.setattr(time, "time_ns", lambda: time_ns() + skew_s * second_ns)
         time.sleep(1.05 - time.time() % 1)
         overwrite(path)
         time.sleep(0.05)
