@@ -165,3 +165,17 @@ def files_below(path: Path) -> list[str]:
         for name in names
         if "/views" not in root and "/hosts" not in root
     )
+
+
+def attach(rig: EngineRig, path: Path, name: str = "shared") -> str:
+    """A local point there, which is made if it is not; its uuid."""
+    path.mkdir(exist_ok=True)
+    return rig.engine.create_point(name, "local", str(path))
+
+
+def back_up_to(rig: EngineRig, point: str, content: bytes, name: str) -> str:
+    """The uuid of the first backup of a new VM, on that point."""
+    vm = rig.make_vm(name, content)
+    backup, job = rig.engine.create_backup(ANYWHERE, vm.uuid, point, name, "", False)
+    rig.succeed(job)
+    return backup
