@@ -56,20 +56,19 @@ def harmless(machine: Machine) -> tuple[Machine | None, tuple[str, ...]]:
         root = parsed(text)
         left_out = {tag.rpartition("}")[2] for tag in _stripped(root)} - _IN_EVERY_DOMAIN
         xml = deflated(ET.tostring(root))
+        if not xml:
+            raise ValueError("too large for a label")
     except (ValueError, RecursionError):
-        return None, ("the domain's XML is left out: it is no domain's",)
-    notes: tuple[str, ...] = ()
+        return None, ("the domain's XML is left out: it is no domain's, or too large",)
+    notes, nvram = list[str](), machine.nvram
     if left_out:
         what = ", ".join(sorted(left_out))[:_MOST_NOTE_CHARS]
-        notes = (f"the domain is another cluster's; left out of its XML: {what}",)
-    nvram = machine.nvram
+        notes.append(f"the domain is another cluster's; left out of its XML: {what}")
     if _stands_on_files(nvram):
-        nvram, notes = (
-            b"",
-            (*notes, "the firmware's variables are left out: they are in other files"),
-        )
+        nvram = b""
+        notes.append("the firmware's variables are left out: they are in other files")
     # The checkpoint says what the disks have in common with the backup. Only our own word counts.
-    return replace(machine, xml=xml, checkpoint=b"", nvram=nvram), notes
+    return replace(machine, xml=xml, checkpoint=b"", nvram=nvram), tuple(notes)
 
 
 def _stands_on_files(nvram: bytes) -> bool:

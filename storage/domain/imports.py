@@ -9,12 +9,12 @@ restores check chunk ids.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from storage.domain.adopted import Vouched, sound_chunks
@@ -132,7 +132,7 @@ def _take(
     with (
         domain.begin("import") as session,
         translated(beside_view),
-        _Gathered(beside_view) as gathered,
+        contextlib.closing(_Gathered(beside_view)) as gathered,
     ):
         for backup in wanted:
             for disk in rows[backup].disks:
@@ -159,15 +159,8 @@ class _Gathered:
     def __init__(self, directory: str) -> None:
         self.needed, self.bases, self.ours, self.fresh = (ChunkSet(directory) for _ in range(4))
 
-    def __enter__(self) -> _Gathered:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Gives the room back."""
         for gathered in (self.needed, self.bases, self.ours, self.fresh):
             gathered.close()
 

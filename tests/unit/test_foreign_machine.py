@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import xml.etree.ElementTree as ET
+import zlib
 from pathlib import Path
 
 import pytest
@@ -211,4 +213,14 @@ def test_the_firmwares_variables_are_in_no_other_file(tmp_path: Path, options: s
 )
 def test_what_is_no_domain_is_left_out(xml: str) -> None:
     machine, notes = harmless(Machine(deflated(xml.encode())))
-    assert (machine, notes) == (None, ("the domain's XML is left out: it is no domain's",))
+    assert (machine, notes) == (
+        None,
+        ("the domain's XML is left out: it is no domain's, or too large",),
+    )
+
+
+def test_one_that_no_label_would_hold_is_left_out() -> None:
+    """At the import, not at the end of a restore."""
+    title = random.Random(1).randbytes(300_000).hex()
+    xml = PLAIN.replace("<name>", f"<title>{title}</title><name>")
+    assert harmless(Machine(zlib.compress(xml.encode())))[0] is None
