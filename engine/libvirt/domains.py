@@ -19,19 +19,24 @@ MARKS = ("namespace", "zone", "object_group", "vm_type", "leave_out")
 AGENT_CHANNEL = "org.qemu.guest_agent.0"
 
 _DISK_DEVICES = ("disk", "lun")
+_FRAMES = ("encryption", "source/encryption", "source/slices")
 _DIRECTORY_POOLS = ("dir", "fs", "netfs")
 _MOST_MARK_CHARS = 200
 
 
 @dataclass(frozen=True, slots=True)
 class DomainDisk:
-    """A disk that has a medium. `source`: a file's or block device's path, else its name."""
+    """A disk that has a medium. `source`: a file's or block device's path, else its name.
+
+    `framed`: the disk is a part of its raw medium, inside an encryption's header or a slice.
+    """
 
     target: str
     kind: str  # file, block, network, volume, …
     source: str
     format: str = "raw"
     share: bool = False
+    framed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +115,7 @@ def _disk(node: ET.Element) -> DomainDisk | None:
         source=place,
         format="raw" if driver is None else driver.get("type", "raw"),
         share=node.find("shareable") is not None,
+        framed=any(node.find(path) is not None for path in _FRAMES),
     )
 
 

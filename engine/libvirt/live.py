@@ -32,23 +32,26 @@ from engine.errors import (
 from engine.libvirt import checkpoints
 from engine.libvirt.agent import agent_hook
 from engine.libvirt.binding import (
+    BACKUP_REUSE_EXTERNAL,
     INCREMENTAL_LOST,
     NO_SUCH_DOMAIN,
     Domain,
     LibvirtFault,
     code_of,
 )
+from engine.libvirt.capacity import capacity_of
 from engine.libvirt.domains import DomainDisk, DomainFacts, read_domain
 from engine.libvirt.ending import FindDomain, abort_job, end_job, end_later, end_left_job
 from engine.libvirt.half_begun import is_half_begun
 from engine.libvirt.jobxml import JobDisk, backup_xml, checkpoint_xml, export_bitmap, record_xml
 from engine.libvirt.machine import inflated, machine_of
 from engine.libvirt.media import has_bitmaps, identity_of
-from engine.libvirt.scratch import ScratchWatch, remove_left
+from engine.libvirt.scratch import ScratchWatch, make_anew, remove_left
 from engine.libvirt.setup import LiveSetup
 from engine.model import Vm
 from engine.nbd.connection import NbdAddress
 from engine.nbd.source import NbdSource
+from engine.qemu.empty import empty_qcow2
 from engine.snapshot.freeze import Freeze, frozen
 from engine.snapshot.hold import HoldWish
 from engine.snapshot.snapshot import SnapshotFacts
@@ -78,10 +81,11 @@ def begin_live(
     with contextlib.suppress(LibvirtFault):  # what follows says so
         end_left_job(find, setup.ours)
     facts = _facts_of(domain, vm)
-    job = _Job(find, vm, setup, wish)
+    job = _Job(find, vm, setup, wish, _empty_images(domain, facts))
     job.watch.require_room()
     with contextlib.ExitStack() as undo:
         undo.callback(job.end, committed=False)
+        job.make_scratch()
         begun = _begun(domain, facts, job, parent)
         sources = {}
         paths = {disk.target: disk.source for disk in facts.disks}
@@ -142,7 +146,15 @@ class LiveBackup:
 class _Job:
     """The job and what belongs to it: names, files, its end."""
 
-    def __init__(self, find: FindDomain, vm: Vm, setup: LiveSetup, wish: HoldWish) -> None:
+    def __init__(
+        self,
+        find: FindDomain,
+        vm: Vm,
+        setup: LiveSetup,
+        wish: HoldWish,
+        empty: Sequence[bytes],
+    ) -> None:
+        """`empty`: for each disk a qcow2 image of its size."""
         self.find = find
         self.vm = vm
         self.setup = setup
@@ -150,12 +162,18 @@ class _Job:
         self.checkpoint = checkpoints.name_for(setup.host, wish.backup_uuid)
         self.socket = f"{setup.ours}{wish.backup_uuid[:8]}.sock"
         self._files = [self.scratch_for(number) for number in range(len(vm.disks))]
+        self._empty = empty
         self.watch = ScratchWatch(
             setup.scratch, self._files, setup.reserve_bytes, setup.limit_bytes, self._abort
         )
 
     def scratch_for(self, number: int) -> str:
         return f"{self.setup.ours}{self.wish.backup_uuid}.{number}"
+
+    def make_scratch(self) -> None:
+        """New scratch files. ScratchFull, HypervisorRefused."""
+        for path, content in zip(self._files, self._empty, strict=True):
+            make_anew(path, content)
 
     def open(self, disk: JobDisk, path: str) -> NbdSource:
         bitmap = export_bitmap(disk.target) if disk.base else ""
@@ -265,10 +283,12 @@ def _begin_with_less(
     domain: Domain, job: _Job, rungs: list[list[JobDisk]], notes: list[str]
 ) -> list[JobDisk]:
     _require_no_job(domain, job.vm)  # somebody may have begun one while the guest was being frozen
-    for disks in rungs:
+    for number, disks in enumerate(rungs):
+        if number:
+            job.make_scratch()  # a job may have begun, and put something aside, before it failed
         checkpoint = checkpoint_xml(job.checkpoint, disks) or None
         try:
-            domain.backupBegin(backup_xml(disks, job.socket), checkpoint, 0)
+            domain.backupBegin(backup_xml(disks, job.socket), checkpoint, BACKUP_REUSE_EXTERNAL)
         except LibvirtFault as error:
             _require_running(domain, job.vm)
             _require_no_job(domain, job.vm)
@@ -311,6 +331,20 @@ def _facts_of(domain: Domain, vm: Vm) -> DomainFacts:
     if [disk.target for disk in facts.disks] != [disk.target_device for disk in vm.disks]:
         raise Conflict("volume_changed", f"the disks of VM {vm.name} are being changed")
     return facts
+
+
+def _empty_images(domain: Domain, facts: DomainFacts) -> list[bytes]:
+    """A new qcow2 image of each disk's size. HypervisorRefused, DiskServerRefused, …Lost."""
+    made: dict[int, bytes] = {}
+    sizes = [capacity_of(domain, disk, active=True) for disk in facts.disks]
+    for disk, size_bytes in zip(facts.disks, sizes, strict=True):
+        if not size_bytes:
+            raise HypervisorRefused(
+                f"{facts.name}: libvirt does not tell the size of {disk.target}"
+            )
+        if size_bytes not in made:
+            made[size_bytes] = empty_qcow2(disk.source, size_bytes)
+    return [made[size_bytes] for size_bytes in sizes]
 
 
 def _require_running(domain: Domain, vm: Vm) -> None:

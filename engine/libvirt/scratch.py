@@ -4,22 +4,28 @@ A slow or hung backup point makes it grow, up to the disks' size. A guest's writ
 it can't be put aside. So a watch ends the backup's job before it comes to that: when less than a
 reserve is free, or the backup's own limit is reached. The backup fails, the guest goes on. While
 libvirt does not answer the job can't be ended: then it is asked again.
+
+The files are made here, not by libvirt: it has QEMU create them in a job of QEMU's, and a QEMU
+that is asked for its block nodes meanwhile, as any look at a disk's size does, may abort, and its
+guest with it (capacity.py).
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
 
-from engine.errors import ScratchFull
+from engine.errors import HypervisorRefused, ScratchFull
 
 log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 0.1
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class ScratchWatch:
@@ -88,6 +94,26 @@ class ScratchWatch:
         if self._limit_bytes and used_bytes > self._limit_bytes:
             return f"the guest overwrote more than {self._limit_bytes} bytes during the backup"
         return ""
+
+
+def make_anew(path: str, content: bytes) -> None:
+    """A file that was not there before, with the owner of its directory: QEMU, or libvirt on its
+    behalf, opens it. ScratchFull, HypervisorRefused."""
+    remove_left([path])
+    try:
+        with open(path, "xb", opener=_private) as file:
+            owner = os.stat(os.path.dirname(path))
+            if owner.st_uid != os.geteuid():
+                os.fchown(file.fileno(), owner.st_uid, owner.st_gid)
+            file.write(content)
+    except OSError as error:
+        remove_left([path])
+        refused = ScratchFull if error.errno in _NO_ROOM else HypervisorRefused
+        raise refused(f"scratch file {path}: {error.strerror or error}") from error
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
 
 
 def remove_left(paths: Sequence[str]) -> None:

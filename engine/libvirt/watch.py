@@ -28,6 +28,7 @@ from engine.libvirt.binding import (
     connect,
     listen,
 )
+from engine.libvirt.capacity import capacity_of
 from engine.libvirt.domains import DomainFacts, PoolFacts, read_domain, read_pool
 
 log = logging.getLogger(__name__)
@@ -226,8 +227,8 @@ def look_at(domain: Domain) -> DomainSeen | None:
         raise
     capacities = {}
     for disk in facts.disks:
-        with contextlib.suppress(LibvirtFault):
-            capacities[disk.target] = domain.blockInfo(disk.target)[0]
+        if size_bytes := capacity_of(domain, disk, active=active):
+            capacities[disk.target] = size_bytes
     return DomainSeen(facts, state or ("running" if active else "stopped"), capacities)
 
 

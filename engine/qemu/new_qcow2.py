@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import tempfile
 from collections.abc import Iterator
 from types import TracebackType
 
 from engine.errors import DiskServerLost, DiskServerRefused, PoolFull
 from engine.nbd.client import NbdClient
-from engine.qemu.process import QemuNbd, image_options, run_qemu_img
+from engine.qemu.empty import empty_qcow2
+from engine.qemu.process import QemuNbd, image_options
 from engine.restore.new_volume import NewVolume
 from engine.snapshot.sources import pool_errors
 
@@ -52,7 +52,7 @@ class NewQcow2:
     def resize(self, size_bytes: int) -> None:
         """Makes the empty image, and opens it. Once, before all else."""
         with pool_errors(self._path_final):
-            os.pwrite(self._volume.fd, _empty_image(self._path_final, size_bytes), 0)
+            os.pwrite(self._volume.fd, empty_qcow2(self._path_final, size_bytes), 0)
         place = f"/proc/self/fd/{self._volume.fd}"
         image = image_options("qcow2", place, "file.locking=off", "discard=unmap")
         options = ["--cache=writeback", "--discard=unmap", "--image-opts", image]
@@ -97,12 +97,3 @@ class NewQcow2:
                 self._client.close()
         if self._server is not None:
             self._server.close()
-
-
-def _empty_image(name: str, size_bytes: int) -> bytes:
-    """The content of a new image: some hundred KiB, and 16 KiB more for each TiB of the disk."""
-    with tempfile.TemporaryDirectory(prefix="vmkeep-qcow2-") as directory:
-        path = f"{directory}/empty"
-        run_qemu_img(name, "create", "-q", "-f", "qcow2", path, str(size_bytes))
-        with open(path, "rb") as file:
-            return file.read()

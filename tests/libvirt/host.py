@@ -24,6 +24,7 @@ from tests.nfs.kit import Kit, find_tool
 
 USER = "nobody"
 MIB = 1 << 20
+LOGGED = "2:qemu.qemu_monitor"  # what QEMU is told to do
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class Host:
             (self.root / name).mkdir(parents=True)
         (self.root / "config/libvirt/qemu.conf").write_text('stdio_handler = "file"\n')
         (self.root / "config/libvirt/libvirtd.conf").write_text(
-            f'log_outputs = "2:file:{self.root}/libvirtd.log"\n'
+            f'log_outputs = "2:file:{self.log}"\nlog_filters = "{LOGGED}"\n'
         )
         self._lend_kernel(kit)
         self.own(self.root, cache)
@@ -57,6 +58,10 @@ class Host:
     @property
     def uri(self) -> str:
         return f"qemu+unix:///session?socket={self.root}/run/libvirt/libvirt-sock"
+
+    @property
+    def log(self) -> Path:
+        return self.root / "libvirtd.log"
 
     @property
     def scratch(self) -> Path:
@@ -140,10 +145,12 @@ class Host:
             self.stop()
             shutil.rmtree(self.root, ignore_errors=True)
 
+    def qemu_pid(self, name: str) -> int:
+        return int((self.root / f"run/libvirt/qemu/run/{name}.pid").read_text())
+
     def kill_qemu(self, name: str) -> None:
         """As a crash of the host would."""
-        pid = int((self.root / f"run/libvirt/qemu/run/{name}.pid").read_text())
-        os.kill(pid, signal.SIGKILL)
+        os.kill(self.qemu_pid(name), signal.SIGKILL)
 
     def _connected(self) -> Connection:
         assert self._daemon is not None

@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ import msgspec
 import pytest
 
 from engine.libvirt import ending
-from engine.libvirt.binding import METADATA_ONLY
+from engine.libvirt.binding import METADATA_ONLY, LibvirtFault, connect
+from engine.libvirt.watch import look
 from tests.engine_rig import EngineRig
 from tests.libvirt.host import MIB, Host, disk_xml
 from tests.libvirt.lab import NAME, QCOW2_BYTES, RAW_BYTES, Lab, make_lab, paused_reading
@@ -78,6 +80,82 @@ def test_a_guest_that_is_frozen_leaves_a_clean_file_system(lab: Lab, tmp_path: P
     image = tmp_path / "image"
     image.write_bytes(contents(lab.rig, backup, "clean")[0])
     subprocess.run([find_tool("e2fsck"), "-fn", str(image)], check=True)
+
+
+@contextlib.contextmanager
+def looked_at(lab: Lab, how_often: int) -> Iterator[None]:
+    """So many ask libvirt for the disks' sizes all the time."""
+    enough, faults = threading.Event(), list[Exception]()
+
+    def ask() -> None:
+        connection = connect(lab.host.uri)
+        domain = connection.lookupByUUIDString(lab.domain.UUIDString())
+        try:
+            while not enough.is_set():
+                domain.blockInfo("vda")
+                domain.blockInfo("vdb")
+        except LibvirtFault as fault:
+            faults.append(fault)
+        finally:
+            connection.close()
+
+    threads = [threading.Thread(target=ask) for _ in range(how_often)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        enough.set()
+        for thread in threads:
+            thread.join()
+    assert faults == []
+
+
+def test_who_looks_at_a_domain_while_its_backup_begins_does_not_end_it(lab: Lab) -> None:
+    """QEMU may abort when it is asked for its block nodes while it creates an image; so it does
+    not create any."""
+    before = lab.host.log.stat().st_size
+    with looked_at(lab, 3):
+        for _ in range(5):
+            lab.back_up()
+    assert lab.domain.isActive()
+    told = lab.host.log.read_bytes()[before:]
+    assert b'"execute":"transaction"' in told
+    assert b'"execute":"blockdev-create"' not in told
+
+
+def test_a_look_at_a_running_domain_asks_qemu_nothing_of_its_disks(lab: Lab) -> None:
+    """Somebody's snapshot may be creating an image."""
+    wait_for_vm(lab.rig, NAME, lambda vm: vm is not None and vm.disks[0].capacity == QCOW2_BYTES)
+    before = lab.host.log.stat().st_size
+    seen = look(lab.host.connection)
+    assert {domain.facts.name: domain.capacities for domain in seen.domains}[NAME] == {
+        "vda": QCOW2_BYTES,
+        "vdb": RAW_BYTES,
+    }
+    assert b"query-named-block-nodes" not in lab.host.log.read_bytes()[before:]
+    lab.domain.blockInfo("vda")
+    assert b"query-named-block-nodes" in lab.host.log.read_bytes()[before:]
+
+
+def test_nothing_that_a_job_put_aside_before_it_failed_is_served(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = libvirt.virDomain.backupBegin
+
+    def begin_and_fail(domain: Any, *asked: Any) -> None:
+        begin(domain, *asked)
+        lab.write("/dev/vdb", RAW_BYTES >> 10)
+        domain.abortJob()
+        wait_until(lambda: domain.jobInfo()[0] == 0)
+        monkeypatch.setattr(libvirt.virDomain, "backupBegin", begin)
+        raise libvirt.libvirtError("not today")
+
+    lab.write("/dev/vdb", RAW_BYTES >> 10)
+    monkeypatch.setattr(libvirt.virDomain, "backupBegin", begin_and_fail)
+    backup = lab.back_up()
+    assert any("not today" in note for note in backup.label.notes)
+    assert lab.restored_sums(backup)[1] == lab.quiet()[1]
 
 
 def test_without_an_answering_agent_it_is_crash_consistent(lab: Lab) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from engine.errors import HypervisorRefused, ScratchFull
 from engine.libvirt import watch
 from engine.libvirt.binding import LibvirtFault
 from engine.libvirt.ending import abort_job
-from engine.libvirt.scratch import ScratchWatch
+from engine.libvirt.scratch import ScratchWatch, make_anew
 
 PATIENCE_S = 20.0
 
@@ -100,3 +103,39 @@ def test_a_full_scratch_directory_ends_our_own_job_only(socket: str, ours: bool)
     domain: Any = Busy(socket)
     assert abort_job(lambda: domain, "/s/host-", "/s/host-1.sock")
     assert domain.aborted == ours
+
+
+def test_a_scratch_file_is_a_new_one_whatever_was_there(tmp_path: Path) -> None:
+    """The directory is QEMU's user's, who could plant a link."""
+    kept, path = tmp_path / "kept", tmp_path / "scratch"
+    kept.write_bytes(b"kept")
+    path.symlink_to(kept)
+    make_anew(str(path), b"empty")
+    assert not path.is_symlink()
+    assert (path.read_bytes(), path.stat().st_mode & 0o777) == (b"empty", 0o600)
+    make_anew(str(path), b"again")
+    assert (path.read_bytes(), kept.read_bytes()) == (b"again", b"kept")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root (the directory is another user's)")
+def test_a_scratch_file_belongs_to_whom_its_directory_does(tmp_path: Path) -> None:
+    os.chown(tmp_path, 1234, 4321)
+    make_anew(str(tmp_path / "scratch"), b"empty")
+    found = (tmp_path / "scratch").stat()
+    assert (found.st_uid, found.st_gid) == (1234, 4321)
+
+
+@pytest.mark.parametrize(
+    ("number", "error"), [(errno.ENOSPC, ScratchFull), (errno.EIO, HypervisorRefused)]
+)
+def test_a_scratch_file_that_can_not_be_made_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, error: type[Exception]
+) -> None:
+    def fail(_path: str) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "stat", fail)
+    with pytest.raises(error, match=os.strerror(number)):
+        make_anew(str(tmp_path / "scratch"), b"empty")
+    monkeypatch.undo()
+    assert list(tmp_path.iterdir()) == []
