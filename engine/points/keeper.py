@@ -270,9 +270,13 @@ class Keeper:
         except Damaged as error:
             opened.damaged[cluster.uuid] = error
             return
+        try:
+            recall_distrusted(around.distrusts, row.uuid, cluster.uuid, domain)
+        except BaseException:
+            domain.close()  # nobody else knows it yet
+            raise
         opened.domains[cluster.uuid] = domain
         opened.damaged.pop(cluster.uuid, None)
-        recall_distrusted(around.distrusts, row.uuid, cluster.uuid, domain)
 
     def _reopened(self, opened: Opened) -> Opened:
         """With the domains that could not be opened before, and can be now: what was damaged may

@@ -344,6 +344,34 @@ def test_a_damaged_domain_is_opened_when_it_is_whole_again(
         ]
 
 
+def test_a_domain_that_can_not_be_told_what_to_distrust_is_closed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And opened by a later look: one that is left open would be in its way."""
+    config = parse_config(b'[[clusters]]\nname = "east"\n[[clusters]]\nname = "west"\n', "test")
+    told = list[Domain]()
+
+    def fail(_rows: object, _point: str, _cluster: str, domain: Domain) -> None:
+        told.append(domain)
+        raise StorageError("the state can't be read")
+
+    with EngineRig(tmp_path / "a", config) as rig:
+        west = rig.engine.clusters()[1].uuid
+        kept = rig.core.points._keeper(rig.point_uuid)
+        look = partial(rig.core.points.look_again, rig.point_uuid, PATIENCE_S)
+        kept.opened().domains.pop(west).close()
+        monkeypatch.setattr(keeper, "REOPEN_AFTER_S", 0.0)
+        monkeypatch.setattr(keeper, "REOPEN_REST", 0.0)
+        kept._reopens_at_s = 0.0
+        with monkeypatch.context() as patch:
+            patch.setattr(keeper, "recall_distrusted", fail)
+            look()
+        assert len(told) == 1
+        look()
+        assert rig.engine.point(rig.point_uuid).state == "online"
+        assert rig.core.points.domain(rig.point_uuid, west) is not told[0]
+
+
 def test_a_configured_installation(tmp_path: Path) -> None:
     (tmp_path / "pool").mkdir()
     (tmp_path / "pool" / "mail.raw").write_bytes(disk_bytes(MIB, 1))
