@@ -46,6 +46,7 @@ SYNC_ATTEMPTS = 5
 DEFAULT_PAGE_SIZE = 20
 MOST_PAGE_SIZE = 1000
 LOOKED_AT = 1000
+KEPT_FAILED = 100  # backups of a VM on a point: one that fails each night does so for years
 ROWS_PER_HOLD = 100  # what is changed before others may look
 SHARED_AT_START = 10_000_000
 SHARED_WHILE_RUNNING = 10_000
@@ -162,9 +163,10 @@ class Catalogue:
     # Changing -------------------------------------------------------------------------------
 
     def put(self, row: Backup, beside: Beside = _nothing) -> None:
-        """Adds or replaces; durable on return, together with what `beside` puts into the state."""
+        """Adds or replaces; durable on return, together with what `beside` puts into the state. The
+        newest KEPT_FAILED of a VM's that failed on a point stay there."""
         with self._writing:
-            self._apply(_Change(put=[row]), beside)
+            self._apply(_Change([row], self._too_many(row)), beside)
 
     def put_all(self, rows: Sequence[Backup]) -> None:
         """Adds or replaces all of them, or none; durable on return."""
@@ -223,6 +225,15 @@ class Catalogue:
                     self._apply(self._difference(where, only, rows))
                     return True
         return False
+
+    def _too_many(self, row: Backup) -> list[Backup]:
+        """What goes when `row` is a backup that failed. `_writing` is held."""
+        if row.status != BACKUP_FAILED:
+            return []
+        of_vm = self._shelves.of_vm(row.cluster_uuid, row.point_uuid, row.label.vm_uuid)
+        failed = [one for one in of_vm if one.status == BACKUP_FAILED and one.uuid != row.uuid]
+        failed.sort(key=self._age, reverse=True)
+        return failed[KEPT_FAILED - 1 :]
 
     def _difference(
         self, where: tuple[str, str], only: Collection[str], rows: Sequence[Backup]

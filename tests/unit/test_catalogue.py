@@ -7,6 +7,7 @@ import random
 import pytest
 from msgspec.structs import replace
 
+from engine.catalogue import catalogue as engine_catalogue
 from engine.catalogue.catalogue import Catalogue
 from engine.errors import NotFound
 from engine.inventory.scopes import Range
@@ -210,6 +211,25 @@ def test_a_restart_fails_what_was_running(state: State) -> None:
     assert again.get("a") == replace(running, status=BACKUP_FAILED, error="reason")
     assert again.get("b").status == BACKUP_DONE
     assert Catalogue(state).get("a").error == "reason"
+
+
+def test_the_newest_of_those_that_failed_stay(
+    state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By when they came: a clock that was ahead, or is behind, hides none that just failed."""
+    monkeypatch.setattr(engine_catalogue, "KEPT_FAILED", 2)
+    catalogue = Catalogue(state)
+    others = [row("done", 1), row("runs", 2, status=BACKUP_RUNNING)]
+    others += [row("a", 3, vm="w", status=BACKUP_FAILED)]
+    others += [row("b", 3, point="q", status=BACKUP_FAILED)]
+    catalogue.put_all(others)
+    for uuid, at in (("first", 9), ("second", 8), ("third", 7)):
+        catalogue.put(row(uuid, at, status=BACKUP_RUNNING))
+        catalogue.put(row(uuid, at, status=BACKUP_FAILED))
+    kept = {"second", "third", *(one.uuid for one in others)}
+    assert set(uuids(catalogue)) == kept
+    catalogue.put(row("third", 7, status=BACKUP_FAILED))
+    assert set(uuids(catalogue)) == set(uuids(Catalogue(state))) == kept
 
 
 def test_points_and_clusters_that_are_no_longer_ours_go(state: State) -> None:
