@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from engine.amends import Amends
 from engine.catalogue.catalogue import Catalogue
 from engine.config import Config
 from engine.errors import NotFound
@@ -39,6 +40,7 @@ class Core:
     reservations: Reservations = field(default_factory=Reservations)
     stuns: Stuns = field(default_factory=Stuns)
     pinned: Pinned = field(default_factory=Pinned)
+    amends: Amends = field(default_factory=Amends)
     clock: Callable[[], float] = time.time
 
     def vm_in(self, scope: Scope, uuid: str) -> Vm:

@@ -116,9 +116,11 @@ class Engine:
             if not config.points:
                 core.points.make_default(host.default_point_path)
             core.jobs.start()
+            core.amends.start()
             tending = BaselineTending(core, cleared)
             tending.start()
         except BaseException:
+            core.amends.stop(1.0)
             core.points.stop(1.0)
             core.inventory.stop()
             raise
@@ -134,6 +136,7 @@ class Engine:
         self._stopped = True
         deadline_s = time.monotonic() + timeout_s
         self._core.jobs.stop(timeout_s * STOP_SHARE_OF_JOBS)
+        self._core.amends.stop(max(deadline_s - time.monotonic(), 0.1) / 4)
         self._tending.stop(max(deadline_s - time.monotonic(), 0.1) / 2)
         self._core.points.stop(max(deadline_s - time.monotonic(), 0.1))
         self._core.inventory.stop()

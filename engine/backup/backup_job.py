@@ -2,8 +2,9 @@
 
 Everything that can be refused is refused before a record exists. Then, in this order, the VM's
 action (a compare-and-set, so one of two wins), the backup with status 1, the job. The job's
-`settle` undoes them in the opposite order of importance; after a crash engine/recovery.py does.
-What reads the disks and writes the point is engine.backup.backup.
+`settle` undoes them in the opposite order of importance, later if it can't just now
+(engine/amends.py); after a crash engine/recovery.py does. What reads the disks and writes the point
+is engine.backup.backup.
 """
 
 from __future__ import annotations
@@ -82,10 +83,10 @@ def create_backup(
             run = _BackupJob(core, row, vm, full)
             core.jobs.submit(job, run, run.settle)
         except BaseException:
-            core.catalogue.remove(row)
+            core.amends.make(partial(core.catalogue.remove, row))
             raise
     except BaseException:
-        core.inventory.end_action(vm.uuid)
+        core.amends.make(partial(core.inventory.end_action, vm.uuid))
         raise
     log.info("backup_asked", extra={"backup": row.uuid, "vm": vm.uuid, "job": job.uuid})
     return row.uuid, job.uuid
@@ -138,23 +139,22 @@ class _BackupJob:
             self._core.state, self._core.points, row.point_uuid, (row.cluster_uuid,)
         )
         try:
-            self._note_end(row)
-            self._put_right(row)
+            self._core.amends.make(partial(self._note_end, row))
         finally:
             self._core.points.look_again(row.point_uuid)
 
     def _note_end(self, row: Backup) -> None:
-        """Backup and action at once: who waits for the one may rely on the other."""
+        """Backup and action at once: who waits for the one may rely on the other. As long as it
+        fails the VM is in its action, so no other has begun when it is done later."""
         core, vm_uuid = self._core, self._vm.uuid
         read = zip(self._vm.disks, row.label.disks, strict=True)
         found = partial(_as_found, dict(read) if row.status == BACKUP_DONE else {})
         try:
             core.catalogue.put(row, lambda txn: core.inventory.end_action_in(txn, vm_uuid, found))
         except StorageError:  # then as much of it as goes
-            try:
-                core.catalogue.put(row)
-            finally:
-                core.inventory.end_action(vm_uuid)
+            core.catalogue.put(row)
+            core.inventory.end_action(vm_uuid)
+        self._put_right(row)
 
     def _put_right(self, ended: Backup) -> None:
         """The look at the point that met the COMMIT passes over a running backup, and none comes

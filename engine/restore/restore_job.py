@@ -11,6 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from msgspec.structs import replace
 
@@ -88,14 +89,18 @@ def restore_backup(
             run = _RestoreJob(core, plan, job.uuid, allow_damaged)
             core.jobs.submit(job, run, run.settle)
         except BaseException:
-            core.inventory.end_action(plan.vm.uuid)
-            core.inventory.remove_vm(plan.vm.uuid)
+            core.amends.make(partial(_take_back, core, plan.vm.uuid))
             raise
     except BaseException:
         core.reservations.release(job.uuid)
         raise
     log.info("restore_asked", extra={"backup": row.uuid, "vm": plan.vm.uuid, "job": job.uuid})
     return plan.vm.uuid, job.uuid
+
+
+def _take_back(core: Core, vm_uuid: str) -> None:
+    core.inventory.end_action(vm_uuid)
+    core.inventory.remove_vm(vm_uuid)
 
 
 def plan_restore(
@@ -306,7 +311,8 @@ class _RestoreJob:
         remember_distrusted(core.state, core.points, row.point_uuid, (row.cluster_uuid,))
         core.reservations.release(self._job_uuid)
         reason = "" if error is None else str(error) or type(error).__name__
-        core.inventory.end_action(vm.uuid, lambda now: after_restore(now, reason))
+        noted = partial(after_restore, reason=reason)
+        core.amends.make(partial(core.inventory.end_action, vm.uuid, noted))
         # The backup may have been deleted meanwhile: what only we still held is dead now.
         core.points.reclaim(self._plan.backup.point_uuid, 0)
 

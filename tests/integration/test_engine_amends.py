@@ -1,0 +1,126 @@
+"""The state can't be written just when something ends; when it can, all is as it should be."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine import amends
+from engine.jobs.jobs import Jobs
+from engine.model import BACKUP_DONE, BACKUP_RUNNING
+from engine.points.distrust import remember_distrusted
+from storage.errors import PointFull
+from storage.lmdb_env.kv import Store, WriteTxn
+from tests.engine_rig import ANYWHERE, PATIENCE_S, EngineRig, disk_bytes
+
+MIB = 1 << 20
+
+
+class Disk:
+    """The data directory's."""
+
+    full = False
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    made, write = Disk(), Store.write
+
+    @contextlib.contextmanager
+    def unless_full(store: Store) -> Iterator[WriteTxn]:
+        if made.full:
+            raise PointFull("no room for the state")
+        with write(store) as txn:
+            yield txn
+
+    monkeypatch.setattr(Store, "write", unless_full)
+    monkeypatch.setattr(amends, "AGAIN_S", 0.02)
+    return made
+
+
+@pytest.fixture
+def rig(tmp_path: Path, disk: Disk) -> Iterator[EngineRig]:  # noqa: ARG001
+    with EngineRig(tmp_path / "data") as made:
+        yield made
+
+
+def filled_before_its_end(disk: Disk, job: str) -> AbstractContextManager[None]:
+    """Jobs of this kind (the module's name) find the disk full when they end."""
+
+    def fill(*args: Any) -> None:
+        disk.full = True
+        remember_distrusted(*args)
+
+    @contextlib.contextmanager
+    def patched() -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(f"engine.{job}.remember_distrusted", fill)
+            yield
+
+    return patched()
+
+
+def eventually(seen: Callable[[], bool]) -> None:
+    end_s = time.monotonic() + PATIENCE_S
+    while not seen():
+        assert time.monotonic() < end_s
+        time.sleep(0.01)
+
+
+def test_a_backup_whose_end_could_not_be_noted(rig: EngineRig, disk: Disk) -> None:
+    """It is on its point, and so it is done; its VM is not busy until the next start."""
+    content = disk_bytes(MIB, 1)
+    vm = rig.make_vm("web", content)
+    with filled_before_its_end(disk, "backup.backup_job"):
+        uuid, job = rig.ask_backup(vm)
+        assert rig.ended(job).error == "no room for the state"
+    assert rig.engine.backup(ANYWHERE, uuid).status == BACKUP_RUNNING
+    assert rig.engine.vm(vm.uuid).action == "backing_up"
+    disk.full = False
+    eventually(lambda: not rig.engine.vm(vm.uuid).action)
+    made = rig.engine.backup(ANYWHERE, uuid)
+    assert made.status == BACKUP_DONE
+    assert rig.back_up(vm).parent == uuid
+    assert rig.restore(made, "copy") == [content]
+
+
+def test_a_restore_whose_end_could_not_be_noted(rig: EngineRig, disk: Disk) -> None:
+    content = disk_bytes(MIB, 1)
+    made = rig.back_up(rig.make_vm("web", content))
+    with filled_before_its_end(disk, "restore.restore_job"):
+        vm_uuid, job = rig.ask_restore(made, "copy")
+        assert rig.ended(job).state == "failed"
+    assert rig.engine.vm(vm_uuid).action == "restoring"
+    disk.full = False
+    eventually(lambda: not rig.engine.vm(vm_uuid).action)
+    vm = rig.engine.vm(vm_uuid)
+    assert vm.state == "stopped"
+    assert rig.volume(vm.disks[0]).read_bytes() == content
+
+
+def test_what_could_not_begin_leaves_nothing(
+    rig: EngineRig, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = rig.make_vm("web", disk_bytes(MIB, 1))
+    made = rig.back_up(vm)
+
+    def fill(*_: object) -> None:
+        disk.full = True
+        raise PointFull("no room for the job")
+
+    for ask in (partial(rig.ask_backup, vm), partial(rig.ask_restore, made, "copy")):
+        with monkeypatch.context() as patch:
+            patch.setattr(Jobs, "submit", fill)
+            with pytest.raises(PointFull):
+                ask()
+        disk.full = False
+        eventually(lambda: [one.action for one in rig.engine.vms(ANYWHERE)] == [""])
+        eventually(lambda: rig.listed() == [made.uuid])
+    assert rig.restore(made, "copy") == [disk_bytes(MIB, 1)]
