@@ -11,7 +11,7 @@ counts as done after all.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 
 from engine.core import Core
@@ -33,12 +33,9 @@ def recover(core: Core) -> frozenset[str]:
     pools that were known."""
     jobs = core.jobs.recover()
     backups = core.catalogue.fail_running(RESTARTED)
-    _undo_restores(core)
-    vms = core.inventory.end_all_actions(_ended)
-    kept = _settled_baselines(core)
     pools = core.inventory.places.pools
-    for pool in pools:
-        _bounded(core, f"clear {pool.uuid}", partial(clear_leftovers, pool.path, kept))
+    _tidy(core, pools, _names_to_undo(core), _settled_baselines(core))
+    vms = core.inventory.end_all_actions(_ended)
     if jobs or backups or vms:
         fields = {"jobs": len(jobs), "backups": len(backups), "vms": len(vms)}
         log.warning("recovered", extra=fields)
@@ -57,9 +54,8 @@ def _ended(vm: Vm) -> Vm:
     return after_restore(vm, RESTARTED) if vm.action == "restoring" else vm
 
 
-def _undo_restores(core: Core) -> None:
-    """Removes what restores have made that are not noted as complete. Pool by pool: however many
-    there are, one that does not answer is waited for once."""
+def _names_to_undo(core: Core) -> dict[str, list[str]]:
+    """By pool, the names of the volumes of restores that are not noted as complete."""
     left = [
         vm
         for vm in core.inventory.vms()
@@ -69,29 +65,38 @@ def _undo_restores(core: Core) -> None:
     if away:
         for vm in left:
             log.warning("restore_not_undone", extra={"vm": vm.uuid, "away": away})
-        return
-    disks = [disk for vm in left for disk in vm.disks]
-    for pool in core.inventory.places.pools:
-        names = [disk.volume_name for disk in disks if disk.pool_uuid == pool.uuid]
-        if names:
-            _bounded(core, f"undo {pool.uuid}", partial(_remove_made, pool, names))
+        return {}
+    names = dict[str, list[str]]()
+    for disk in (disk for vm in left for disk in vm.disks):
+        names.setdefault(disk.pool_uuid, []).append(disk.volume_name)
+    return names
 
 
-def _remove_made(pool: Pool, names: Sequence[str]) -> int:
-    """The count of volumes that had their names already."""
-    return sum(_remove_one(pool, name) for name in names)
+def _tidy(
+    core: Core, pools: Sequence[Pool], undo: Mapping[str, Sequence[str]], kept: Collection[str]
+) -> None:
+    """All pools at once: however many do not answer, and however much is left in them, they are
+    waited for once."""
+    acts = {
+        f"tidy {pool.uuid}": partial(_tidy_pool, pool, undo.get(pool.uuid, ()), kept)
+        for pool in pools
+    }
+    for key, error in core.probes.ask_each(acts, POOL_TIMEOUT_S).items():
+        if isinstance(error, OSError | EngineError):
+            log.warning("pool_not_recovered", extra={"what": key, "error": str(error)})
+        elif isinstance(error, Exception):
+            raise error
 
 
-def _remove_one(pool: Pool, name: str) -> bool:
+def _tidy_pool(pool: Pool, undo: Sequence[str], kept: Collection[str]) -> None:
+    """In this order: a volume is known as a restore's by what is cleared then."""
+    for name in undo:
+        _remove_one(pool, name)
+    clear_leftovers(pool.path, kept)
+
+
+def _remove_one(pool: Pool, name: str) -> None:
     try:
-        return unname_left(volume_path(pool, name))
+        unname_left(volume_path(pool, name))
     except EngineError as error:
         log.warning("volume_kept", extra={"volume": name, "error": str(error)})
-        return False
-
-
-def _bounded(core: Core, key: str, act: Callable[[], int]) -> None:
-    try:
-        core.probes.ask(key, act, POOL_TIMEOUT_S)
-    except (OSError, EngineError) as error:
-        log.warning("pool_not_recovered", extra={"what": key, "error": str(error)})

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 
 from engine.backup import backup_job, deletion
 from engine.catalogue.catalogue import Catalogue
@@ -111,7 +111,9 @@ class Engine:
         try:
             core.inventory.start()
             cleared = recover(core)
-            settle_vms(state, config, core.inventory.places, _sizes(core.probes))
+            places = core.inventory.places
+            sizes = _sizes(core.probes, places.pools if config.vms else ())
+            settle_vms(state, config, places, sizes)
             core.points.start(config.points)
             if not config.points:
                 core.points.make_default(host.default_point_path)
@@ -414,19 +416,14 @@ def _inventory(state: State, places: Places, config: Config, host: Host) -> Inve
     return LibvirtInventory(state, places, config, host.id)
 
 
-def _sizes(probes: Probes) -> SizeOf:
-    """Of volumes, at a start: a pool that does not answer is waited for once, not for each."""
-
-    @cache
-    def answers(pool: Pool) -> bool:
-        try:
-            probes.ask(f"pool {pool.uuid}", partial(pool_room, pool), POOL_LOOK_TIMEOUT_S)
-        except (EngineError, TimeoutError):
-            return False
-        return True
+def _sizes(probes: Probes, pools: Sequence[Pool]) -> SizeOf:
+    """Of volumes, at a start: pools that do not answer are waited for once, not for each volume."""
+    asked = {f"pool {pool.uuid}": partial(pool_room, pool) for pool in pools}
+    rooms = probes.ask_each(asked, POOL_LOOK_TIMEOUT_S)
+    silent = {key for key, room in rooms.items() if isinstance(room, EngineError | TimeoutError)}
 
     def size_of(pool: Pool, volume_name: str, volume_format: str) -> int | None:
-        if not answers(pool):
+        if f"pool {pool.uuid}" in silent:
             raise PoolUnreachable(f"pool {pool.name} does not answer")
         return bounded_volume_size(probes, pool, volume_name, POOL_LOOK_TIMEOUT_S, volume_format)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
 from typing import TypeAlias, TypeVar
 
 from msgspec.structs import replace
@@ -43,7 +42,7 @@ from engine.inventory.volumes import (
     Directory,
     DirectoryId,
     directories_above,
-    directory_id,
+    directory_ids,
     require_plain_name,
 )
 from engine.model import BackupPoint, Cluster, Disk, Namespace, ObjectGroup, Pool, Tenant, Vm, Zone
@@ -51,7 +50,7 @@ from engine.probes import Probes
 from engine.state import Rows, State
 
 SizeOf: TypeAlias = Callable[[Pool, str, str], int | None]  # of a volume, by its name and format
-_Which: TypeAlias = Callable[[str], DirectoryId | None]
+_Which: TypeAlias = Mapping[str, DirectoryId]
 WantedT = TypeVar("WantedT", bound=Named)
 KnownT = TypeVar("KnownT", Cluster, Tenant, Namespace, Zone, ObjectGroup, Pool)
 
@@ -71,10 +70,12 @@ def settle_places(
     )
     pools = _wanted_pools(config, default_pool_path)
     _require_listed_once(config.points)
-    which = cache(partial(directory_id, probes))  # one that does not answer is waited for once
-    _require_apart(pools, which)
-    above = {pool.name: directories_above(probes, pool.path) for pool in pools}
     points: list[PointConfig | BackupPoint] = [*config.points, *state.points.values()]
+    paths = [*(one.path for one in (*pools, *points)), default_pool_path, data]
+    which = directory_ids(probes, map(os.path.normpath, paths))
+    _require_apart(pools, which)
+    found = directories_above(probes, [pool.path for pool in pools])
+    above = {pool.name: found[pool.path] for pool in pools}
     for point in points:
         _require_outside(above, f"backup point {point.name!r}", _names(point.path, which))
     inside = _names(default_pool_path, which)
@@ -207,7 +208,7 @@ def _require_outside(
 def _names(path: str, which: _Which) -> frozenset[Directory]:
     """A directory by its path, and by what is there if something is."""
     path = os.path.normpath(path)
-    found = which(path)
+    found = which.get(path)
     return frozenset({path} if found is None else {path, found})
 
 

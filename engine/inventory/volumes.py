@@ -10,7 +10,9 @@ import contextlib
 import errno
 import os
 import stat
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import PurePath
 from typing import TypeAlias
 
@@ -118,25 +120,25 @@ def bounded_volume_size(
         raise PoolUnreachable(f"pool {pool.name}: {error}") from None
 
 
-def directory_id(probes: Probes, path: str) -> DirectoryId | None:
-    """Which directory that is, by whatever path (a link, a bind mount): (device, inode). None when
-    it is not there, or does not answer in time."""
+def directory_ids(probes: Probes, paths: Iterable[str]) -> dict[str, DirectoryId]:
+    """Which directory that is, by whatever path (a link, a bind mount): (device, inode). Without
+    those that are not there, or do not answer in time."""
 
-    def look() -> DirectoryId:
+    def look(path: str) -> DirectoryId:
         found = os.stat(path)
         return found.st_dev, found.st_ino
 
-    try:
-        return probes.ask(f"directory {path}", look, DIRECTORY_TIMEOUT_S)
-    except OSError:
-        return None
+    keys = {f"directory {path}": path for path in paths}
+    asked = {key: partial(look, path) for key, path in keys.items()}
+    found = probes.ask_each(asked, DIRECTORY_TIMEOUT_S)
+    return {keys[key]: one for key, one in found.items() if not isinstance(one, Exception)}
 
 
-def directories_above(probes: Probes, path: str) -> frozenset[Directory]:
-    """That directory and all that it is in, each by its path and by its id. When it does not answer
-    in time, the paths only, as they are written."""
+def directories_above(probes: Probes, paths: Iterable[str]) -> dict[str, frozenset[Directory]]:
+    """Each of these directories and all that it is in, by their paths and by their ids. Of one that
+    does not answer in time the paths only, as they are written."""
 
-    def look() -> frozenset[Directory]:
+    def look(path: str) -> frozenset[Directory]:
         found: set[Directory] = {os.path.normpath(path)}
         for place in _upwards(os.path.realpath(path)):
             found.add(place)
@@ -145,10 +147,17 @@ def directories_above(probes: Probes, path: str) -> frozenset[Directory]:
                 found.add((stated.st_dev, stated.st_ino))
         return frozenset(found)
 
-    try:
-        return probes.ask(f"directories above {path}", look, DIRECTORY_TIMEOUT_S)
-    except TimeoutError:
-        return frozenset(_upwards(os.path.normpath(path)))
+    keys = {f"directories above {path}": path for path in paths}
+    asked = {key: partial(look, path) for key, path in keys.items()}
+    above = dict[str, frozenset[Directory]]()
+    for key, found in probes.ask_each(asked, DIRECTORY_TIMEOUT_S).items():
+        if isinstance(found, TimeoutError):
+            above[keys[key]] = frozenset(_upwards(os.path.normpath(keys[key])))
+        elif isinstance(found, Exception):
+            raise found
+        else:
+            above[keys[key]] = found
+    return above
 
 
 def _upwards(path: str) -> list[str]:

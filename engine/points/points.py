@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from engine.config import PointConfig
 from engine.errors import ConfigInvalid, Conflict, Invalid, NotFound
 from engine.inventory.inventory import DEFAULT_NAME
-from engine.inventory.volumes import directories_above, directory_id
+from engine.inventory.volumes import directories_above, directory_ids
 from engine.model import BackupPoint, PointKind
 from engine.points.keeper import Keeper, Opened, Surroundings
 from engine.probes import Probes
@@ -194,9 +194,11 @@ class Points:
         return row
 
     def _require_no_pool(self, place: str) -> None:
-        names = {place, directory_id(self._probes, place)}
-        for pool in self._around.places.pools:
-            if names & directories_above(self._probes, pool.path):
+        names = {place, directory_ids(self._probes, [place]).get(place)}
+        pools = self._around.places.pools
+        above = directories_above(self._probes, [pool.path for pool in pools])
+        for pool in pools:
+            if names & above[pool.path]:
                 what = f"the directory of pool {pool.name!r}, or holds it"
                 raise Invalid("path", f"{place} is {what}")
 

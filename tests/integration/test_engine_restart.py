@@ -9,12 +9,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
-from engine.config import Config, DiskConfig, Tracking, VmConfig
+from engine.config import Config, DiskConfig, PoolConfig, Tracking, VmConfig
 from engine.errors import AlreadyRunning, ConfigInvalid, Conflict
 from engine.ids import new_id
 from engine.inventory.inventory import EmbeddedInventory
@@ -257,6 +259,32 @@ def test_a_pool_that_hangs_is_waited_for_once_however_much_is_left_there(
         assert len(asked) == 1
         assert [vm.state for vm in rig.engine.vms(ANYWHERE)] == [*["restore_failed"] * 3, "stopped"]
         answers.set()
+
+
+def test_pools_are_looked_at_together_however_many_hang(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each by itself would make a start wait, and the service manager may not wait so long."""
+    names = ("a", "b", "c")
+    for name in names:
+        (tmp_path / name).mkdir()
+    config = Config(
+        pools=tuple(PoolConfig(name, str(tmp_path / name)) for name in names),
+        vms=tuple(VmConfig(name, (DiskConfig("sda", "v", pool=name),)) for name in names),
+    )
+    met = list[str]()
+    for what in ("recovery.clear_leftovers", "service.pool_room"):
+        together = threading.Barrier(len(names))
+
+        def look(*_: object, what: str = what, together: threading.Barrier = together) -> Any:
+            together.wait(5.0)
+            met.append(what)
+            return 0, 0
+
+        monkeypatch.setattr(f"engine.{what}", look)
+    monkeypatch.setattr("engine.service.POOL_LOOK_TIMEOUT_S", 10.0)
+    with EngineRig(tmp_path / "data", config):
+        assert Counter(met) == {"recovery.clear_leftovers": 3, "service.pool_room": 3}
 
 
 # argv: the data directory. The machine is never defined, and the service is stopped meanwhile.

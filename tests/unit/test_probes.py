@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
 from engine.errors import PoolFull, PoolUnreachable
-from engine.inventory.volumes import bounded_volume_size, pool_room
+from engine.inventory.volumes import (
+    bounded_volume_size,
+    directories_above,
+    directory_ids,
+    pool_room,
+)
 from engine.model import Pool
 from engine.probes import Probes
 from engine.restore.reservations import Reservations
+
+AnswerT = TypeVar("AnswerT")
+
+MEETING_S = 5.0
 
 
 def test_answers_and_errors_come_through() -> None:
@@ -21,6 +35,53 @@ def test_answers_and_errors_come_through() -> None:
         probes.ask("a", lambda: _raise(OSError("gone")), 10.0)
     with pytest.raises(TimeoutError, match="its own"):
         probes.ask("a", lambda: _raise(TimeoutError("its own")), 10.0)
+
+
+def test_each_is_asked_at_once_and_those_that_hang_are_waited_for_together() -> None:
+    probes, together, never = Probes(), threading.Barrier(2), threading.Event()
+    began_s = time.monotonic()
+    questions: dict[str, Callable[[], int]] = {
+        "a": partial(together.wait, MEETING_S),
+        "b": partial(together.wait, MEETING_S),
+        "gone": lambda: _raise(OSError("gone")),
+        **{f"hangs {number}": partial(never.wait, 60.0) for number in range(30)},
+    }
+    found = probes.ask_each(questions, 1.0)
+    assert time.monotonic() - began_s < MEETING_S
+    assert {found.pop("a"), found.pop("b")} == {0, 1}
+    assert str(found.pop("gone")) == "gone"
+    assert len(found) == 30
+    assert {str(error) for error in found.values()} == {"no answer in 1 s"}
+    never.set()
+
+
+def test_directories_are_asked_for_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each one that hangs would make a start wait."""
+    paths = [str(tmp_path / name) for name in ("a", "b")]
+    for path in paths:
+        os.mkdir(path)
+    monkeypatch.setattr("engine.inventory.volumes.DIRECTORY_TIMEOUT_S", 2 * MEETING_S)
+    with monkeypatch.context() as patch:
+        patch.setattr("engine.inventory.volumes.os.stat", _met(os.stat, paths))
+        ids = directory_ids(Probes(), paths)
+    assert list(ids) == paths
+    with monkeypatch.context() as patch:
+        realpath = _met(os.path.realpath, paths)
+        patch.setattr("engine.inventory.volumes.os.path.realpath", realpath)
+        above = directories_above(Probes(), paths)
+    assert all({path, ids[path], str(tmp_path)} <= above[path] for path in paths)
+
+
+def _met(look: Callable[[str], AnswerT], paths: Sequence[str]) -> Callable[[str], AnswerT]:
+    """The call, in which those for `paths` wait for each other."""
+    together = threading.Barrier(len(paths))
+
+    def asked(path: str) -> AnswerT:
+        if path in paths:
+            together.wait(MEETING_S)
+        return look(path)
+
+    return asked
 
 
 def _raise(error: Exception) -> int:
