@@ -65,6 +65,10 @@ class Inventory(Protocol):
         """NotFound."""
         ...
 
+    def left_out(self) -> list[Vm]:
+        """Those of hosts that are not configured just now: no VMs, but remembered."""
+        ...
+
     def hypervisors(self) -> list[HypervisorState]:
         """The hosts that VMs are known from; none where the VMs are our own."""
         ...
@@ -151,13 +155,20 @@ class EmbeddedInventory:
         return []
 
     def vms(self) -> list[Vm]:
-        return sorted(self._state.vms.values(), key=lambda vm: (vm.name, vm.uuid))
+        rows = filter(self._is_listed, self._state.vms.values())
+        return sorted(rows, key=lambda vm: (vm.name, vm.uuid))
 
     def vm(self, uuid: str) -> Vm:
         found = self._state.vms.get(uuid)
-        if found is None:
+        if found is None or not self._is_listed(found):
             raise NotFound("vm", uuid)
         return found
+
+    def left_out(self) -> list[Vm]:
+        return [vm for vm in self._state.vms.values() if not self._is_listed(vm)]
+
+    def _is_listed(self, vm: Vm) -> bool:  # noqa: ARG002
+        return True
 
     def host_of(self, vm: Vm) -> str:  # noqa: ARG002
         return ""
@@ -177,7 +188,7 @@ class EmbeddedInventory:
 
     def add_vm(self, vm: Vm) -> None:
         with self._state.store.write() as txn:
-            require_addable(vm, self._state.vms.values_in(txn))
+            require_addable(vm, [*filter(self._is_listed, self._state.vms.values_in(txn))])
             self._state.vms.put_in(txn, vm)
 
     def remove_vm(self, uuid: str) -> Vm:

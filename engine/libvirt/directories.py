@@ -39,12 +39,6 @@ class Directories:
         self._remember(host, known, unused - there, [one for one in used if one not in known])
         return [*used, *sorted(there)]
 
-    def keep_only(self, hosts: Collection[str]) -> None:
-        """Forgets those of hosts that are not configured any more."""
-        gone = [row.uuid for row in self._rows.values() if row.host not in hosts]
-        if gone:
-            self._rows.delete(*gone)
-
     def _existing(self, host: str, paths: set[str]) -> frozenset[str]:
         """Which of them exist; where there is no answer, what was so before."""
         if not paths:

@@ -6,6 +6,9 @@ gone. A VM's action and its last error are ours and stay. While a host is away i
 as last seen, `unreachable`, with the reason. A VM that is being restored, or whose restore failed,
 is no domain (yet): its row has no host, and no look touches it.
 
+The VMs of a host that is not configured are left out, and their rows stay: a wrong URI costs
+nothing once the right one is back. A domain that another host has now is that one's.
+
 Pools come and go with the hosts: `places` is what it is at the call.
 """
 
@@ -86,7 +89,6 @@ class LibvirtInventory(EmbeddedInventory):
 
     def start(self) -> None:
         """Returns when every host was looked at once, or is taking too long for that."""
-        self._forget_other_hosts()
         with contextlib.suppress(TimeoutError):
             self._probes.ask("scratch", partial(clear_left, self._live.ours), SCRATCH_TIMEOUT_S)
         end = time.monotonic() + FIRST_LOOK_S
@@ -185,6 +187,9 @@ class LibvirtInventory(EmbeddedInventory):
             with contextlib.suppress(LibvirtFault, StorageError):
                 self._put([self._row(watch.name, seen) for seen in [look_at(made)] if seen])
         return True
+
+    def _is_listed(self, vm: Vm) -> bool:
+        return not vm.host or vm.host in self._watches
 
     def _host_of(self, vm: Vm) -> Watch:
         """Where its first volume's pool is; of several that have it, the first in sight."""
@@ -302,11 +307,6 @@ class LibvirtInventory(EmbeddedInventory):
                 row = self._state.vms.get_in(txn, uuid)
                 if row is not None and not row.action:
                     self._state.vms.delete_in(txn, uuid)
-
-    def _forget_other_hosts(self) -> None:
-        gone = [vm.uuid for vm in super().vms() if vm.host and vm.host not in self._watches]
-        self._state.vms.delete(*gone)
-        self._directories.keep_only(self._watches)
 
 
 def _patiently(ask: Callable[[], Domain]) -> Domain:

@@ -50,8 +50,9 @@ def tend_baselines(core: Core) -> None:
 def _used(core: Core) -> frozenset[tuple[str, str, str]]:
     """(VM, target device, volume's path) of all disks that are files in pools; "" for what may be
     any path, for a hypervisor that is away says nothing of its pools, and the configuration may
-    have left one out by mistake."""
-    found = set()
+    have left one out by mistake, or a hypervisor."""
+    left_out = core.inventory.left_out()
+    found = {(vm.uuid, disk.target_device, "") for vm in left_out for disk in vm.disks}
     for vm in core.inventory.vms():
         for disk in vm.disks:
             path = ""

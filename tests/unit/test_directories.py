@@ -36,16 +36,6 @@ def test_what_was_seen_stays_as_long_as_it_exists(tmp_path: Path, state: State) 
     assert again.seen(HOST, [two]) == [two, one]
 
 
-def test_those_of_a_host_that_is_not_configured_are_forgotten(tmp_path: Path, state: State) -> None:
-    (one,) = paths(tmp_path, "one")
-    known = Directories(state.directories)
-    known.seen(HOST, [one])
-    known.keep_only([HOST])
-    assert known.seen(HOST, []) == [one]
-    known.keep_only([])
-    assert known.seen(HOST, []) == []
-
-
 def test_their_number_has_a_limit(
     tmp_path: Path, state: State, monkeypatch: pytest.MonkeyPatch
 ) -> None:

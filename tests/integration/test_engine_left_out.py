@@ -1,0 +1,82 @@
+"""A libvirt host that the configuration leaves out for a start. No libvirt is needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engine.config import Config, Libvirt, LibvirtHost
+from engine.errors import NotFound
+from engine.libvirt import binding, inventory, watch
+from engine.libvirt.binding import LibvirtFault
+from engine.model import Baseline, Directory, Disk, Vm
+from engine.snapshot.baseline_tending import tend_baselines
+from tests.engine_rig import ANYWHERE, EngineRig
+
+RIGHT, WRONG = "qemu:///system", "qemu:///sytsem"
+
+
+@pytest.fixture(autouse=True)
+def _away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All hosts are: what is known of them was seen before."""
+
+    def connect(uri: str) -> binding.Connection:
+        raise LibvirtFault(f"{uri} does not answer")
+
+    monkeypatch.setattr(watch, "connect", connect)
+    monkeypatch.setattr(inventory, "require_libvirt", lambda: None)
+
+
+def config_for(uri: str) -> Config:
+    return Config(inventory="libvirt", libvirt=Libvirt(hosts=(LibvirtHost(uri),)))
+
+
+def domain(rig: EngineRig, name: str, host: str) -> Vm:
+    (namespace,), (zone,) = rig.engine.namespaces(), rig.engine.zones()
+    return Vm(
+        uuid=f"{name} at {host}",
+        name=name,
+        cluster_uuid=rig.cluster_uuid,
+        tenant=namespace.tenant,
+        namespace=namespace.uuid,
+        zone_uuid=zone.uuid,
+        object_group=rig.engine.object_groups()[0].uuid,
+        disks=(Disk("vda", "pool", "volume", 1 << 20, "HDD"),),
+        state="stopped",
+        host=host,
+        last_error="what was last",
+    )
+
+
+def test_what_is_known_of_it_is_kept_until_it_is_back(tmp_path: Path) -> None:
+    """A slip in the URI would cost its VMs a scan each, and the alert that one is not tracked."""
+    with EngineRig(tmp_path / "data", config_for(RIGHT)) as rig:
+        vm = domain(rig, "db", RIGHT)
+        tracked = Baseline(vm.uuid, "vda", "/pool/volume", off="a sample has proved it wrong")
+        directory = Directory("uuid", RIGHT, "/pool")
+        rig.core.state.vms.put(vm)
+        rig.core.state.baselines.put(tracked)
+        rig.core.state.directories.put(directory)
+        rig.config = config_for(WRONG)
+        rig.restart()
+        assert rig.engine.vms(ANYWHERE) == []
+        with pytest.raises(NotFound):
+            rig.engine.vm(vm.uuid)
+        tend_baselines(rig.core)
+        rig.config = config_for(RIGHT)
+        rig.restart()
+        tend_baselines(rig.core)
+        assert [one.uuid for one in rig.engine.vms(ANYWHERE)] == [vm.uuid]
+        assert rig.core.state.vms.get(vm.uuid) == vm
+        assert rig.core.state.baselines.values() == [tracked]
+        assert rig.core.state.directories.values() == [directory]
+
+
+def test_a_vm_may_be_restored_under_the_name_that_it_had_there(tmp_path: Path) -> None:
+    """The host may be gone for good."""
+    with EngineRig(tmp_path / "data", config_for(RIGHT)) as rig:
+        rig.core.state.vms.put(domain(rig, "db", WRONG))
+        restored = domain(rig, "db", "")
+        rig.core.inventory.add_vm(restored)
+        assert [one.uuid for one in rig.engine.vms(ANYWHERE)] == [restored.uuid]
