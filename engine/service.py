@@ -113,7 +113,7 @@ class Engine:
             cleared = recover(core)
             places = core.inventory.places
             sizes = _sizes(core.probes, places.pools if config.vms else ())
-            settle_vms(state, config, places, sizes)
+            settle_vms(state, config, places, sizes, core.inventory.left_out())
             core.points.start(config.points)
             if not config.points:
                 core.points.make_default(host.default_point_path)

@@ -114,12 +114,19 @@ def settle_places(
     )
 
 
-def settle_vms(state: State, config: Config, places: Places, size_of: SizeOf) -> None:
+def settle_vms(
+    state: State,
+    config: Config,
+    places: Places,
+    size_of: SizeOf,
+    left_out: Sequence[Vm] = (),
+) -> None:
     """Puts the configured VMs into the state, after recovery: none is in an action.
 
-    A VM that was known keeps its uuid and its last error. `size_of` must not hang.
+    A VM that was known keeps its uuid and its last error. `size_of` must not hang. What those
+    `left_out` are called, or have, is taken by nobody.
     """
-    known = {vm.uuid: vm for vm in state.vms.values()}
+    known = {vm.uuid: vm for vm in state.vms.values() if vm not in left_out}
     settled: set[str] = set()
     for want in config.vms:
         vm = _configured_vm(want, places, known, size_of)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
-from engine.config import Config, Libvirt, LibvirtHost
+from engine.config import Config, DiskConfig, Libvirt, LibvirtHost, PoolConfig, VmConfig
 from engine.errors import NotFound
 from engine.libvirt import binding, inventory, watch
 from engine.libvirt.binding import LibvirtFault
@@ -80,3 +81,16 @@ def test_a_vm_may_be_restored_under_the_name_that_it_had_there(tmp_path: Path) -
         restored = domain(rig, "db", "")
         rig.core.inventory.add_vm(restored)
         assert [one.uuid for one in rig.engine.vms(ANYWHERE)] == [restored.uuid]
+
+
+def test_a_vm_may_be_configured_under_the_name_that_one_has_there(tmp_path: Path) -> None:
+    """And does not take its place: it is another one."""
+    with EngineRig(tmp_path / "data", config_for(RIGHT)) as rig:
+        there = domain(rig, "db", WRONG)
+        rig.core.state.vms.put(there)
+        pools = (PoolConfig("fast", str(tmp_path)),)
+        vms = (VmConfig("db", (DiskConfig("vda", "volume"),)),)
+        rig.config = structs.replace(config_for(RIGHT), pools=pools, vms=vms)
+        rig.restart()
+        assert [(one.name, one.host) for one in rig.engine.vms(ANYWHERE)] == [("db", "")]
+        assert rig.core.inventory.left_out() == [there]
