@@ -23,7 +23,8 @@ RECLAIM_TIMEOUT_S = 30.0
 def delete_backup(core: Core, scope: Scope, backup_uuid: str) -> None:
     """Deletes it here and on the point, durably. Conflict(backup_running), NotFound, StorageError.
 
-    Room comes back before this returns, or, if that takes long, soon after.
+    Waits for its turn if others delete from the point. Room comes back before this returns, or, if
+    that takes long, soon after.
     """
     row = core.backup_in(scope, backup_uuid)
     if row.status == BACKUP_RUNNING:
@@ -31,7 +32,8 @@ def delete_backup(core: Core, scope: Scope, backup_uuid: str) -> None:
     if row.status == BACKUP_DONE:
         domain = core.points.require_answering(row.point_uuid, row.cluster_uuid)
         try:
-            domain.forget([row.uuid])
+            with core.points.turn_to_delete(row.point_uuid):
+                domain.forget([row.uuid])
         except NotOnPoint:
             log.info("backup_gone_already", extra={"backup": row.uuid})
     core.catalogue.remove(row)

@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 ATTACH_TIMEOUT_S = 15.0
 JOIN_TIMEOUT_S = 5.0
 LOOK_TIMEOUT_S = 1.0
+TURN_TIMEOUT_S = 30.0
 MOST_NAME_CHARS = 200
 
 
@@ -234,6 +235,19 @@ class Points:
             keeper = self._keepers.get(uuid)
         if keeper is not None:
             keeper.await_look(timeout_s)
+
+    @contextlib.contextmanager
+    def turn_to_delete(self, uuid: str) -> Iterator[None]:
+        """For one of the few that may delete from the point at once. NotFound; PointUnreachable
+        when they hang, or others take all that time."""
+        keeper = self._keeper(uuid)
+        if not keeper.deleting.acquire(timeout=TURN_TIMEOUT_S):
+            detail = f"other deletes have taken {TURN_TIMEOUT_S:g} s; ask again"
+            raise PointUnreachable(f"{keeper.row.path}: {detail}")
+        try:
+            yield
+        finally:
+            keeper.deleting.release()
 
     def reclaim(self, uuid: str, timeout_s: float) -> bool:
         """Unlinks dead packs; whether it was done in time. One that is gone is no error."""

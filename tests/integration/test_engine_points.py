@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -447,3 +448,28 @@ def test_a_point_that_hangs_hinders_nobody(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.undo()
         rig.core.points.look_again(point, 60.0)
         assert rig.engine.point(point).state == "online"
+
+
+def test_deletes_on_a_point_that_hangs_leave_threads_to_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else some that were on their way when it began to hang would be all that the API has."""
+    with EngineRig(tmp_path / "a") as rig, ThreadPoolExecutor(8) as threads:
+        vm = rig.make_vm("web", disk_bytes(MIB, 1))
+        backups = [rig.back_up(vm).uuid for _ in range(8)]
+        domain = rig.core.points.domain(rig.point_uuid, rig.cluster_uuid)
+        monkeypatch.setattr(points, "TURN_TIMEOUT_S", 0.5)
+        with domain._lock:  # as when a file of the point is waited for in there
+            asked = [threads.submit(rig.engine.delete_backup, ANYWHERE, one) for one in backups]
+            ended, hanging = wait(asked, 5.0)
+            errors = [one.exception() for one in ended]
+        assert len(hanging) == keeper.DELETES_AT_ONCE
+        assert {(type(error), "ask again" in str(error)) for error in errors} == {
+            (PointUnreachable, True)
+        }
+        for one in hanging:
+            one.result(PATIENCE_S)
+        assert len(rig.listed()) == len(ended)
+        for backup in rig.listed():
+            rig.engine.delete_backup(ANYWHERE, backup)
+        assert rig.listed() == []
