@@ -3,15 +3,15 @@
 Jobs that were queued or running are failed, backups in progress get status 2, VMs lose their
 action. A VM that was being restored, and is not noted as complete, is failed, and its volumes are
 removed: those that the restore has made, and not what somebody else has put there under their
-names. While a hypervisor is away they stay, for it may have the VM and them. Sessions on the points
-are aborted when the points are opened. A backup whose COMMIT made it is found there then, and
-counts as done after all.
+names. While a hypervisor is away they stay, for it may have the VM and them; the VM says which they
+are. Sessions on the points are aborted when the points are opened. A backup whose COMMIT made it is
+found there then, and counts as done after all.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 
 from engine.core import Core
@@ -34,12 +34,29 @@ def recover(core: Core) -> frozenset[str]:
     jobs = core.jobs.recover()
     backups = core.catalogue.fail_running(RESTARTED)
     pools = core.inventory.places.pools
-    _tidy(core, pools, _names_to_undo(core), _settled_baselines(core))
-    vms = core.inventory.end_all_actions(_ended)
+    left = [vm for vm in core.inventory.vms() if _is_left(vm)]
+    away = [host.name for host in core.inventory.hypervisors() if host.problem]
+    _tidy(core, pools, [] if away else left, _settled_baselines(core))
+    vms = core.inventory.end_all_actions(partial(_ended, pools, away))
+    if away:
+        for vm in left:
+            fields = {"vm": vm.uuid, "away": away, "volumes": _volumes(pools, vm)}
+            log.warning("restore_not_undone", extra=fields)
     if jobs or backups or vms:
         fields = {"jobs": len(jobs), "backups": len(backups), "vms": len(vms)}
         log.warning("recovered", extra=fields)
     return frozenset(pool.path for pool in pools)
+
+
+def _is_left(vm: Vm) -> bool:
+    """Whether it was being restored, and is not noted as complete."""
+    return vm.action == "restoring" and vm.state == "restoring" and not vm.host
+
+
+def _volumes(pools: Sequence[Pool], vm: Vm) -> str:
+    """Their paths; the name only of one whose pool is not known just now."""
+    paths = {pool.uuid: f"{pool.path}/" for pool in pools}
+    return ", ".join(f"{paths.get(disk.pool_uuid, '')}{disk.volume_name}" for disk in vm.disks)
 
 
 def _settled_baselines(core: Core) -> frozenset[str]:
@@ -50,35 +67,23 @@ def _settled_baselines(core: Core) -> frozenset[str]:
     return core.baselines.files()
 
 
-def _ended(vm: Vm) -> Vm:
-    return after_restore(vm, RESTARTED) if vm.action == "restoring" else vm
-
-
-def _names_to_undo(core: Core) -> dict[str, list[str]]:
-    """By pool, the names of the volumes of restores that are not noted as complete."""
-    left = [
-        vm
-        for vm in core.inventory.vms()
-        if vm.action == "restoring" and vm.state == "restoring" and not vm.host
-    ]
-    away = [host.name for host in core.inventory.hypervisors() if host.problem]
+def _ended(pools: Sequence[Pool], away: Sequence[str], vm: Vm) -> Vm:
+    if vm.action != "restoring":
+        return vm
+    reason = RESTARTED
     if away:
-        for vm in left:
-            log.warning("restore_not_undone", extra={"vm": vm.uuid, "away": away})
-        return {}
-    names = dict[str, list[str]]()
-    for disk in (disk for vm in left for disk in vm.disks):
-        names.setdefault(disk.pool_uuid, []).append(disk.volume_name)
-    return names
+        reason += f"; as libvirt was away its volumes may be left: {_volumes(pools, vm)}"
+    return after_restore(vm, reason)
 
 
-def _tidy(
-    core: Core, pools: Sequence[Pool], undo: Mapping[str, Sequence[str]], kept: Collection[str]
-) -> None:
+def _tidy(core: Core, pools: Sequence[Pool], undo: Sequence[Vm], kept: Collection[str]) -> None:
     """All pools at once: however many do not answer, and however much is left in them, they are
     waited for once."""
+    names = dict[str, list[str]]()
+    for disk in (disk for vm in undo for disk in vm.disks):
+        names.setdefault(disk.pool_uuid, []).append(disk.volume_name)
     acts = {
-        f"tidy {pool.uuid}": partial(_tidy_pool, pool, undo.get(pool.uuid, ()), kept)
+        f"tidy {pool.uuid}": partial(_tidy_pool, pool, names.get(pool.uuid, ()), kept)
         for pool in pools
     }
     for key, error in core.probes.ask_each(acts, POOL_TIMEOUT_S).items():

@@ -1,4 +1,4 @@
-"""A libvirt host that the configuration leaves out for a start. No libvirt is needed."""
+"""A libvirt host that is away at a start, or left out by the configuration. Needs no libvirt."""
 
 from __future__ import annotations
 
@@ -94,3 +94,22 @@ def test_a_vm_may_be_configured_under_the_name_that_one_has_there(tmp_path: Path
         rig.restart()
         assert [(one.name, one.host) for one in rig.engine.vms(ANYWHERE)] == [("db", "")]
         assert rig.core.inventory.left_out() == [there]
+
+
+def test_what_a_restore_may_have_left_is_named_when_its_host_is_away(tmp_path: Path) -> None:
+    """Nobody can tell then whether libvirt has the VM, and later its volumes' names are lost."""
+    pools = (PoolConfig("fast", str(tmp_path)),)
+    config = structs.replace(config_for(RIGHT), pools=pools)
+    with EngineRig(tmp_path / "data", config) as rig:
+        disks = (
+            Disk("vda", rig.pool_uuid, "one.raw", 1 << 20, "HDD"),
+            Disk("vdb", "a pool of the host", "two.raw", 1 << 20, "HDD"),
+        )
+        vm = domain(rig, "db", "")
+        rig.core.state.vms.put(
+            structs.replace(vm, disks=disks, state="restoring", action="restoring")
+        )
+        rig.restart()
+        (ended,) = rig.engine.vms(ANYWHERE)
+        assert (ended.state, ended.action) == ("restore_failed", "")
+        assert ended.last_error.endswith(f"may be left: {tmp_path}/one.raw, two.raw")
