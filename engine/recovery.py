@@ -40,8 +40,8 @@ def recover(core: Core) -> frozenset[str]:
     vms = core.inventory.end_all_actions(partial(_ended, pools, away))
     if away:
         for vm in left:
-            fields = {"vm": vm.uuid, "away": away, "volumes": _volumes(pools, vm)}
-            log.warning("restore_not_undone", extra=fields)
+            what = {"vm": vm.uuid, "away": away, "volumes": _volumes(pools, vm)}
+            log.warning("restore_not_undone", extra=what)
     if jobs or backups or vms:
         fields = {"jobs": len(jobs), "backups": len(backups), "vms": len(vms)}
         log.warning("recovered", extra=fields)
