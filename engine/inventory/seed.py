@@ -126,7 +126,8 @@ def settle_vms(
     A VM that was known keeps its uuid and its last error. `size_of` must not hang. What those
     `left_out` are called, or have, is taken by nobody.
     """
-    known = {vm.uuid: vm for vm in state.vms.values() if vm not in left_out}
+    elsewhere = {vm.uuid for vm in left_out}
+    known = {vm.uuid: vm for vm in state.vms.values() if vm.uuid not in elsewhere}
     settled: set[str] = set()
     for want in config.vms:
         vm = _configured_vm(want, places, known, size_of)
