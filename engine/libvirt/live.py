@@ -42,7 +42,7 @@ from engine.libvirt.binding import (
 from engine.libvirt.capacity import capacity_of
 from engine.libvirt.domains import DomainDisk, DomainFacts, read_domain
 from engine.libvirt.ending import FindDomain, abort_job, end_job, end_later, end_left_job
-from engine.libvirt.half_begun import is_half_begun
+from engine.libvirt.half_begun import is_half_begun, is_stuck
 from engine.libvirt.jobxml import JobDisk, backup_xml, checkpoint_xml, export_bitmap, record_xml
 from engine.libvirt.machine import inflated, machine_of
 from engine.libvirt.media import has_bitmaps, identity_of
@@ -324,6 +324,8 @@ def _facts_of(domain: Domain, vm: Vm) -> DomainFacts:
     """The live XML's. Conflict if the domain does not run, or has other disks than it had."""
     _require_running(domain, vm)
     try:
+        if is_stuck(domain):
+            raise HypervisorRefused(_HALF_BEGUN.format(name=vm.name))
         facts = read_domain(domain.XMLDesc())
     except LibvirtFault as error:
         raise HypervisorRefused(f"{vm.name}: {error}") from error
@@ -367,8 +369,6 @@ def _require_no_job(domain: Domain, vm: Vm) -> None:
     try:
         busy = domain.jobInfo()[0] != 0
     except LibvirtFault as error:
-        if is_half_begun(error):
-            raise HypervisorRefused(_HALF_BEGUN.format(name=vm.name)) from error
-        return  # it stopped: what follows says so
+        busy = is_half_begun(error)  # else it stopped: what follows says so
     if busy:
         raise Conflict("domain_busy", f"libvirt runs another job on VM {vm.name}")

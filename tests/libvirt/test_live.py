@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,23 +83,22 @@ def test_a_guest_that_is_frozen_leaves_a_clean_file_system(lab: Lab, tmp_path: P
 
 
 @contextlib.contextmanager
-def looked_at(lab: Lab, how_often: int) -> Iterator[None]:
-    """So many ask libvirt for the disks' sizes all the time."""
+def looked_at(lab: Lab, how_often: int, look_at: Callable[[Any], object]) -> Iterator[None]:
+    """So many look at the domain all the time."""
     enough, faults = threading.Event(), list[Exception]()
 
-    def ask() -> None:
+    def look_on() -> None:
         connection = connect(lab.host.uri)
         domain = connection.lookupByUUIDString(lab.domain.UUIDString())
         try:
             while not enough.is_set():
-                domain.blockInfo("vda")
-                domain.blockInfo("vdb")
+                look_at(domain)
         except LibvirtFault as fault:
             faults.append(fault)
         finally:
             connection.close()
 
-    threads = [threading.Thread(target=ask) for _ in range(how_often)]
+    threads = [threading.Thread(target=look_on) for _ in range(how_often)]
     for thread in threads:
         thread.start()
     try:
@@ -115,7 +114,7 @@ def test_who_looks_at_a_domain_while_its_backup_begins_does_not_end_it(lab: Lab)
     """QEMU may abort when it is asked for its block nodes while it creates an image; so it does
     not create any."""
     before = lab.host.log.stat().st_size
-    with looked_at(lab, 3):
+    with looked_at(lab, 3, lambda domain: [domain.blockInfo(name) for name in ("vda", "vdb")]):
         for _ in range(5):
             lab.back_up()
     assert lab.domain.isActive()
@@ -252,6 +251,24 @@ def test_a_second_job_on_the_domain_is_a_conflict_at_once(lab: Lab, directory: s
     with left_alone(lab):
         _, job = lab.rig.ask_backup(lab.vm)
         assert "another job" in lab.rig.ended(job).error
+
+
+def test_who_looks_for_left_jobs_while_anothers_begins_does_not_end_the_domain(lab: Lab) -> None:
+    """libvirt says the same of it as of one that it died in the middle of. It is the other's own
+    images that QEMU is creating."""
+
+    def begin_some(first: int, how_many: int) -> int:
+        """How often QEMU was asked for its nodes."""
+        before = lab.host.log.stat().st_size
+        for number in range(first, first + how_many):
+            with left_alone(lab):
+                begin_job(lab, f"{lab.host.root}/run/busy{number}-")
+        return lab.host.log.read_bytes()[before:].count(b'"execute":"query-named-block-nodes"')
+
+    by_libvirt = begin_some(0, 5)
+    with looked_at(lab, 3, lambda domain: ending.end_left_job(lambda: domain, lab.ours)):
+        assert begin_some(5, 5) == by_libvirt > 0
+    assert lab.domain.isActive()
 
 
 def test_a_job_that_somebody_begins_meanwhile_is_left_alone(
