@@ -224,6 +224,7 @@ def _begun(domain: Domain, facts: DomainFacts, job: _Job, parent: str) -> _Begun
     if parent:
         name = checkpoints.name_for(job.setup.host, parent)
         known = inflated(job.wish.checkpoint) or _record_of(name, facts, job)
+        _require_no_job(domain, job.vm)  # it may have QEMU create an image (capacity.py)
         since, why = checkpoints.disks_since(domain, name, known)
         notes = _read_in_full(facts, job, since, why)
     rungs = _rungs(facts, job, parent, since)

@@ -6,11 +6,13 @@ One VM for all tests. Each leaves it running; what it did to the checkpoints is 
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,9 @@ import msgspec
 import pytest
 
 from engine.libvirt import ending
-from engine.libvirt.binding import METADATA_ONLY, LibvirtFault, connect
+from engine.libvirt.binding import METADATA_ONLY, Domain, LibvirtFault, connect
 from engine.libvirt.watch import look
-from tests.engine_rig import EngineRig
+from tests.engine_rig import PATIENCE_S, EngineRig
 from tests.libvirt.host import MIB, Host, disk_xml
 from tests.libvirt.lab import NAME, QCOW2_BYTES, RAW_BYTES, Lab, make_lab, paused_reading
 from tests.libvirt.site import config_for, contents, rig_on, wait_for_vm, wait_until
@@ -223,9 +225,9 @@ def test_disks_come_grow_and_go(lab: Lab) -> None:
     assert lab.restored_sums(last) == truth[:2]
 
 
-def begin_job(lab: Lab, place: str) -> None:
+def begin_job(domain: Domain, place: str) -> None:
     """A backup job whose files' paths begin with `place`."""
-    lab.domain.backupBegin(
+    domain.backupBegin(
         f"<domainbackup mode='pull'><server transport='unix' socket='{place}sock'/><disks>"
         f"<disk name='vdb' backup='yes' type='file'><driver type='qcow2'/>"
         f"<scratch file='{place}scratch'/></disk></disks></domainbackup>",
@@ -247,7 +249,7 @@ def left_alone(lab: Lab) -> Iterator[None]:
 @pytest.mark.parametrize("directory", ["run", "scratch"])
 def test_a_second_job_on_the_domain_is_a_conflict_at_once(lab: Lab, directory: str) -> None:
     """Also that of another service, with the same scratch directory."""
-    begin_job(lab, f"{lab.host.root}/{directory}/another-")
+    begin_job(lab.domain, f"{lab.host.root}/{directory}/another-")
     with left_alone(lab):
         _, job = lab.rig.ask_backup(lab.vm)
         assert "another job" in lab.rig.ended(job).error
@@ -262,13 +264,37 @@ def test_who_looks_for_left_jobs_while_anothers_begins_does_not_end_the_domain(l
         before = lab.host.log.stat().st_size
         for number in range(first, first + how_many):
             with left_alone(lab):
-                begin_job(lab, f"{lab.host.root}/run/busy{number}-")
+                begin_job(lab.domain, f"{lab.host.root}/run/busy{number}-")
         return lab.host.log.read_bytes()[before:].count(b'"execute":"query-named-block-nodes"')
 
     by_libvirt = begin_some(0, 5)
     with looked_at(lab, 3, lambda domain: ending.end_left_job(lambda: domain, lab.ours)):
         assert begin_some(5, 5) == by_libvirt > 0
     assert lab.domain.isActive()
+
+
+def test_another_job_that_waits_for_ours_to_end_begins_undisturbed(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """libvirt lets it wait, and begins it when ours has ended: before our checkpoints are in order,
+    which has to wait then."""
+    other = connect(lab.host.uri)
+    try:
+        domain = other.lookupByUUIDString(lab.domain.UUIDString())
+        with paused_reading(monkeypatch) as reached:
+            _, job = lab.rig.ask_backup(lab.vm)
+            assert reached.wait(PATIENCE_S)
+            begin = functools.partial(begin_job, domain, f"{lab.host.root}/run/waiting-")
+            waiting = threading.Thread(target=begin)
+            waiting.start()
+            time.sleep(1)
+        with left_alone(lab):
+            waiting.join()
+            assert lab.rig.ended(job).state == "succeeded"
+    finally:
+        other.close()
+    backup = lab.back_up()
+    assert [name[-36:] for name in lab.checkpoints()] == [backup.uuid]
 
 
 def test_a_job_that_somebody_begins_meanwhile_is_left_alone(
@@ -278,7 +304,7 @@ def test_a_job_that_somebody_begins_meanwhile_is_left_alone(
     freeze = libvirt.virDomain.fsFreeze
 
     def begin_and_freeze(domain: Any) -> Any:
-        begin_job(lab, f"{lab.host.root}/run/other-")
+        begin_job(lab.domain, f"{lab.host.root}/run/other-")
         monkeypatch.delattr(libvirt.virDomain, "backupBegin")
         return freeze(domain)
 
@@ -288,13 +314,13 @@ def test_a_job_that_somebody_begins_meanwhile_is_left_alone(
 
 
 def test_a_job_that_a_killed_service_left_is_ended(lab: Lab) -> None:
-    begin_job(lab, f"{lab.ours}left.")
+    begin_job(lab.domain, f"{lab.ours}left.")
     lab.back_up()
 
 
 def test_it_is_ended_by_the_next_process_too(lab: Lab) -> None:
     """When libvirt is back; and what is left of a job that is over goes."""
-    begin_job(lab, f"{lab.ours}left.")
+    begin_job(lab.domain, f"{lab.ours}left.")
     Path(f"{lab.ours}longer-ago").touch()
     lab.host.stop()
     lab.rig.restart()
