@@ -39,7 +39,7 @@ from engine.libvirt.binding import (
     LibvirtFault,
     code_of,
 )
-from engine.libvirt.capacity import capacity_of
+from engine.libvirt.capacity import size_by_libvirt
 from engine.libvirt.domains import DomainDisk, DomainFacts, read_domain
 from engine.libvirt.ending import FindDomain, abort_job, end_job, end_later, end_left_job
 from engine.libvirt.half_begun import is_half_begun, is_stuck
@@ -81,7 +81,7 @@ def begin_live(
     with contextlib.suppress(LibvirtFault):  # what follows says so
         end_left_job(find, setup.ours)
     facts = _facts_of(domain, vm)
-    job = _Job(find, vm, setup, wish, _empty_images(domain, facts))
+    job = _Job(find, vm, setup, wish, _empty_images(domain, vm, facts))
     job.watch.require_room()
     with contextlib.ExitStack() as undo:
         undo.callback(job.end, committed=False)
@@ -336,12 +336,17 @@ def _facts_of(domain: Domain, vm: Vm) -> DomainFacts:
     return facts
 
 
-def _empty_images(domain: Domain, facts: DomainFacts) -> list[bytes]:
-    """A new qcow2 image of each disk's size. HypervisorRefused, DiskServerRefused, …Lost."""
+def _empty_images(domain: Domain, vm: Vm, facts: DomainFacts) -> list[bytes]:
+    """A new qcow2 image of each disk's size. Conflict, HypervisorRefused, DiskServer… errors.
+
+    Of the size that QEMU has it at: a medium may have been extended without a word to QEMU, and
+    libvirtd (9.0) dies when QEMU refuses a scratch file of another size.
+    """
     made: dict[int, bytes] = {}
-    sizes = [capacity_of(domain, disk, active=True) for disk in facts.disks]
+    sizes = [size_by_libvirt(domain, disk, active=True) for disk in facts.disks]
     for disk, size_bytes in zip(facts.disks, sizes, strict=True):
         if not size_bytes:
+            _require_no_job(domain, vm)
             raise HypervisorRefused(
                 f"{facts.name}: libvirt does not tell the size of {disk.target}"
             )
