@@ -3,7 +3,8 @@
 libvirt asks a running QEMU for all its block nodes to answer that, and a QEMU that is creating a
 qcow2 image then may find that node half open and abort (seen with 7.2.22:
 `qcow2_get_specific_info: Assertion 'false' failed`), and the guest with it. QEMU creates images in
-snapshots and in others' backups (ours: scratch.py). So the medium is asked where it can be.
+snapshots and in others' backups (ours: scratch.py). So a look asks the medium where it can. A
+backup has to know QEMU's own number, and asks for it while the domain has no job.
 """
 
 from __future__ import annotations
@@ -22,9 +23,14 @@ _SECTOR_BYTES = 512
 
 
 def capacity_of(domain: Domain, disk: DomainDisk, *, active: bool) -> int:
-    """In bytes; 0 when nobody can be asked. `active`: whether a QEMU has the disk."""
-    if active and (size_bytes := _size_by_medium(disk)):
-        return size_bytes
+    """In bytes; 0 when nobody can be asked. `active`: whether a QEMU has the disk, which takes it
+    to be as large as its medium was when QEMU looked last: see size_by_libvirt."""
+    found = _size_by_medium(disk) if active else 0
+    return found or size_by_libvirt(domain, disk, active=active)
+
+
+def size_by_libvirt(domain: Domain, disk: DomainDisk, *, active: bool) -> int:
+    """In bytes, as QEMU has it if it is active; 0 if libvirt can't say, or the domain has a job."""
     try:
         if active and domain.jobInfo()[0] != 0:
             return 0
@@ -34,7 +40,7 @@ def capacity_of(domain: Domain, disk: DomainDisk, *, active: bool) -> int:
 
 
 def _size_by_medium(disk: DomainDisk) -> int:
-    """As QEMU sees it, in whole sectors; 0 where that takes more than we know."""
+    """In whole sectors, as QEMU counts them; 0 where that takes more than we know."""
     if disk.kind not in ("file", "block") or disk.format not in ("raw", "qcow2") or disk.framed:
         return 0
     try:
@@ -43,11 +49,9 @@ def _size_by_medium(disk: DomainDisk) -> int:
         return 0
     try:
         if disk.format == "qcow2":
-            size_bytes = read_header(fd, disk.source).size_bytes
-        else:
-            size_bytes = os.lseek(fd, 0, os.SEEK_END)
+            return read_header(fd, disk.source).size_bytes // _SECTOR_BYTES * _SECTOR_BYTES
+        return -(-os.lseek(fd, 0, os.SEEK_END) // _SECTOR_BYTES) * _SECTOR_BYTES
     except (OSError, EngineError):
         return 0
     finally:
         os.close(fd)
-    return -(-size_bytes // _SECTOR_BYTES) * _SECTOR_BYTES

@@ -17,6 +17,7 @@ import logging
 from engine.errors import EngineError
 from engine.libvirt.binding import METADATA_ONLY, Domain, LibvirtFault
 from engine.libvirt.domains import read_domain
+from engine.libvirt.half_begun import is_half_begun
 from engine.libvirt.jobxml import record_xml, redefinition, tracked_by
 from engine.libvirt.media import has_bitmaps
 from engine.qemu.bitmaps import bitmaps_of
@@ -69,11 +70,15 @@ def xml_of(domain: Domain, name: str) -> str:
 
 
 def drop(domain: Domain, name: str) -> None:
-    """Deletes one, or as much of it as can be; none there is no error."""
+    """Deletes one, or as much of it as can be; none there is no error. Not while anybody's job is
+    on, which may have QEMU create an image: libvirt asks for the nodes first (capacity.py)."""
     try:
         checkpoint = domain.checkpointLookupByName(name)
     except LibvirtFault:
         return
+    if _is_busy(domain):
+        log.info("checkpoint_kept", extra={"checkpoint": name, "why": "a job is on"})
+        return  # the next success does it
     try:
         checkpoint.delete()
     except LibvirtFault as error:
@@ -127,3 +132,11 @@ def _is_active(domain: Domain) -> bool:
         return bool(domain.isActive())
     except LibvirtFault:
         return False
+
+
+def _is_busy(domain: Domain) -> bool:
+    """Whether it has a job, or one is beginning; a domain that is stopped has none."""
+    try:
+        return domain.jobInfo()[0] != 0
+    except LibvirtFault as error:
+        return is_half_begun(error)

@@ -26,7 +26,7 @@ from engine.libvirt.binding import (
     LibvirtFault,
     code_of,
 )
-from engine.libvirt.half_begun import end_in_qemu, is_half_begun
+from engine.libvirt.half_begun import end_in_qemu, is_stuck
 from engine.libvirt.jobxml import job_socket
 from engine.libvirt.scratch import remove_left
 
@@ -89,13 +89,13 @@ def _socket_of(domain: Domain, ours: str) -> str:
 
     One that libvirt can't end has none of QEMU's any more.
     """
+    if is_stuck(domain):
+        end_in_qemu(domain, ours)
+        return ""
     try:
-        domain.jobInfo()
         return job_socket(domain.backupGetXMLDesc())
     except LibvirtFault as error:
-        if is_half_begun(error):
-            end_in_qemu(domain, ours)
-        elif code_of(error) != NO_SUCH_BACKUP_JOB:
+        if code_of(error) != NO_SUCH_BACKUP_JOB:
             raise
     return ""
 

@@ -5,6 +5,10 @@ more of it, and lets nobody begin another or end this one. QEMU may run it all t
 puts aside what the guest overwrites, until the room for that is used up and the guest's writes
 fail. So it is ended past libvirt, by QEMU's own commands; libvirt notes that as a taint of the
 domain. What libvirt itself holds on to only an operator can undo (docs/operations.md).
+
+Of a backup that somebody begins just now libvirt says the same. Then QEMU may be creating an image,
+and may abort when it is asked for its nodes (capacity.py). So it is asked for nothing until
+libvirt has said so for long, and for its nodes only once it was seen to create nothing for long.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ log = logging.getLogger(__name__)
 _SAID = "backup job data missing"
 _TYPES = ("backup", "create")  # the latter makes the file that things are put aside in
 _PATIENCE_S = 30.0
+_BEGINS_S = 3.0
 _POLL_S = 0.05
 
 
@@ -40,14 +45,43 @@ class _QemuJob(msgspec.Struct):
 
 
 def is_half_begun(error: Exception) -> bool:
-    """Whether this is what libvirt answers, asked for the domain's job, in that state."""
+    """Whether this is what libvirt answers, asked for the domain's job, in that state; also while
+    somebody's backup begins."""
     return code_of(error) == INTERNAL_ERROR and _SAID in str(error)
+
+
+def is_stuck(domain: Domain) -> bool:
+    """Whether it stays in that state, which takes some seconds to tell. LibvirtFault."""
+    began_s = time.monotonic()
+    while _is_beginning(domain):
+        waited_s = time.monotonic() - began_s
+        if waited_s > _BEGINS_S and _is_creating(domain):
+            return False
+        if waited_s > 2 * _BEGINS_S:
+            return True
+        time.sleep(_POLL_S)
+    return False
+
+
+def _is_beginning(domain: Domain) -> bool:
+    try:
+        domain.jobInfo()
+    except LibvirtFault as error:
+        if is_half_begun(error):
+            return True
+        raise
+    return False
+
+
+def _is_creating(domain: Domain) -> bool:
+    return any(job.type == "create" and job.status != "concluded" for job in _jobs(domain))
 
 
 def end_in_qemu(domain: Domain, ours: str) -> None:
     """Ends the job, and lets go of its files, if it is one that puts aside in files of `ours`.
 
-    LibvirtFault if QEMU can't be asked, or refuses; then it may be tried again.
+    Only of a domain that is stuck. LibvirtFault if QEMU can't be asked, or refuses; then it may be
+    tried again.
     """
     if not _nodes(domain, ours):
         return
@@ -71,8 +105,7 @@ def _end_jobs(domain: Domain) -> None:
     """There is one backup at most in a domain, with a job for each disk."""
     deadline_s = time.monotonic() + _PATIENCE_S
     while time.monotonic() < deadline_s:
-        asked = msgspec.convert(ask_qemu(domain, "query-jobs"), type=list[_QemuJob])
-        jobs = [job for job in asked if job.type in _TYPES]
+        jobs = [job for job in _jobs(domain) if job.type in _TYPES]
         if not jobs:
             return
         for job in jobs:
@@ -80,3 +113,7 @@ def _end_jobs(domain: Domain) -> None:
             with contextlib.suppress(LibvirtFault):  # it may have ended by itself meanwhile
                 ask_qemu(domain, "job-dismiss" if over else "job-cancel", id=job.id)
         time.sleep(_POLL_S)
+
+
+def _jobs(domain: Domain) -> list[_QemuJob]:
+    return msgspec.convert(ask_qemu(domain, "query-jobs"), type=list[_QemuJob])

@@ -39,10 +39,10 @@ from engine.libvirt.binding import (
     LibvirtFault,
     code_of,
 )
-from engine.libvirt.capacity import capacity_of
+from engine.libvirt.capacity import size_by_libvirt
 from engine.libvirt.domains import DomainDisk, DomainFacts, read_domain
 from engine.libvirt.ending import FindDomain, abort_job, end_job, end_later, end_left_job
-from engine.libvirt.half_begun import is_half_begun
+from engine.libvirt.half_begun import is_half_begun, is_stuck
 from engine.libvirt.jobxml import JobDisk, backup_xml, checkpoint_xml, export_bitmap, record_xml
 from engine.libvirt.machine import inflated, machine_of
 from engine.libvirt.media import has_bitmaps, identity_of
@@ -81,7 +81,7 @@ def begin_live(
     with contextlib.suppress(LibvirtFault):  # what follows says so
         end_left_job(find, setup.ours)
     facts = _facts_of(domain, vm)
-    job = _Job(find, vm, setup, wish, _empty_images(domain, facts))
+    job = _Job(find, vm, setup, wish, _empty_images(domain, vm, facts))
     job.watch.require_room()
     with contextlib.ExitStack() as undo:
         undo.callback(job.end, committed=False)
@@ -224,6 +224,7 @@ def _begun(domain: Domain, facts: DomainFacts, job: _Job, parent: str) -> _Begun
     if parent:
         name = checkpoints.name_for(job.setup.host, parent)
         known = inflated(job.wish.checkpoint) or _record_of(name, facts, job)
+        _require_no_job(domain, job.vm)  # it may have QEMU create an image (capacity.py)
         since, why = checkpoints.disks_since(domain, name, known)
         notes = _read_in_full(facts, job, since, why)
     rungs = _rungs(facts, job, parent, since)
@@ -324,6 +325,8 @@ def _facts_of(domain: Domain, vm: Vm) -> DomainFacts:
     """The live XML's. Conflict if the domain does not run, or has other disks than it had."""
     _require_running(domain, vm)
     try:
+        if is_stuck(domain):
+            raise HypervisorRefused(_HALF_BEGUN.format(name=vm.name))
         facts = read_domain(domain.XMLDesc())
     except LibvirtFault as error:
         raise HypervisorRefused(f"{vm.name}: {error}") from error
@@ -333,12 +336,17 @@ def _facts_of(domain: Domain, vm: Vm) -> DomainFacts:
     return facts
 
 
-def _empty_images(domain: Domain, facts: DomainFacts) -> list[bytes]:
-    """A new qcow2 image of each disk's size. HypervisorRefused, DiskServerRefused, …Lost."""
+def _empty_images(domain: Domain, vm: Vm, facts: DomainFacts) -> list[bytes]:
+    """A new qcow2 image of each disk's size. Conflict, HypervisorRefused, DiskServer… errors.
+
+    Of the size that QEMU has it at: a medium may have been extended without a word to QEMU, and
+    libvirtd (9.0) dies when QEMU refuses a scratch file of another size.
+    """
     made: dict[int, bytes] = {}
-    sizes = [capacity_of(domain, disk, active=True) for disk in facts.disks]
+    sizes = [size_by_libvirt(domain, disk, active=True) for disk in facts.disks]
     for disk, size_bytes in zip(facts.disks, sizes, strict=True):
         if not size_bytes:
+            _require_no_job(domain, vm)
             raise HypervisorRefused(
                 f"{facts.name}: libvirt does not tell the size of {disk.target}"
             )
@@ -367,8 +375,6 @@ def _require_no_job(domain: Domain, vm: Vm) -> None:
     try:
         busy = domain.jobInfo()[0] != 0
     except LibvirtFault as error:
-        if is_half_begun(error):
-            raise HypervisorRefused(_HALF_BEGUN.format(name=vm.name)) from error
-        return  # it stopped: what follows says so
+        busy = is_half_begun(error)  # else it stopped: what follows says so
     if busy:
         raise Conflict("domain_busy", f"libvirt runs another job on VM {vm.name}")

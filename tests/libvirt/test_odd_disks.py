@@ -6,6 +6,7 @@ What we can't read QEMU can: the same disks of a running domain are backed up li
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import subprocess
 import sys
@@ -117,6 +118,17 @@ class TestRunning:
         image = lab.host.image("vdc", "served.raw", 4 * MIB, "raw")
         with served(lab.host, image) as socket, plugged(lab, network_disk(socket)):
             is_backed_up(lab)
+
+    def test_a_medium_that_has_another_size_than_qemu_was_told(self, lab: Lab) -> None:
+        """A volume is extended, and the guest is to see that later."""
+        grown = lab.host.image("vdc", "grown.raw", 4 * MIB, "raw")
+        with plugged(lab, disk_xml(grown)):
+            lab.write("/dev/vdc", 1024)
+            lab.back_up()
+            os.truncate(grown.path, 6 * MIB)
+            is_backed_up(lab)
+            again = lab.back_up()
+        assert "changes found by: vda bitmap, vdb scan, vdc scan" in again.label.notes
 
     def test_its_server_dies(self, lab: Lab) -> None:
         """The backup fails, the guest and its other disks go on."""

@@ -12,7 +12,7 @@ from engine.libvirt.binding import LibvirtFault
 from engine.libvirt.capacity import capacity_of
 from engine.libvirt.domains import DomainDisk, read_domain
 
-QCOW2 = struct.pack(">4sIQIIQI", b"QFI\xfb", 2, 0, 0, 16, 5 << 30, 0) + bytes(512)
+QCOW2 = struct.pack(">4sIQIIQI", b"QFI\xfb", 2, 0, 0, 16, (5 << 30) + 100, 0) + bytes(512)
 BY_LIBVIRT = 777
 
 
