@@ -25,7 +25,7 @@ _SECTOR_BYTES = 512
 def capacity_of(domain: Domain, disk: DomainDisk, *, active: bool) -> int:
     """In bytes; 0 when nobody can be asked. `active`: whether a QEMU has the disk, which takes it
     to be as large as its medium was when QEMU looked last: see size_by_libvirt."""
-    found = _size_by_medium(disk) if active else 0
+    found = size_by_medium(disk) if active else 0
     return found or size_by_libvirt(domain, disk, active=active)
 
 
@@ -39,7 +39,7 @@ def size_by_libvirt(domain: Domain, disk: DomainDisk, *, active: bool) -> int:
         return 0
 
 
-def _size_by_medium(disk: DomainDisk) -> int:
+def size_by_medium(disk: DomainDisk) -> int:
     """In whole sectors, as QEMU counts them; 0 where that takes more than we know."""
     if disk.kind not in ("file", "block") or disk.format not in ("raw", "qcow2") or disk.framed:
         return 0

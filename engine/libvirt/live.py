@@ -39,7 +39,7 @@ from engine.libvirt.binding import (
     LibvirtFault,
     code_of,
 )
-from engine.libvirt.capacity import size_by_libvirt
+from engine.libvirt.capacity import size_by_libvirt, size_by_medium
 from engine.libvirt.domains import DomainDisk, DomainFacts, read_domain
 from engine.libvirt.ending import FindDomain, abort_job, end_job, end_later, end_left_job
 from engine.libvirt.half_begun import is_half_begun, is_stuck
@@ -81,12 +81,13 @@ def begin_live(
     with contextlib.suppress(LibvirtFault):  # what follows says so
         end_left_job(find, setup.ours)
     facts = _facts_of(domain, vm)
+    media = _media(facts)
     job = _Job(find, vm, setup, wish, _empty_images(domain, vm, facts))
     job.watch.require_room()
     with contextlib.ExitStack() as undo:
         undo.callback(job.end, committed=False)
         job.make_scratch()
-        begun = _begun(domain, facts, job, parent)
+        begun = _begun(domain, facts, media, job, parent)
         sources = {}
         paths = {disk.target: disk.source for disk in facts.disks}
         for disk in begun.disks:
@@ -218,8 +219,9 @@ class _Begun:
     notes: tuple[str, ...]
 
 
-def _begun(domain: Domain, facts: DomainFacts, job: _Job, parent: str) -> _Begun:
-    """The job is on, and watched. Raises as begin_live."""
+def _begun(domain: Domain, facts: DomainFacts, media: list[int], job: _Job, parent: str) -> _Begun:
+    """The job is on, and watched. `media`: their sizes before QEMU was asked for the disks'. Raises
+    as begin_live."""
     since, notes = frozenset[str](), list[str]()
     if parent:
         name = checkpoints.name_for(job.setup.host, parent)
@@ -230,6 +232,8 @@ def _begun(domain: Domain, facts: DomainFacts, job: _Job, parent: str) -> _Begun
     rungs = _rungs(facts, job, parent, since)
     hook, agent_note = agent_hook(job.find, facts, job.vm, job.setup)
     with frozen(hook) as freeze:
+        if _media(facts) != media:  # no scratch file has the size of that disk
+            raise Conflict("volume_changed", f"the disks of VM {job.vm.name} are being resized")
         disks = _begin_with_less(domain, job, rungs, notes)
         job.watch.start()
     notes += [*freeze.notes, *([agent_note] if agent_note else [])]
@@ -334,6 +338,10 @@ def _facts_of(domain: Domain, vm: Vm) -> DomainFacts:
     if [disk.target for disk in facts.disks] != [disk.target_device for disk in vm.disks]:
         raise Conflict("volume_changed", f"the disks of VM {vm.name} are being changed")
     return facts
+
+
+def _media(facts: DomainFacts) -> list[int]:
+    return [size_by_medium(disk) for disk in facts.disks]
 
 
 def _empty_images(domain: Domain, vm: Vm, facts: DomainFacts) -> list[bytes]:

@@ -313,6 +313,25 @@ def test_a_job_that_somebody_begins_meanwhile_is_left_alone(
         assert "another job" in lab.failed().error
 
 
+def test_a_disk_that_is_resized_meanwhile_is_not_backed_up_at_its_old_size(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """libvirtd (9.0) dies when QEMU refuses the scratch file."""
+    freeze = libvirt.virDomain.fsFreeze
+
+    def resize_and_freeze(domain: Any) -> Any:
+        domain.blockResize("vdb", 2 * RAW_BYTES, libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES)
+        return freeze(domain)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(libvirt.virDomain, "fsFreeze", resize_and_freeze)
+        assert "are being resized" in lab.failed().error
+    truth = lab.quiet()
+    assert lab.restored_sums(lab.back_up()) == truth
+    domain: Any = lab.domain
+    domain.blockResize("vdb", RAW_BYTES, libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES)
+
+
 def test_a_job_that_a_killed_service_left_is_ended(lab: Lab) -> None:
     begin_job(lab.domain, f"{lab.ours}left.")
     lab.back_up()
