@@ -220,8 +220,8 @@ class _Begun:
 
 
 def _begun(domain: Domain, facts: DomainFacts, media: list[int], job: _Job, parent: str) -> _Begun:
-    """The job is on, and watched. `media`: their sizes before QEMU was asked for the disks'. Raises
-    as begin_live."""
+    """The job is on, and watched. `media`: how large they were before QEMU was asked for the sizes
+    of the disks. Raises as begin_live."""
     since, notes = frozenset[str](), list[str]()
     if parent:
         name = checkpoints.name_for(job.setup.host, parent)
