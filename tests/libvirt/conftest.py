@@ -1,4 +1,4 @@
-"""Fixtures: a libvirt host for a module's tests, and libvirtd's cache for all of them."""
+"""Fixtures: for a module a libvirt host and a VM on it, for all of them libvirtd's cache."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.libvirt.host import Host
+from tests.libvirt.lab import Lab, make_lab
+from tests.libvirt.site import rig_on
 from tests.nfs.kit import Kit, NoKit, make_kit
 
 
@@ -40,3 +42,11 @@ def cache() -> Iterator[Path]:
 def host(kit: Kit, cache: Path) -> Iterator[Host]:
     with contextlib.closing(Host(kit, cache)) as made:
         yield made
+
+
+@pytest.fixture(scope="module")
+def lab(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    with rig_on(tmp_path_factory.mktemp("site") / "data", host) as rig:
+        made = make_lab(host, rig)
+        yield made
+        made.guest.close()

@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Iterator
 from typing import Any
 
-import pytest
-
 from engine.model import Backup
-from tests.libvirt.host import MIB, Host, Image, disk_xml
-from tests.libvirt.lab import NAME, QCOW2_BYTES, Lab, make_lab, pivot
-from tests.libvirt.site import rig_on, wait_for_vm
+from tests.libvirt.host import MIB, Image, disk_xml
+from tests.libvirt.lab import NAME, QCOW2_BYTES, Lab, pivot
+from tests.libvirt.site import wait_for_vm
 from tests.nfs.kit import find_tool
 
 _DISK_ONLY_NO_METADATA = 1 << 4 | 1 << 2
@@ -24,14 +21,6 @@ _COPY_TRANSIENT_REUSED = 1 << 2 | 1 << 1
 _UNDEFINE_WITH_CHECKPOINTS = 1 << 4
 _LIVE = 1
 _INACTIVE = 1 << 1
-
-
-@pytest.fixture(scope="module")
-def lab(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    with rig_on(tmp_path_factory.mktemp("site") / "data", host) as rig:
-        made = make_lab(host, rig)
-        yield made
-        made.guest.close()
 
 
 def test_a_snapshot_is_taken_and_committed(lab: Lab) -> None:
