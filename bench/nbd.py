@@ -32,6 +32,7 @@ from engine.backup.pipeline import ITEM_BYTES
 from engine.nbd.client import NbdClient
 from engine.nbd.connection import NbdAddress
 from engine.nbd.source import CONNECTIONS
+from storage.files.memory import large_buffer
 
 QUESTION = "Is the NBD client as fast as libnbd?"
 
@@ -116,7 +117,7 @@ def _listens(path: Path) -> bool:
 
 def _acts(libnbd: ModuleType, path: str) -> dict[str, Callable[[], Cost]]:
     # As a job has them: once, however large its disks are.
-    buffers = [memoryview(bytearray(ITEM_BYTES)) for _ in range(_THREADS)]
+    buffers = [large_buffer(ITEM_BYTES) for _ in range(_THREADS)]
     return {
         "vmkeep": lambda: _timed(lambda: _read_ours(path, buffers)),
         "libnbd aio ×4": lambda: _timed(lambda: _read_aio(libnbd, path, 4, buffers)),

@@ -1,16 +1,16 @@
 """An NBD server's export as the engine uses it: read, write, ask what is allocated or dirty.
 
-A client is one connection or, where the server says that all of them see the same, several, which
-take turns: a server works on each with another thread (bench/nbd.py). Any thread may call anything;
-who reads while others write over the same client depends on the server for not waiting for itself,
-so the engine does one or the other. Requests are cut to REQUEST_BYTES, of which several are under
-way (exchange.py). Errors name the server and the export.
+A client is one connection or, where the server says that all of them see the same, several, of
+which a call takes the one with the least to do: a server works on each with another thread, and so
+do we (bench/nbd.py). Any thread may call anything; who reads while others write over the same
+client depends on the server for not waiting for itself, so the engine does one or the other.
+Requests are cut to REQUEST_BYTES, of which several are under way (exchange.py). Errors name the
+server and the export.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 
@@ -39,7 +39,6 @@ class NbdClient:
     ) -> None:
         """`facts` are what the first exchange was told; its contexts are the first's alone."""
         self._exchanges = exchanges
-        self._turns = itertools.count()
         self._facts = facts
         self._name = name
         self._place = place
@@ -153,7 +152,7 @@ class NbdClient:
         self.close()
 
     def _run(self, requests: Sequence[Request]) -> None:
-        exchange = self._exchanges[next(self._turns) % len(self._exchanges)]
+        exchange = min(self._exchanges, key=lambda each: each.under_way)
         with _naming(self._name), InFlight(self._place):
             exchange.run(requests)
 

@@ -104,6 +104,11 @@ class Exchange:
         self._led = False
         self._failure: EngineError | None = None
 
+    @property
+    def under_way(self) -> int:
+        """How many requests are sent or queued. Any thread may ask; it may have changed since."""
+        return len(self._queue) + len(self._in_flight)
+
     def run(self, requests: Sequence[Request]) -> None:
         """Sends them, and returns when all are answered: their buffers are filled.
 

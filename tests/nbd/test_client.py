@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
 import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import pytest
 from engine.errors import DiskServerLost, DiskServerRefused
 from engine.nbd.client import NbdClient
 from engine.nbd.connection import NbdAddress
+from engine.nbd.exchange import Exchange, Request
 from engine.nbd.protocol import BASE_ALLOCATION, STATE_DIRTY, STATE_ZERO, Extent
 from tests.nbd.servers import nbdkit, qemu_nbd, require
 from tests.qemu.images import qemu_io
@@ -102,6 +104,31 @@ class TestReading:
                 for _ in range(4):  # of the one connection that knows the context
                     assert sum(e.size_bytes for e in client.extents(BASE_ALLOCATION)) == 16 * MIB
             _await(lambda: _connected_to(server.address) == 0)
+
+    def test_nobody_queues_behind_another_as_long_as_a_connection_is_idle(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        make_raw(tmp_path / "v")
+        used: list[Exchange] = []
+        run = Exchange.run
+
+        def noted(self: Exchange, requests: Sequence[Request]) -> None:
+            used.append(self)
+            run(self, requests)
+
+        monkeypatch.setattr(Exchange, "run", noted)
+        slow = ["--filter=delay", "file", str(tmp_path / "v"), "delay-read=200ms"]
+        with nbdkit(tmp_path, *slow) as server:
+            client = NbdClient.connect(server.address, "", timeout_s=WAIT_S, connections=2)
+            long = threading.Thread(target=_read_until_closed, args=(client, 16 * MIB))
+            long.start()
+            _await(lambda: len(used) == 1)
+            for offset in range(3):
+                read(client, offset * 4096, 4096)
+            client.close()
+            long.join()
+        assert len(set(used)) == 2
+        assert used[0] not in used[1:]
 
     def test_a_server_that_lets_fewer_in_than_was_said(self, tmp_path: Path) -> None:
         make_raw(tmp_path / "v")
@@ -255,6 +282,11 @@ def _read_by_many(client: NbdClient, content: bytes) -> list[int]:
         thread.join(WAIT_S)
         assert not thread.is_alive()
     return wrong
+
+
+def _read_until_closed(client: NbdClient, size_bytes: int) -> None:
+    with contextlib.suppress(DiskServerLost):
+        read(client, 0, size_bytes)
 
 
 def _connected_to(address: NbdAddress) -> int:
