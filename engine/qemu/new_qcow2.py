@@ -63,6 +63,9 @@ class NewQcow2:
             )
         )
 
+    def set_aside(self, offset: int, size_bytes: int) -> None:
+        """Nothing: where in the image a cluster lies is known only when it is written."""
+
     def write(self, content: memoryview, offset: int) -> None:
         assert self._client is not None
         with self._room_errors():

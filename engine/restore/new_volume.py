@@ -41,11 +41,15 @@ DIRECT_BYTES = 4096
 class VolumeWriter(Protocol):
     """What a restore writes a disk into. A context manager; its end leaves what has a name.
 
-    `write` may be called by any thread, the others by one, in this order: `resize`, writes,
-    `make_durable`, `name`, `unname`. What is not written reads as zeros.
+    `write` may be called by any thread, the others by one, in this order: `resize`, `set_aside`,
+    writes, `make_durable`, `name`, `unname`. What is not written reads as zeros.
     """
 
     def resize(self, size_bytes: int) -> None: ...
+    def set_aside(self, offset: int, size_bytes: int) -> None:
+        """Room for what will be written there, if that is of use; PoolFull when there is none."""
+        ...
+
     def write(self, content: memoryview, offset: int) -> None:
         """`content` begins at a page, `offset` is a multiple of DIRECT_BYTES."""
         ...
@@ -113,6 +117,17 @@ class NewVolume:
         with self._errors():
             os.ftruncate(self._fd, size_bytes)
 
+    def set_aside(self, offset: int, size_bytes: int) -> None:
+        """Before the first write, as the file system waits here for all that are under way.
+
+        ext4 lets one thread at a time write into a hole past the cache, for as long as the device
+        takes, but any number where blocks are set aside. And what has no room fails at once, not
+        after hours.
+        """
+        if self._direct_fd != NO_FD:
+            with self._errors():
+                self._fs.set_aside(self._fd, offset, size_bytes)
+
     def write(self, content: memoryview, offset: int) -> None:
         """Whole pages go past the cache, what is left of the disk's last one through it."""
         direct_bytes = 0 if self._direct_fd == NO_FD else len(content) & -DIRECT_BYTES
@@ -129,9 +144,6 @@ class NewVolume:
         self._fs.start_writeback(self._fd, offset, len(content))
 
     def _write_direct(self, content: memoryview, offset: int) -> None:
-        # ext4 lets one thread at a time write into a hole, for as long as the device takes, but any
-        # number where blocks are set aside.
-        self._fs.set_aside(self._fd, offset, len(content))
         try:
             self._fs.pwrite(self._direct_fd, [content], offset)
         except OSError as error:

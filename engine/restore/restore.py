@@ -6,9 +6,10 @@ never seen. If any step fails, all that was made is removed. What a kill leaves 
 `<pool>/.vmkeep-restores/`, unlocked, where `clear_leftovers` finds it, and by which `unname_left`
 tells what had got its own name already.
 
-A crew of threads pulls runs (stretches of a pack) in the plan's order; each reads, checks,
-decompresses and writes its run. Only chunks that are not zero are written: the rest of the volume
-is a hole. Memory is workers × a run, whatever the disk's size or the chain's length.
+Room for all that will be written is set aside first. Then a crew of threads pulls runs (stretches
+of a pack) in the plan's order; each reads, checks, decompresses and writes its run. Only chunks
+that are not zero are written: the rest of the volume is a hole. Memory is threads × a run, whatever
+the disk's size or the chain's length.
 """
 
 from __future__ import annotations
@@ -31,10 +32,13 @@ from storage.domain.reader import MAX_RUN_BYTES, ChunkReader, FramePlace, ReadRu
 from storage.errors import ChunkDamaged, Damaged
 from storage.files.fs import Buffer
 from storage.files.memory import large_buffer
+from storage.format.manifests import PAGE_ENTRIES
 from storage.format.ranges import joined
 
 log = logging.getLogger(__name__)
 
+# A thread that writes waits for the device, and its core is idle if all do (bench/restore.py).
+THREADS_PER_WORKER = 2
 LOOSE_PIECES = 1 << 16  # of what is missing; more are joined first, as there are millions to a disk
 
 
@@ -128,6 +132,9 @@ def _fill(
 ) -> None:
     """Writes a disk's chunks into `volume` and counts its whole capacity as restored."""
     volume.resize(disk_map.capacity)
+    for offset, size_bytes in _data_ranges(disk_map):
+        ctx.check()
+        volume.set_aside(offset, size_bytes)
     runs = _SharedRuns(plan_reads(domain, disk_map))
 
     def work() -> None:
@@ -147,8 +154,17 @@ def _fill(
             runs.count(count)
             ctx.add(restored=count)
 
-    run_crew(workers, "restore", work, runs.stop)
+    run_crew(workers * THREADS_PER_WORKER, "restore", work, runs.stop)
     ctx.add(restored=disk_map.capacity - runs.written_bytes)
+
+
+def _data_ranges(disk_map: DiskMap) -> Iterator[tuple[int, int]]:
+    """(offset, length) in bytes of what is not a hole, ascending; at most a page's at once."""
+    size, capacity = disk_map.chunk_size, disk_map.capacity
+    for page_no, page in disk_map.pages():
+        start = page_no * PAGE_ENTRIES * size
+        offsets = (start + at * size for at in page)
+        yield from joined((at, min(size, capacity - at)) for at in offsets if at < capacity)
 
 
 def _miss(

@@ -43,7 +43,7 @@ from storage.view.tables import LOST_PACK, ChunkRow, Tables, unpack_chunk_row
 if TYPE_CHECKING:
     from storage.domain.domain import Domain
 
-MAX_RUN_BYTES = 8 << 20
+MAX_RUN_BYTES = 4 << 20
 MAX_GAP_BYTES = 64 << 10
 WINDOW_PAGES = 16
 OPEN_PACKS = 64

@@ -193,8 +193,12 @@ class OsFs:
 
     @in_flight
     def set_aside(self, fd: int, offset: int, size_bytes: int) -> None:
-        """Room for what will be written there at once. A hint: a lack of it shows at the write."""
-        _libc.fallocate(fd, 0, ctypes.c_int64(offset), ctypes.c_int64(size_bytes))
+        """Room for what will be written there. OSError when there is not so much; nothing is done
+        where the file system can't set room aside, or was interrupted."""
+        if _libc.fallocate(fd, 0, ctypes.c_int64(offset), ctypes.c_int64(size_bytes)):
+            number = ctypes.get_errno()
+            if number not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINTR):
+                raise OSError(number, os.strerror(number))
 
     @in_flight
     def start_writeback(self, fd: int, offset: int, size_bytes: int) -> None:

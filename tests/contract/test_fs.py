@@ -227,6 +227,16 @@ class TestOsFs(FsContract):
                 fs.open_read(f"{root}/a")
         assert open_below(root) == []
 
+    def test_room_that_can_not_be_set_aside_is_an_error(self, root: str) -> None:
+        fs = OsFs()
+        fd = fs.open_new(f"{root}/a")
+        fs.set_aside(fd, 4096, 1 << 20)
+        assert os.fstat(fd).st_size == 4096 + (1 << 20)
+        assert os.fstat(fd).st_blocks * 512 >= 1 << 20
+        with pytest.raises(OSError, match=os.strerror(errno.EFBIG)):
+            fs.set_aside(fd, (1 << 63) - (1 << 20), 1 << 20)
+        fs.close(fd)
+
     def test_descriptors_are_not_inherited(self, fs: Fs, root: str) -> None:
         fd = fs.open_new(f"{root}/a")
         assert not os.get_inheritable(fd)

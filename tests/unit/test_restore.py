@@ -17,13 +17,14 @@ from pathlib import Path
 
 import pytest
 
-from engine.errors import Cancelled, Conflict, PoolFull, PoolUnreachable
+from engine.errors import Cancelled, Conflict, EngineError, PoolFull, PoolUnreachable
 from engine.jobs.jobs import JobContext
 from engine.restore.new_volume import unname_left
 from engine.restore.restore import LOOSE_PIECES, Gaps, RestoreDisk, run_restore
 from engine.snapshot.snapshot import RESTORES, clear_leftovers
 from storage.errors import Damaged, NotOnPoint, SessionEnded
 from storage.files.fs import Buffer, OsFs
+from storage.format.manifests import PAGE_ENTRIES
 from storage.view import tables
 from tests.conftest import LoopFs
 from tests.rig import Made, Rig, allocated_bytes, random_bytes, sparse, write_at
@@ -187,13 +188,22 @@ def test_a_backup_that_is_gone(rig: Rig) -> None:
     assert names(rig) == ["v"]
 
 
+def _reopened(_: OsFs, fd: int, _path: str) -> int:
+    """open_direct wherever the tests run."""
+    return os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC)
+
+
+def _is_restores(fd: int) -> bool:
+    return f"/{RESTORES}/" in os.readlink(f"/proc/self/fd/{fd}")
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_pool_by_errno(rig: Rig, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     made = rig.back_up(volume(rig, "v", random_bytes(MIB)))
     whole = OsFs.pwrite
 
     def pwrite(self: OsFs, fd: int, pieces: Sequence[Buffer], offset: int) -> int:
-        if f"/{RESTORES}/" in os.readlink(f"/proc/self/fd/{fd}"):
+        if _is_restores(fd):
             raise OSError(number, os.strerror(number))
         return whole(self, fd, pieces, offset)
 
@@ -201,6 +211,60 @@ def test_a_full_pool_by_errno(rig: Rig, number: int, monkeypatch: pytest.MonkeyP
     with pytest.raises(PoolFull):
         rig.restore(made)
     assert names(rig) == ["v"]
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"), [(errno.ENOSPC, PoolFull), (errno.EIO, PoolUnreachable)]
+)
+def test_no_room_can_be_set_aside(
+    rig: Rig, number: int, expected: type[EngineError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = rig.back_up(volume(rig, "v", random_bytes(MIB)))
+
+    def set_aside(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(OsFs, "open_direct", _reopened)
+    monkeypatch.setattr(OsFs, "set_aside", set_aside)
+    with pytest.raises(expected):
+        rig.restore(made)
+    assert names(rig) == ["v"]
+
+
+def test_room_is_set_aside_for_what_is_written_and_no_more(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is written. The end is not rounded up: the file would grow."""
+    path = sparse(rig.pool / "v", 3 * PAGE_ENTRIES * CHUNK + 5 * CHUNK + 513)
+    for at, size_bytes in ((0, 2 * CHUNK), (2 * PAGE_ENTRIES * CHUNK - 1, 2), (4 * CHUNK, CHUNK)):
+        write_at(path, at, random_bytes(size_bytes))
+    end = 3 * PAGE_ENTRIES * CHUNK + 5 * CHUNK
+    write_at(path, end, random_bytes(513))
+    made = rig.back_up(path)
+    asked: list[tuple[int, int]] = []
+    whole = OsFs.pwrite
+
+    def set_aside(_: OsFs, fd: int, offset: int, size_bytes: int) -> None:
+        assert os.fstat(fd).st_blocks == 0
+        asked.append((offset, size_bytes))
+
+    def pwrite(self: OsFs, fd: int, pieces: Sequence[Buffer], offset: int) -> int:
+        assert len(asked) == 5 or not _is_restores(fd)
+        return whole(self, fd, pieces, offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OsFs, "open_direct", _reopened)
+        patch.setattr(OsFs, "set_aside", set_aside)
+        patch.setattr(OsFs, "pwrite", pwrite)
+        assert rig.restore(made).read_bytes() == path.read_bytes()
+    boundary = 2 * PAGE_ENTRIES * CHUNK
+    assert asked == [
+        (0, 2 * CHUNK),
+        (4 * CHUNK, CHUNK),
+        (boundary - CHUNK, CHUNK),
+        (boundary, CHUNK),
+        (end, 513),
+    ]
 
 
 class FailsAt:
@@ -276,8 +340,10 @@ def test_a_full_pool_for_real(loop_fs: LoopFs, tmp_path: Path, kind: str) -> Non
     with Rig(tmp_path) as rig:
         made = rig.back_up(volume(rig, "v", random_bytes(400 * MIB)))
         disks = [RestoreDisk(made.disks["vda"], str(small / "n"))]
+        context = JobContext()
         with pytest.raises(PoolFull):
-            run_restore(rig.domain, disks, JobContext(), 2, backup=made.backup)
+            run_restore(rig.domain, disks, context, 2, backup=made.backup)
+    assert context.progress().bytes_restored == 0  # it is known before the first byte
     assert [name for name in os.listdir(small) if name != "lost+found"] == []
     os.sync()
     assert os.statvfs(small).f_bavail * 1.01 >= before

@@ -29,6 +29,9 @@ class Disk:
     def resize(self, size_bytes: int) -> None:
         raise NotImplementedError
 
+    def set_aside(self, offset: int, size_bytes: int) -> None:
+        raise NotImplementedError
+
     def make_durable(self) -> None:
         raise NotImplementedError
 
