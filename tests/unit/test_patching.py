@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from engine.backup.backup import BackupFacts, run_backup
+from engine.backup.patching import TRIED_THEN, TRIES_IN_VAIN, Bases
+from engine.backup.pipeline import ITEM_BYTES
+from storage.files.fs import Buffer
 from storage.format.chunks import FRAME_HEADER_BYTES
 from storage.view.tables import pack_id, unpack_chunk_row
 from tests.rig import Made, Rig, random_bytes, write_at
@@ -72,6 +76,39 @@ def test_what_has_changed_for_the_most_part_is_stored_whole(rig: Rig, path: Path
     made = rig.back_up(path, parent=full)
     assert stored(made) == CHUNK + FRAME_HEADER_BYTES
     assert patches(rig.domain) == {}
+
+
+def test_of_a_disk_that_was_written_anew_few_chunks_are_compared(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = rig.pool / "v"
+    path.write_bytes(random_bytes(512 * CHUNK, 1))
+    full = rig.back_up(path)
+    compared: list[bytes] = []
+    read = Bases.read
+
+    def noted(self: Bases, ids: list[bytes], buffer: memoryview) -> Iterator[tuple[bytes, Buffer]]:
+        compared.extend(ids)
+        return read(self, ids, buffer)
+
+    monkeypatch.setattr(Bases, "read", noted)
+    path.write_bytes(random_bytes(512 * CHUNK, 2))
+    made = rig.back_up(path, parent=full, workers=1)
+    assert len(compared) == TRIES_IN_VAIN + (512 - TRIES_IN_VAIN) // TRIED_THEN
+    assert same(rig, made, path)
+
+
+def test_what_has_changed_a_little_is_a_patch_also_behind_much_that_is_new(rig: Rig) -> None:
+    path = rig.pool / "v"
+    path.write_bytes(random_bytes(512 * CHUNK, 1))
+    full = rig.back_up(path)
+    write_at(path, 0, random_bytes(256 * CHUNK, 2))
+    for at in range(256, 512):
+        write_at(path, at * CHUNK, random_bytes(BLOCK, at))
+    made = rig.back_up(path, parent=full, workers=1)
+    item_chunks = ITEM_BYTES // CHUNK  # what is planned before the first of it is compared
+    assert len(patches(rig.domain)) >= 256 - item_chunks
+    assert same(rig, made, path)
 
 
 def test_a_full_backup_makes_no_patches(rig: Rig, path: Path) -> None:
