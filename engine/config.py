@@ -49,7 +49,8 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class Limits(Section, frozen=True):
     max_jobs: Count = 2
-    workers: Annotated[int, Meta(ge=0, le=256)] = 0  # threads of one job; 0 = cores + 1
+    # Threads of one job, twice as many of a restore; 0 = cores + 1.
+    workers: Annotated[int, Meta(ge=0, le=256)] = 0
     point_probe_timeout_s: Annotated[float, Meta(gt=0, le=300)] = 5.0
     point_refresh_s: Annotated[float, Meta(gt=0, le=120)] = 30.0  # well below a host's patience
     stalled_after_s: Annotated[float, Meta(gt=0, le=3600)] = 30.0  # a job whose files don't answer
