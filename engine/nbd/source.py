@@ -16,8 +16,8 @@ from engine.nbd.protocol import BASE_ALLOCATION, STATE_DIRTY, STATE_ZERO, Extent
 from engine.snapshot.sources import FoundBy
 
 CONNECTIONS = 3  # as many as a job on two cores has threads (bench/nbd.py)
-# A running QEMU's server lets so many in (since 9.1, and 7.2.14), whatever they ask for: another
-# one waits for an answer until somebody leaves.
+# A running QEMU's server lets so many in, whatever they ask for (seen in 7.2.22; the fix of
+# CVE-2024-7409). Another one waits for its answer until somebody leaves.
 _MOST_TO_QEMU = 100
 _MOST_KEPT_RANGES = 1 << 20
 
