@@ -50,7 +50,7 @@ from engine.libvirt.scratch import ScratchWatch, make_anew, remove_left
 from engine.libvirt.setup import LiveSetup
 from engine.model import Vm
 from engine.nbd.connection import NbdAddress
-from engine.nbd.source import NbdSource
+from engine.nbd.source import NbdSource, connections_to_qemu
 from engine.qemu.empty import empty_qcow2
 from engine.snapshot.freeze import Freeze, frozen
 from engine.snapshot.hold import HoldWish
@@ -179,7 +179,14 @@ class _Job:
     def open(self, disk: JobDisk, path: str) -> NbdSource:
         bitmap = export_bitmap(disk.target) if disk.base else ""
         address = NbdAddress(path=self.socket)
-        return NbdSource.open(address, disk.target, bitmap, timeout_s=READ_TIMEOUT_S, place=path)
+        return NbdSource.open(
+            address,
+            disk.target,
+            bitmap,
+            timeout_s=READ_TIMEOUT_S,
+            connections=connections_to_qemu(len(self._files)),
+            place=path,
+        )
 
     def end(self, *, committed: bool) -> bool:
         """Ends the job, and puts the checkpoints in order. Whether the domain is not running."""

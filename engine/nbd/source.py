@@ -16,7 +16,15 @@ from engine.nbd.protocol import BASE_ALLOCATION, STATE_DIRTY, STATE_ZERO, Extent
 from engine.snapshot.sources import FoundBy
 
 CONNECTIONS = 3  # as many as a job on two cores has threads (bench/nbd.py)
+# A running QEMU's server lets so many in, whatever they ask for (seen in 7.2.22; the fix of
+# CVE-2024-7409). Another one waits for its answer until somebody leaves.
+_MOST_TO_QEMU = 100
 _MOST_KEPT_RANGES = 1 << 20
+
+
+def connections_to_qemu(exports: int) -> int:
+    """How many each of so many sources may have to one running QEMU, at the same time."""
+    return max(1, min(CONNECTIONS, _MOST_TO_QEMU // exports))
 
 
 class NbdSource:
@@ -37,10 +45,11 @@ class NbdSource:
         bitmap: str = "",
         *,
         timeout_s: float,
+        connections: int = CONNECTIONS,
         place: str = "",
     ) -> NbdSource:
-        """Connects, to a server that lets CONNECTIONS in. A `bitmap` that it does not export means:
-        all may have changed. `place`: see NbdClient.connect.
+        """Connects, to a server that lets `connections` in. A `bitmap` that it does not export
+        means: all may have changed. `place`: see NbdClient.connect.
 
         DiskServerLost, DiskServerRefused, DiskServerBroken.
         """
@@ -51,7 +60,7 @@ class NbdSource:
             export,
             contexts,
             timeout_s=timeout_s,
-            connections=CONNECTIONS,
+            connections=connections,
             place=place,
         )
         return cls(client, dirty if dirty in client.contexts else "")

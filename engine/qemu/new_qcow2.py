@@ -49,8 +49,14 @@ class NewQcow2:
         finally:
             self._volume.__exit__(kind, error, trace)
 
+    def set_aside(self, offset: int, size_bytes: int) -> None:
+        """Nothing: where in the image a cluster lies is known only when it is written."""
+
+    def allocated_bytes(self) -> int:
+        return self._volume.allocated_bytes()
+
     def resize(self, size_bytes: int) -> None:
-        """Makes the empty image, and opens it. Once, before all else."""
+        """Makes the empty image, and opens it. Once, before anything is written."""
         with pool_errors(self._path_final):
             os.pwrite(self._volume.fd, empty_qcow2(self._path_final, size_bytes), 0)
         place = f"/proc/self/fd/{self._volume.fd}"
@@ -62,9 +68,6 @@ class NewQcow2:
                 server.address, "", timeout_s=ANSWER_TIMEOUT_S, place=self._path_final
             )
         )
-
-    def set_aside(self, offset: int, size_bytes: int) -> None:
-        """Nothing: where in the image a cluster lies is known only when it is written."""
 
     def write(self, content: memoryview, offset: int) -> None:
         assert self._client is not None

@@ -41,15 +41,19 @@ DIRECT_BYTES = 4096
 class VolumeWriter(Protocol):
     """What a restore writes a disk into. A context manager; its end leaves what has a name.
 
-    `write` may be called by any thread, the others by one, in this order: `resize`, `set_aside`,
+    `write` may be called by any thread, the others by one, in this order: `set_aside`, `resize`,
     writes, `make_durable`, `name`, `unname`. What is not written reads as zeros.
     """
 
-    def resize(self, size_bytes: int) -> None: ...
     def set_aside(self, offset: int, size_bytes: int) -> None:
         """Room for what will be written there, if that is of use; PoolFull when there is none."""
         ...
 
+    def allocated_bytes(self) -> int:
+        """The room that it has by now."""
+        ...
+
+    def resize(self, size_bytes: int) -> None: ...
     def write(self, content: memoryview, offset: int) -> None:
         """`content` begins at a page, `offset` is a multiple of DIRECT_BYTES."""
         ...
@@ -113,10 +117,6 @@ class NewVolume:
         with contextlib.suppress(OSError):
             os.close(self._fd)
 
-    def resize(self, size_bytes: int) -> None:
-        with self._errors():
-            os.ftruncate(self._fd, size_bytes)
-
     def set_aside(self, offset: int, size_bytes: int) -> None:
         """Before the first write, as the file system waits here for all that are under way.
 
@@ -127,6 +127,14 @@ class NewVolume:
         if self._direct_fd != NO_FD:
             with self._errors():
                 self._fs.set_aside(self._fd, offset, size_bytes)
+
+    def allocated_bytes(self) -> int:
+        with self._errors():
+            return os.fstat(self._fd).st_blocks * 512
+
+    def resize(self, size_bytes: int) -> None:
+        with self._errors():
+            os.ftruncate(self._fd, size_bytes)
 
     def write(self, content: memoryview, offset: int) -> None:
         """Whole pages go past the cache, what is left of the disk's last one through it."""

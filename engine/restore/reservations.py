@@ -1,7 +1,8 @@
 """Whether pools have room for restores that are about to begin, or under way.
 
 Room belongs to the file system, and pools may share one, so it is added up by device. A restore
-that is under way keeps the part of its need that it has not written yet reserved.
+that is under way keeps the part of its need that it has not written yet reserved, until all of it
+is set aside in its volumes.
 """
 
 from __future__ import annotations

@@ -6,10 +6,10 @@ never seen. If any step fails, all that was made is removed. What a kill leaves 
 `<pool>/.vmkeep-restores/`, unlocked, where `clear_leftovers` finds it, and by which `unname_left`
 tells what had got its own name already.
 
-Room for all that will be written is set aside first. Then a crew of threads pulls runs (stretches
-of a pack) in the plan's order; each reads, checks, decompresses and writes its run. Only chunks
-that are not zero are written: the rest of the volume is a hole. Memory is threads × a run, whatever
-the disk's size or the chain's length.
+Room for all that will be written, on any of the disks, is set aside first. Then, disk by disk, a
+crew of threads pulls runs (stretches of a pack) in the plan's order; each reads, checks,
+decompresses and writes its run. Only chunks that are not zero are written: the rest of the volume
+is a hole. Memory is threads × a run, whatever the disk's size or the chain's length.
 """
 
 from __future__ import annotations
@@ -59,10 +59,12 @@ def run_restore(
     *,
     backup: str,
     allow_damaged: bool = False,
+    has_room: Callable[[], None] = lambda: None,
     complete: Callable[[], None] = lambda: None,
 ) -> RestoreReport:
     """Makes all volumes, durably, or none. `backup`: the one that `disks` are of; it is held.
 
+    `has_room` is called, before the first write, if all that will be written has its room by then.
     `complete` is called when all have their names; what it raises takes them back, and so does a
     kill before it returns (see `unname_left`).
     With `allow_damaged` what can't be read becomes zeros, and the report says where; else the first
@@ -76,6 +78,9 @@ def run_restore(
         maps = [_map_of(domain, missing, sizes, allow_damaged) for missing in gaps]
         ctx.set_total(sum(sizes[disk.disk_uuid] for disk in disks))
         volumes = [undo.enter_context(_new_volume(disk)) for disk in disks]
+        have = [_set_aside(*each, ctx) for each in zip(maps, volumes, strict=True)]
+        if all(have):
+            has_room()
         with contextlib.closing(domain.reader()) as reader:
             for disk_map, volume, missing in zip(maps, volumes, gaps, strict=True):
                 if disk_map is None:
@@ -121,6 +126,16 @@ def _name_all(volumes: Sequence[VolumeWriter], complete: Callable[[], None]) -> 
         undo.pop_all()
 
 
+def _set_aside(disk_map: DiskMap | None, volume: VolumeWriter, ctx: JobContext) -> bool:
+    """Room for a disk's data. Whether the volume has it: some only get it as they are written."""
+    needed_bytes = 0
+    for offset, size_bytes in () if disk_map is None else _data_ranges(disk_map):
+        ctx.check()
+        volume.set_aside(offset, size_bytes)
+        needed_bytes += size_bytes
+    return volume.allocated_bytes() >= needed_bytes
+
+
 def _fill(
     domain: Domain,
     reader: ChunkReader,
@@ -132,9 +147,6 @@ def _fill(
 ) -> None:
     """Writes a disk's chunks into `volume` and counts its whole capacity as restored."""
     volume.resize(disk_map.capacity)
-    for offset, size_bytes in _data_ranges(disk_map):
-        ctx.check()
-        volume.set_aside(offset, size_bytes)
     runs = _SharedRuns(plan_reads(domain, disk_map))
 
     def work() -> None:

@@ -282,6 +282,8 @@ class _RestoreJob:
             core.config.worker_count,
             backup=row.uuid,
             allow_damaged=self._allow_damaged,
+            # What was claimed is no longer free, and would be counted twice.
+            has_room=partial(core.reservations.release, self._job_uuid),
             complete=self._complete,
         )
         devices = {disk.source.disk_uuid: disk.source.target_device for disk in self._plan.disks}

@@ -193,11 +193,11 @@ class OsFs:
 
     @in_flight
     def set_aside(self, fd: int, offset: int, size_bytes: int) -> None:
-        """Room for what will be written there. OSError when there is not so much; nothing is done
-        where the file system can't set room aside, or was interrupted."""
+        """Room for what will be written there. OSError when there is not so much; all else is no
+        error: FUSE file systems say no in many ways, and what is broken shows at the write."""
         if _libc.fallocate(fd, 0, ctypes.c_int64(offset), ctypes.c_int64(size_bytes)):
             number = ctypes.get_errno()
-            if number not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINTR):
+            if number in (errno.ENOSPC, errno.EDQUOT):
                 raise OSError(number, os.strerror(number))
 
     @in_flight

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -227,15 +229,27 @@ class TestOsFs(FsContract):
                 fs.open_read(f"{root}/a")
         assert open_below(root) == []
 
-    def test_room_that_can_not_be_set_aside_is_an_error(self, root: str) -> None:
+    def test_room_is_set_aside(self, root: str) -> None:
         fs = OsFs()
         fd = fs.open_new(f"{root}/a")
         fs.set_aside(fd, 4096, 1 << 20)
         assert os.fstat(fd).st_size == 4096 + (1 << 20)
         assert os.fstat(fd).st_blocks * 512 >= 1 << 20
-        with pytest.raises(OSError, match=os.strerror(errno.EFBIG)):
-            fs.set_aside(fd, (1 << 63) - (1 << 20), 1 << 20)
         fs.close(fd)
+
+    def test_a_lack_of_room_to_set_aside_is_an_error(self) -> None:
+        with tempfile.TemporaryFile(dir="/dev/shm") as file:
+            assert os.fstatvfs(file.fileno()).f_blocks  # it knows its limit
+            with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+                OsFs().set_aside(file.fileno(), 0, 1 << 60)
+            assert os.fstat(file.fileno()).st_blocks == 0
+
+    def test_what_can_not_set_room_aside_is_none(self) -> None:
+        fd = os.memfd_create("fixed", os.MFD_ALLOW_SEALING)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
+        OsFs().set_aside(fd, 0, 1 << 20)  # which says EPERM
+        assert os.fstat(fd).st_size == 0
+        os.close(fd)
 
     def test_descriptors_are_not_inherited(self, fs: Fs, root: str) -> None:
         fd = fs.open_new(f"{root}/a")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -12,10 +14,13 @@ from msgspec.structs import replace
 
 from engine.catalogue.catalogue import Catalogue
 from engine.errors import Conflict, EngineError, Invalid, NotFound, PoolFull
-from engine.model import BACKUP_DONE, BACKUP_FAILED, BACKUP_RUNNING, Backup, Vm
+from engine.model import BACKUP_DONE, BACKUP_FAILED, BACKUP_RUNNING, Backup, Pool, Vm
+from engine.restore.new_volume import NewVolume
+from engine.snapshot.snapshot import RESTORES
 from engine.verb_types import BackupQuery, NewDisk, RestoreTarget, Scope
 from storage.errors import Damaged, PointFull, PointUnreachable
-from tests.engine_rig import ANYWHERE, ONE_JOB, EngineRig, disk_bytes, files_below
+from storage.files.fs import OsFs
+from tests.engine_rig import ANYWHERE, ONE_JOB, PATIENCE_S, EngineRig, disk_bytes, files_below
 from tests.rig import random_bytes, write_at
 
 MIB = 1 << 20
@@ -346,6 +351,33 @@ def test_a_restore_without_room_is_refused_but_holes_need_none(
     with pytest.raises(PoolFull):
         rig.ask_restore(backup, "third")
     assert [vm.name for vm in rig.engine.vms(ANYWHERE)] == ["copy", "huge"]
+
+
+def test_room_that_a_restore_has_set_aside_is_not_counted_twice(
+    rig: EngineRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backup = rig.back_up(rig.make_vm("web", random_bytes(6 * MIB)))
+    begun, go_on = threading.Event(), threading.Event()
+    whole = NewVolume.write
+
+    def write(self: NewVolume, content: memoryview, offset: int) -> None:
+        begun.set()
+        assert go_on.wait(PATIENCE_S)
+        whole(self, content, offset)
+
+    def room(_: Pool) -> tuple[int, int]:
+        hidden = rig.pool_path.glob(f"{RESTORES}/*")
+        return 8 << 40, 15 * MIB - sum(path.stat().st_blocks * 512 for path in hidden)
+
+    monkeypatch.setattr(OsFs, "open_direct", lambda *called: os.open(called[2], os.O_WRONLY))
+    monkeypatch.setattr(NewVolume, "write", write)
+    monkeypatch.setattr("engine.restore.reservations.pool_room", room)
+    _, first = rig.ask_restore(backup, "first")
+    assert begun.wait(PATIENCE_S)
+    _, second = rig.ask_restore(backup, "second")  # 6 of the 9 MiB that are left
+    go_on.set()
+    rig.succeed(first)
+    rig.succeed(second)
 
 
 def test_a_failed_restore_leaves_no_volume_and_says_why(rig: EngineRig) -> None:

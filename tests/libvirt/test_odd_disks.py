@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
+from string import ascii_lowercase
 from uuid import uuid4
 
 import pytest
@@ -141,6 +142,24 @@ class TestRunning:
             undo.close()
             assert lab.failed().error
         is_backed_up(lab, "vda", "vdb")
+
+
+def test_so_many_disks_that_not_each_can_have_all_connections(host: Host, rig: EngineRig) -> None:
+    """QEMU lets 100 in. What is more would wait for the others' end."""
+    names = [f"sd{last}" for last in ascii_lowercase[:25]]  # sdz is there already
+    names += [f"sda{last}" for last in ascii_lowercase[:9]]
+    images = [host.image(name, f"many-{name}.raw", MIB, "raw") for name in names]
+    for number, image in enumerate(images):
+        image.path.write_bytes(bytes([number]) * MIB)
+    disks = "".join(disk_xml(image).replace("'virtio'", "'scsi'") for image in images)
+    scsi = "<controller type='scsi' index='0' model='virtio-scsi'/>"
+    domain = define_with(host, "many", scsi + disks)
+    domain.create()
+    vm = wait_for_vm(rig, "many", lambda vm: vm is not None and len(vm.disks) == 34)
+    backup = rig.back_up(vm)
+    assert contents(rig, backup, "few") == [image.path.read_bytes() for image in images]
+    domain.destroy()
+    domain.undefineFlags(0)
 
 
 @pytest.mark.parametrize(

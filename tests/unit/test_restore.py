@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.errors import Cancelled, Conflict, EngineError, PoolFull, PoolUnreachable
+from engine.errors import Cancelled, Conflict, PoolFull, PoolUnreachable
 from engine.jobs.jobs import JobContext
 from engine.restore.new_volume import unname_left
 from engine.restore.restore import LOOSE_PIECES, Gaps, RestoreDisk, run_restore
@@ -213,12 +213,8 @@ def test_a_full_pool_by_errno(rig: Rig, number: int, monkeypatch: pytest.MonkeyP
     assert names(rig) == ["v"]
 
 
-@pytest.mark.parametrize(
-    ("number", "expected"), [(errno.ENOSPC, PoolFull), (errno.EIO, PoolUnreachable)]
-)
-def test_no_room_can_be_set_aside(
-    rig: Rig, number: int, expected: type[EngineError], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_no_room_can_be_set_aside(rig: Rig, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     made = rig.back_up(volume(rig, "v", random_bytes(MIB)))
 
     def set_aside(*_: object) -> None:
@@ -226,7 +222,7 @@ def test_no_room_can_be_set_aside(
 
     monkeypatch.setattr(OsFs, "open_direct", _reopened)
     monkeypatch.setattr(OsFs, "set_aside", set_aside)
-    with pytest.raises(expected):
+    with pytest.raises(PoolFull):
         rig.restore(made)
     assert names(rig) == ["v"]
 
@@ -265,6 +261,34 @@ def test_room_is_set_aside_for_what_is_written_and_no_more(
         (boundary, CHUNK),
         (end, 513),
     ]
+
+
+@pytest.mark.parametrize("is_taken", [True, False])
+def test_all_disks_have_room_before_the_first_write_to_any(
+    rig: Rig, is_taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The caller is told so where the file system did it, not where it said yes to no effect."""
+    made = rig.back_up(volume(rig, "v", random_bytes(MIB)), volume(rig, "w", random_bytes(MIB, 1)))
+    heard: list[list[int]] = []
+    whole = OsFs.pwrite
+
+    def has_room() -> None:
+        hidden = [path.stat() for path in (rig.pool / RESTORES).iterdir()]
+        heard.append([found.st_blocks * 512 for found in hidden])
+
+    def pwrite(self: OsFs, fd: int, pieces: Sequence[Buffer], offset: int) -> int:
+        assert bool(heard) == is_taken or not _is_restores(fd)
+        return whole(self, fd, pieces, offset)
+
+    disks = [RestoreDisk(made.disks[name], str(rig.pool / name)) for name in ("vda", "vdb")]
+    monkeypatch.setattr(OsFs, "open_direct", _reopened)
+    monkeypatch.setattr(OsFs, "pwrite", pwrite)
+    if not is_taken:
+        monkeypatch.setattr(OsFs, "set_aside", lambda *_: None)
+    context = JobContext()
+    run_restore(rig.domain, disks, context, 2, backup=made.backup, has_room=has_room)
+    assert [[size >= MIB for size in sizes] for sizes in heard] == [[True, True]] * is_taken
+    assert (rig.pool / "vdb").read_bytes() == (rig.pool / "w").read_bytes()
 
 
 class FailsAt:
@@ -338,8 +362,9 @@ def test_a_full_pool_for_real(loop_fs: LoopFs, tmp_path: Path, kind: str) -> Non
     small = loop_fs(kind, 320 * MIB if kind == "xfs" else 64 * MIB)
     before = os.statvfs(small).f_bavail
     with Rig(tmp_path) as rig:
-        made = rig.back_up(volume(rig, "v", random_bytes(400 * MIB)))
-        disks = [RestoreDisk(made.disks["vda"], str(small / "n"))]
+        large = volume(rig, "v", random_bytes(400 * MIB))
+        made = rig.back_up(volume(rig, "u", random_bytes(MIB, 1)), large)
+        disks = [RestoreDisk(uuid, str(small / name)) for name, uuid in made.disks.items()]
         context = JobContext()
         with pytest.raises(PoolFull):
             run_restore(rig.domain, disks, context, 2, backup=made.backup)

@@ -32,6 +32,9 @@ class Disk:
     def set_aside(self, offset: int, size_bytes: int) -> None:
         raise NotImplementedError
 
+    def allocated_bytes(self) -> int:
+        raise NotImplementedError
+
     def make_durable(self) -> None:
         raise NotImplementedError
 
