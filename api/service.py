@@ -17,13 +17,16 @@ from api.openapi import Object
 from api.workers import Workers
 from engine.service import Engine
 
+# Slow ones mostly wait for files. Of each point, or pool, that hangs a few are held for good
+# (engine/turns.py), so there are enough for a dozen of those; one costs some 25 KB of memory.
+#
 # Calls that only look have threads of their own: those that change something write to the state,
 # and wait for it when the data directory's disk does not answer.
 THREADS: Mapping[tuple[Method, Pace], int] = {
     ("GET", "quick"): 4,  # they use the engine's memory and state
-    ("GET", "slow"): 4,
+    ("GET", "slow"): 32,
     ("POST", "quick"): 4,
-    ("POST", "slow"): 8,  # they mostly wait, for a point's files
+    ("POST", "slow"): 64,
 }
 MAX_WAITING = 256
 SILENT_AFTER_S = 10.0  # that disk; who waits for it is told then

@@ -13,7 +13,7 @@
 Beside them: service (the Engine: every verb), core (the parts that verbs work with), verb_types
 (what verbs take and answer), model and state (rows, and the tables that they are kept in), config,
 host (the data directory), recovery (what a start does about the last process), amends (what could
-not be noted just now), probes (asking what may hang), oplog, errors, ids.
+not be noted just now), probes (asking what may hang), turns (who waits for it), oplog, errors, ids.
 
 Read first: service, then backup/backup_job, backup/backup, backup/pipeline, restore/restore.
 """

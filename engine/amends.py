@@ -17,12 +17,17 @@ from storage.errors import StorageError
 log = logging.getLogger(__name__)
 
 AGAIN_S = 5.0
+HANGS_AFTER_S = 1.0
 
 Act: TypeAlias = Callable[[], None]
 
 
 class Amends:
-    """With a thread of its own, from `start` to `stop`. What is left then, the next start mends."""
+    """With a thread of its own, from `start` to `stop`. What is left then, the next start mends.
+
+    Each retry has a thread, too: one that hangs, as with its point, holds up no other for longer
+    than HANGS_AFTER_S, and is not begun a second time.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -57,6 +62,16 @@ class Amends:
                 self._again(act)
 
     def _again(self, act: Act) -> None:
+        thread = threading.Thread(target=self._try, args=(act,), name="amends-try", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # the system has no thread for it just now
+            with self._lock:
+                self._left.append(act)
+        else:
+            thread.join(HANGS_AFTER_S)
+
+    def _try(self, act: Act) -> None:
         try:
             self.make(act)
         except StorageError as error:

@@ -190,10 +190,10 @@ class Libvirt(Section, frozen=True):
 
     hosts: tuple[LibvirtHost, ...] = ()
     rules: tuple[LibvirtRule, ...] = ()
-    scratch: Annotated[str, Meta(pattern="^(/|$)", max_length=80)] = ""  # sockets lie there
+    scratch: Annotated[str, Meta(pattern=r"^(/[^\x00]*)?$", max_length=80)] = ""  # with sockets
     scratch_reserve_bytes: Annotated[int, Meta(ge=0)] = 1 << 30  # less free than this ends a backup
     scratch_limit_bytes: Annotated[int, Meta(ge=0)] = 0  # of one backup; 0 = no limit of its own
-    tpm_directory: Annotated[str, Meta(pattern="^/")] = "/var/lib/libvirt/swtpm"  # libvirt's
+    tpm_directory: Path = "/var/lib/libvirt/swtpm"  # libvirt's
 
 
 class Config(Section, frozen=True):

@@ -22,6 +22,7 @@ from engine.snapshot.baselines import Baselines
 from engine.snapshot.pinned import Pinned
 from engine.snapshot.stuns import Stuns
 from engine.state import State
+from engine.turns import Turns
 from engine.verb_types import Scope
 
 
@@ -40,6 +41,7 @@ class Core:
     reservations: Reservations = field(default_factory=Reservations)
     stuns: Stuns = field(default_factory=Stuns)
     pinned: Pinned = field(default_factory=Pinned)
+    turns: Turns = field(default_factory=lambda: Turns(1))  # at a pool, at a volume
     amends: Amends = field(default_factory=Amends)
     clock: Callable[[], float] = time.time
 

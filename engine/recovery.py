@@ -62,8 +62,7 @@ def _volumes(pools: Sequence[Pool], vm: Vm) -> str:
 def _settled_baselines(core: Core) -> frozenset[str]:
     """The files of the baselines. Without tracking there are none; what is left of them goes."""
     if not core.config.tracking.enabled:
-        for row in core.baselines.rows():
-            core.baselines.drop(row, "tracking was not enabled")
+        core.baselines.drop_all("tracking was not enabled")
     return core.baselines.files()
 
 

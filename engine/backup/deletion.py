@@ -32,7 +32,7 @@ def delete_backup(core: Core, scope: Scope, backup_uuid: str) -> None:
     if row.status == BACKUP_DONE:
         domain = core.points.require_answering(row.point_uuid, row.cluster_uuid)
         try:
-            with core.points.turn_to_delete(row.point_uuid):
+            with core.points.turn(row.point_uuid, "delete"):
                 domain.forget([row.uuid])
         except NotOnPoint:
             log.info("backup_gone_already", extra={"backup": row.uuid})

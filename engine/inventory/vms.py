@@ -1,15 +1,16 @@
 """Making and deleting VMs of the embedded inventory, and their volumes.
 
-create: volumes first, then the record; what was made is removed if the record is refused. One at a
-time, so that nobody takes over a volume that another call is about to remove again. A pool that
-does not answer is noticed before: whoever waits for it in there would hold up all others.
+create: volumes first, then the record; what was made is removed if the record is refused. One call
+at a time has a volume, so that nobody takes over what another one is about to remove again. And one
+at a time is in a pool: one that does not answer holds a single thread, and holds up no other pool.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 
@@ -37,8 +38,6 @@ log = logging.getLogger(__name__)
 MOST_NAME_CHARS = 200
 POOL_TIMEOUT_S = 10.0
 
-_making = threading.Lock()
-
 
 @dataclass(frozen=True, slots=True)
 class _Planned:
@@ -62,9 +61,8 @@ def create_vm(
         raise Invalid("compute_name", f"has to have 1 to {MOST_NAME_CHARS} characters")
     places = core.inventory.places
     cluster, namespace = landing(places, scope)
-    _require_answering(core, (disk.pool_uuid for disk in disks))
-    with _making:
-        planned = _plan_disks(disks, places.pools)
+    with _volumes_taken(core, ((disk.pool_uuid, disk.volume_name) for disk in disks)):
+        planned = _plan_disks(core, disks)
         vm = Vm(
             uuid=new_id(),
             name=name,
@@ -92,12 +90,12 @@ def delete_vm(core: Core, scope: Scope, uuid: str, delete_volumes: bool) -> None
     volumes could not be removed, which are no VM's any more.
     """
     vm = core.vm_in(scope, uuid)
-    if delete_volumes:
-        _require_answering(core, (disk.pool_uuid for disk in vm.disks))
-    with _making:
+    disks = vm.disks if delete_volumes else ()
+    with _volumes_taken(core, ((disk.pool_uuid, disk.volume_name) for disk in disks)):
         if delete_volumes:
             for pool, name in _own_volumes(core, vm):
-                volume_size(pool, name)
+                with _turn(core, pool):
+                    volume_size(pool, name)
         vm = core.inventory.remove_vm(vm.uuid)
         log.info("vm_deleted", extra={"vm": vm.uuid})
         if delete_volumes:
@@ -116,22 +114,44 @@ def _require_answering(core: Core, pool_uuids: Iterable[str]) -> None:
             raise PoolUnreachable(f"pool {pool.name}: {error}") from None
 
 
-def _plan_disks(disks: Sequence[NewDisk], pools: Sequence[Pool]) -> list[_Planned]:
+@contextlib.contextmanager
+def _volumes_taken(core: Core, volumes: Iterable[tuple[str, str]]) -> Iterator[None]:
+    """No other call has these (pool, name) inside the block. NotFound; PoolUnreachable when a pool
+    does not answer, or who has one of them hangs."""
+    names = sorted({(normal(uuid), name) for uuid, name in volumes})  # all in one order
+    _require_answering(core, (uuid for uuid, _ in names))
+    with contextlib.ExitStack() as turns:
+        for uuid, name in names:
+            pool = find("pool", core.inventory.places.pools, uuid)
+            turns.enter_context(_turn(core, pool, name))
+        yield
+
+
+def _turn(core: Core, pool: Pool, volume: str | None = None) -> AbstractContextManager[None]:
+    """At the pool, or at a volume of it. PoolUnreachable."""
+    key, what = (pool.uuid, "it") if volume is None else (f"{pool.uuid}/{volume}", repr(volume))
+    detail = f"another call has waited for {what} for {POOL_TIMEOUT_S:g} s; ask again"
+    return core.turns.one(key, POOL_TIMEOUT_S, PoolUnreachable(f"pool {pool.name}: {detail}"))
+
+
+def _plan_disks(core: Core, disks: Sequence[NewDisk]) -> list[_Planned]:
     if len(disks) > DISKS_LIMIT:
         raise Invalid("disks", f"has {len(disks)} entries; {DISKS_LIMIT} are the limit")
     if len({disk.target_device for disk in disks}) != len(disks):
         raise Invalid("disks", "names a target_device twice")
     if len({(normal(disk.pool_uuid), disk.volume_name) for disk in disks}) != len(disks):
         raise Invalid("disks", "names a volume twice")
-    return [_plan_disk(disk, find("pool", pools, normal(disk.pool_uuid))) for disk in disks]
+    return [_plan_disk(core, disk) for disk in disks]
 
 
-def _plan_disk(want: NewDisk, pool: Pool) -> _Planned:
+def _plan_disk(core: Core, want: NewDisk) -> _Planned:
     if not want.target_device:
         raise Invalid("target_device", "is empty")
     require_plain_name(want.volume_name)
+    pool = find("pool", core.inventory.places.pools, normal(want.pool_uuid))
     usd_type = offered_type(pool, want.usd_type)
-    size_bytes = volume_size(pool, want.volume_name)
+    with _turn(core, pool):
+        size_bytes = volume_size(pool, want.volume_name)
     capacity = want.capacity if size_bytes is None else size_bytes
     if capacity is None or not 0 < capacity <= MOST_CAPACITY_BYTES:
         raise Invalid("capacity", f"of {want.volume_name!r}: has to be given, and above 0")
@@ -151,7 +171,8 @@ def _make(core: Core, vm: Vm, planned: Sequence[_Planned]) -> None:
     made: list[_Planned] = []
     try:
         for one in planned:
-            make_volume(one.pool, one.disk.volume_name, one.disk.capacity)
+            with _turn(core, one.pool):
+                make_volume(one.pool, one.disk.volume_name, one.disk.capacity)
             made.append(one)
         core.inventory.add_vm(vm)
     except BaseException:
@@ -171,7 +192,8 @@ def _remove_volumes(core: Core, vm: Vm) -> None:
     kept = []
     for pool, name in _own_volumes(core, vm):
         try:
-            remove_volume(pool, name)
+            with _turn(core, pool):
+                remove_volume(pool, name)
         except EngineError as error:
             kept.append(f"{name} ({error})")
     if kept:

@@ -56,7 +56,6 @@ FIRST_LOOK_TIMEOUT_S = 5.0
 REOPEN_AFTER_S = 60.0
 REOPEN_REST = 20.0  # times as long as it took
 ROWS_PER_SYNC = 1000
-DELETES_AT_ONCE = 2  # others wait for their turn, so a point that hangs holds no more threads
 
 _STATES: tuple[tuple[type[StorageError], PointStateName], ...] = (
     (PointReadOnly, "read_only"),
@@ -102,7 +101,6 @@ class Keeper:
 
     def __init__(self, row: BackupPoint, around: Surroundings) -> None:
         self.row = row
-        self.deleting = threading.BoundedSemaphore(DELETES_AT_ONCE)
         self._around = around
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)

@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Literal, TypeAlias
 
 from msgspec.structs import replace
 
@@ -23,6 +24,7 @@ from engine.model import BackupPoint, PointKind
 from engine.points.keeper import Keeper, Opened, Surroundings
 from engine.probes import Probes
 from engine.state import State, pack_read_key
+from engine.turns import Turns
 from engine.verb_types import PointState
 from storage.domain.domain import Domain
 from storage.errors import (
@@ -42,7 +44,10 @@ ATTACH_TIMEOUT_S = 15.0
 JOIN_TIMEOUT_S = 5.0
 LOOK_TIMEOUT_S = 1.0
 TURN_TIMEOUT_S = 30.0
+AT_ONCE = 2  # of a kind; others wait for their turn, so a point that hangs holds no more threads
 MOST_NAME_CHARS = 200
+
+Turn: TypeAlias = Literal["delete", "import", "list"]
 
 
 class Points:
@@ -54,6 +59,9 @@ class Points:
         self._probes = probes
         self._lock = threading.Lock()  # of what is in memory
         self._recording = threading.Lock()  # of who attaches; it may hang with the state's medium
+        self._turns: dict[Turn, Turns] = {
+            kind: Turns(AT_ONCE) for kind in ("delete", "import", "list")
+        }
         self._attaching: dict[str, str] = {}  # names of those that are being attached, by place
         self._stopping = threading.Event()
         self._keepers = {row.uuid: Keeper(row, around) for row in state.points.values()}
@@ -218,15 +226,16 @@ class Points:
     def erase(self, uuid: str) -> None:
         """Deletes all backups in our own domains on the point, and what only they need.
 
-        As `opened`; and Damaged when one of them is: nothing was deleted then.
+        As `opened` and `turn`; and Damaged when one of them is: nothing was deleted then.
         """
         clusters = self._around.places.clusters
-        for domain in [self.domain(uuid, cluster.uuid) for cluster in clusters]:
-            domain.refresh()
-            backups = [row.backup for row in domain.backups()]
-            if backups:
-                domain.forget(backups)
-            domain.reclaim(copy_budget_bytes=0)
+        with self.turn(uuid, "delete"):
+            for domain in [self.domain(uuid, cluster.uuid) for cluster in clusters]:
+                domain.refresh()
+                backups = [row.backup for row in domain.backups()]
+                if backups:
+                    domain.forget(backups)
+                domain.reclaim(copy_budget_bytes=0)
 
     def look_again(self, uuid: str, timeout_s: float = LOOK_TIMEOUT_S) -> None:
         """Brings what is known of the point up to date, if that takes no longer than `timeout_s`;
@@ -237,17 +246,13 @@ class Points:
             keeper.await_look(timeout_s)
 
     @contextlib.contextmanager
-    def turn_to_delete(self, uuid: str) -> Iterator[None]:
-        """For one of the few that may delete from the point at once. NotFound; PointUnreachable
-        when they hang, or others take all that time."""
-        keeper = self._keeper(uuid)
-        if not keeper.deleting.acquire(timeout=TURN_TIMEOUT_S):
-            detail = f"other deletes have taken {TURN_TIMEOUT_S:g} s; ask again"
-            raise PointUnreachable(f"{keeper.row.path}: {detail}")
-        try:
+    def turn(self, uuid: str, kind: Turn) -> Iterator[None]:
+        """For one of the few that may do that to the point at once, and may hang with it. NotFound;
+        PointUnreachable when they hang."""
+        path = self._keeper(uuid).row.path
+        detail = f"other calls of this kind ({kind}) have taken {TURN_TIMEOUT_S:g} s; ask again"
+        with self._turns[kind].one(uuid, TURN_TIMEOUT_S, PointUnreachable(f"{path}: {detail}")):
             yield
-        finally:
-            keeper.deleting.release()
 
     def reclaim(self, uuid: str, timeout_s: float) -> bool:
         """Unlinks dead packs; whether it was done in time. One that is gone is no error."""

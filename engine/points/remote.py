@@ -52,13 +52,14 @@ def remote_backups(core: Core, cluster_uuid: str, point_uuid: str) -> list[Remot
     point_uuid = normal(point_uuid)
     core.points.require_answering(point_uuid, cluster.uuid)
     opened = core.points.opened(point_uuid)
-    found = [
-        RemoteBackup(
-            _as_found(row, label, point_uuid), ours.get(label.cluster_uuid) or _cluster(label)
-        )
-        for label in opened.point.clusters()
-        for row in _rows(opened, label)
-    ]
+    with core.points.turn(point_uuid, "list"):
+        found = [
+            RemoteBackup(
+                _as_found(row, label, point_uuid), ours.get(label.cluster_uuid) or _cluster(label)
+            )
+            for label in opened.point.clusters()
+            for row in _rows(opened, label)
+        ]
     return sorted(found, key=lambda one: (-one.backup.label.create_time, one.backup.uuid))
 
 
@@ -86,7 +87,8 @@ def import_backups(
                 for one in found
                 if (one.point_uuid, one.source) == (point_uuid, source)
             ]
-            rows, made = _take(core, cluster, point_uuid, source, uuids)
+            with core.points.turn(point_uuid, "import"):
+                rows, made = _take(core, cluster, point_uuid, source, uuids)
             taken += rows
             fresh += made
         core.catalogue.put_all(fresh)
@@ -109,11 +111,12 @@ def _locate(core: Core, cluster: Cluster, asked: Sequence[tuple[str, str]]) -> l
     for point_uuid in dict.fromkeys(point for _, point in asked):
         core.points.require_writable(point_uuid, cluster.uuid)
         opened = core.points.opened(point_uuid)
-        opened.domains[cluster.uuid].refresh()
-        where = {row.backup: cluster.uuid for row in opened.domains[cluster.uuid].backups()}
-        for label in opened.point.clusters():
-            for row in _rows(opened, label):
-                where.setdefault(row.backup, label.cluster_uuid)
+        with core.points.turn(point_uuid, "import"):
+            opened.domains[cluster.uuid].refresh()
+            where = {row.backup: cluster.uuid for row in opened.domains[cluster.uuid].backups()}
+            for label in opened.point.clusters():
+                for row in _rows(opened, label):
+                    where.setdefault(row.backup, label.cluster_uuid)
         for uuid, point in asked:
             if point == point_uuid:
                 if uuid not in where:

@@ -9,7 +9,9 @@ In durable order: the backup's COMMIT · the file gets its name · the row · th
 file without a row is a leftover (engine/snapshot/snapshot.py); a row without its file, or with one
 that is not the same any more, is no baseline. Nothing here is needed to restore anything.
 
-`_lock` makes changes of a row and of its file one step. Read engine/snapshot/tracking.py next.
+`_lock` makes a look at a row and its change one step. It is never held while a pool is touched,
+which may not answer: that holds up nobody who has no disk in it. Read engine/snapshot/tracking.py
+next.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import contextlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
 
 from msgspec.structs import replace
@@ -28,10 +31,12 @@ from engine.snapshot.snapshot import SNAPSHOTS
 from engine.snapshot.sources import VolumeSource
 from engine.state import State, baseline_key
 from storage.errors import StorageError
+from storage.files.in_flight import InFlight
 
 log = logging.getLogger(__name__)
 
 PREFIX = "baseline-"
+REMOVE_TIMEOUT_S = 2.0
 _MAKE_ATTEMPTS = 100
 
 
@@ -46,6 +51,7 @@ class Baselines:
         self._clock = clock
         self._reserve_share = reserve_share
         self._lock = threading.Lock()
+        self._removal = _Removal()
 
     def rows(self) -> list[Baseline]:
         """Of all disks, also those without a baseline just now."""
@@ -63,29 +69,41 @@ class Baselines:
 
         If it can't be one, there is none, and the row says why. Raises StorageError.
         """
-        with self._lock:
-            before = self.find(row.vm_uuid, row.target_device)
-            row = replace(row, off=before.off, off_at=before.off_at) if before else row
-            try:
-                kept = replace(row, why="tracking is off") if row.off else self._named(row, clone)
-            except OSError as error:
-                kept = replace(row, why=f"no baseline could be kept: {error.strerror or error}")
-            try:
-                self._state.baselines.put(kept)
-            except StorageError:
-                _remove(kept.file)
-                raise
-            if before and before.file != kept.file:
-                _remove(before.file)
+        before = self.find(row.vm_uuid, row.target_device)
+        try:
+            is_off = before is not None and before.off
+            row = replace(row, why="tracking is off") if is_off else self._named(row, clone)
+        except OSError as error:
+            row = replace(row, why=f"no baseline could be kept: {error.strerror or error}")
+        try:
+            with self._lock:
+                before = self.find(row.vm_uuid, row.target_device)
+                row = replace(row, off=before.off, off_at=before.off_at) if before else row
+                self._state.baselines.put(row)
+        except StorageError:
+            self._removal.remove(row.file)
+            raise
+        if before and before.file != row.file:
+            self._removal.remove(before.file)
 
     def drop(self, row: Baseline, why: str) -> None:
         """The baseline goes; `row`, if it is still what there is, says why."""
         with self._lock:
             now = self.find(row.vm_uuid, row.target_device)
-            if now is not None and now.file == row.file:
+            dropped = now is not None and now.file == row.file
+            if now is not None and dropped:
                 self._state.baselines.put(replace(now, file="", why=why))
-                _remove(row.file)
+        if dropped:
+            self._removal.remove(row.file)
         log.info("baseline_dropped", extra={"vm": row.vm_uuid, "file": row.file, "why": why})
+
+    def drop_all(self, why: str) -> None:
+        """All baselines go, and all rows say why."""
+        with self._lock:
+            rows = self.rows()
+            self._state.baselines.put_all(replace(row, file="", why=why) for row in rows)
+        self._removal.remove(*(row.file for row in rows))
+        log.info("baselines_dropped", extra={"count": len(rows), "why": why})
 
     def forget(self, row: Baseline) -> None:
         """The baseline goes, and all that is known of the disk."""
@@ -93,14 +111,15 @@ class Baselines:
             now = self.find(row.vm_uuid, row.target_device)
             if now is not None:
                 self._state.baselines.delete(baseline_key(row.vm_uuid, row.target_device))
-                _remove(now.file)
+        if now is not None:
+            self._removal.remove(now.file)
 
     def turn_off(self, row: Baseline, why: str) -> None:
         """The disk's changes are not tracked any more, until `turn_on`."""
         with self._lock:
             now = self.find(row.vm_uuid, row.target_device) or row
             self._state.baselines.put(replace(now, file="", off=why, off_at=self._clock()))
-            _remove(now.file)
+        self._removal.remove(now.file)
 
     def turn_on(self, vm_uuid: str, target_device: str) -> None:
         """Tracked again, from the next backup on. One that is not off is no error."""
@@ -122,7 +141,8 @@ class Baselines:
             return replace(row, why="no baseline was kept: the pool is short of room")
         root = f"{os.path.dirname(row.volume)}/{SNAPSHOTS}"
         path = f"{root}/{PREFIX}{row.disk_uuid}"
-        _name(clone.fd, root, path)
+        with InFlight(path):
+            _name(clone.fd, root, path)
         found = os.fstat(clone.fd)
         return replace(
             row,
@@ -136,6 +156,55 @@ class Baselines:
             file_mtime_ns=found.st_mtime_ns,
             file_ctime_ns=found.st_ctime_ns,
         )
+
+
+class _Removal:
+    """Removes files. Those of a directory go one after the other, in a thread of their own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._left: dict[str, list[str]] = {}  # by directory, of those that have a thread
+
+    def remove(self, *paths: str) -> None:
+        """They are gone on return, or will be when their medium answers; "" is none. Takes
+        REMOVE_TIMEOUT_S at most, and less if a thread is at that directory already."""
+        deadline_s = time.monotonic() + REMOVE_TIMEOUT_S
+        begun = [(path, self._begun(path)) for path in paths if path]
+        for path, thread in begun:
+            if thread is not None:
+                thread.join(max(deadline_s - time.monotonic(), 0))
+                if thread.is_alive():
+                    log.warning("baseline_left", extra={"file": path, "why": "no answer yet"})
+
+    def _begun(self, path: str) -> threading.Thread | None:
+        """The thread that removes it; None if one is at that directory, and removes it, too."""
+        place = os.path.dirname(path)
+        with self._lock:
+            if place in self._left:
+                self._left[place].append(path)
+                return None
+            thread = threading.Thread(
+                target=self._empty, args=(place,), name="baselines-removal", daemon=True
+            )
+            try:
+                thread.start()
+            except RuntimeError as error:  # the system has no thread for it just now
+                log.warning("baseline_left", extra={"file": path, "why": str(error)})
+                return None
+            self._left[place] = [path]
+            return thread
+
+    def _empty(self, place: str) -> None:
+        while path := self._next(place):
+            _remove(path)
+
+    def _next(self, place: str) -> str:
+        """One that is left; "" for none, and then the thread ends."""
+        with self._lock:
+            if self._left[place]:
+                return self._left[place].pop()
+            del self._left[place]
+            return ""
 
 
 def open_baseline(row: Baseline) -> int:

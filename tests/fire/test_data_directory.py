@@ -18,7 +18,7 @@ from tests.engine_rig import EngineRig
 from tests.fire.test_hang import AT_ONCE, Frozen
 from tests.fire.test_point_lost import on_first_batch
 
-POSTS = 20  # more than there are threads for
+POSTS = 70  # more than there are threads for
 SOON_S = 3.0
 
 

@@ -8,17 +8,21 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from api.metrics import Metrics
-from engine.config import Config, DiskConfig, Limits, PointConfig, PoolConfig, VmConfig
+from engine.config import Config, DiskConfig, Limits, PointConfig, PoolConfig, Tracking, VmConfig
 from engine.jobs.jobs import JobContext
 from engine.model import Job
 from engine.nbd.source import NbdSource
-from engine.verb_types import NewDisk, RestoreTarget
+from engine.snapshot import baselines
+from engine.snapshot.snapshot import SNAPSHOTS
+from engine.verb_types import BackupQuery, NewDisk, RestoreTarget
 from storage.files.growing import GrowingFile
 from storage.files.in_flight import InFlight, in_flight, longest_in_flight_s
 from storage.format.record import Commit, Record
@@ -30,6 +34,7 @@ from tests.qemu.images import create, qemu_io
 from tests.rig import random_bytes
 
 MIB = 1 << 20
+SOON_S = 15.0
 # One thread: py-lmdb holds the GIL while it begins to read, and for that writes to the view's lock
 # file, so another one that asks the view while its file system is frozen stops the whole process.
 AT_ONCE = Limits(stalled_after_s=0.001, point_reserve_bytes=0, workers=1)
@@ -216,6 +221,84 @@ def test_a_restore_stalls_on_its_pool(
         medium.thaw()
         rig.succeed(job)
         assert (pool / "copy").read_bytes() == content
+
+
+@pytest.fixture
+def two_pools(tmp_path: Path, loop_fs: LoopFs) -> Iterator[EngineRig]:
+    """With a VM in each that has a baseline: "slow" and "well", as their pools are called."""
+    places = {name: loop_fs("xfs", 320 * MIB) for name in ("slow", "well")}
+    pools = tuple(PoolConfig(name, str(place)) for name, place in places.items())
+    for number, place in enumerate(places.values()):
+        (place / "v").write_bytes(random_bytes(MIB, number))
+    vms = tuple(VmConfig(name, (DiskConfig("sda", "v", pool=name),)) for name in places)
+    config = Config(limits=AT_ONCE, pools=pools, vms=vms, tracking=Tracking(pool_reserve_share=0.0))
+    with EngineRig(tmp_path / "data", config) as rig:
+        for vm in rig.engine.vms(ANYWHERE):
+            rig.back_up(vm)
+        assert all(row.file for row in rig.core.baselines.rows())
+        yield rig
+
+
+def slow_pool(rig: EngineRig) -> Path:
+    return Path(next(one.pool.path for one in rig.engine.pools() if one.pool.name == "slow"))
+
+
+def eventually(seen: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not seen():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+
+
+@pytest.mark.root
+def test_a_start_without_tracking_does_not_wait_for_baselines(
+    two_pools: EngineRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They go as soon as their pool answers."""
+    rig, pool = two_pools, slow_pool(two_pools)
+    monkeypatch.setattr("engine.recovery.POOL_TIMEOUT_S", 1.0)
+    with ThreadPoolExecutor() as threads, Frozen(pool) as medium:
+        rig.engine.stop(PATIENCE_S)
+        rig.config = msgspec.structs.replace(rig.config, tracking=Tracking(enabled=False))
+        medium.freeze()
+        threads.submit(rig.restart).result(SOON_S)
+        assert (pool / SNAPSHOTS).exists()
+        assert not any(row.file for row in rig.core.baselines.rows())
+        medium.thaw()
+        eventually(lambda: not (pool / SNAPSHOTS).exists())
+
+
+@pytest.mark.root
+def test_baselines_in_a_pool_that_hangs_hold_up_no_other(
+    two_pools: EngineRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One is to be deleted, or made, there; backups of other pools are made and deleted."""
+    rig, pool = two_pools, slow_pool(two_pools)
+    slow, well = rig.engine.vms(ANYWHERE)
+    with ThreadPoolExecutor() as threads, Frozen(pool) as medium:
+        medium.freeze()
+        backups = {row.label.vm_name: row.uuid for row in rig.engine.backups(BackupQuery()).rows}
+        threads.submit(rig.engine.delete_backup, ANYWHERE, backups["slow"]).result(SOON_S)
+        assert len(list((pool / SNAPSHOTS).iterdir())) == 1
+        threads.submit(rig.back_up, well).result(SOON_S)
+        threads.submit(rig.engine.delete_backup, ANYWHERE, backups["well"]).result(SOON_S)
+        medium.thaw()
+        eventually(lambda: not (pool / SNAPSHOTS).exists())
+
+        name = baselines._name
+
+        def freeze_then_name(fd: int, root: str, path: str) -> None:
+            if path.startswith(str(pool)):
+                medium.freeze()
+            name(fd, root, path)
+
+        monkeypatch.setattr(baselines, "_name", freeze_then_name)
+        _, job = rig.ask_backup(slow)
+        seen = until(rig, job, lambda row: row.stalled_s >= 1)
+        assert seen.stalled_on == "pool slow"
+        threads.submit(rig.back_up, well).result(SOON_S)
+        medium.thaw()
+        rig.succeed(job)
 
 
 def test_a_job_that_computes_is_not_stalled(

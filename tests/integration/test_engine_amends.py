@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -16,8 +17,10 @@ from engine import amends
 from engine.jobs.jobs import Jobs
 from engine.model import BACKUP_DONE, BACKUP_RUNNING
 from engine.points.distrust import remember_distrusted
+from storage.domain.domain import Domain
 from storage.errors import PointFull
 from storage.lmdb_env.kv import Store, WriteTxn
+from storage.view.listing import BackupRow
 from tests.engine_rig import ANYWHERE, PATIENCE_S, EngineRig, disk_bytes
 
 MIB = 1 << 20
@@ -124,3 +127,38 @@ def test_what_could_not_begin_leaves_nothing(
         eventually(lambda: [one.action for one in rig.engine.vms(ANYWHERE)] == [""])
         eventually(lambda: rig.listed() == [made.uuid])
     assert rig.restore(made, "copy") == [disk_bytes(MIB, 1)]
+
+
+def test_an_end_whose_point_hangs_holds_up_no_other(
+    rig: EngineRig, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when its view has to be made anew, on a medium that does not answer."""
+    vms = [rig.make_vm(name, disk_bytes(MIB, 1)) for name in ("a", "b")]
+    together, answers, asked = threading.Barrier(2), threading.Event(), list[str]()
+    rows_of = Domain.rows_of
+
+    def fill(*args: Any) -> None:
+        together.wait(PATIENCE_S)
+        disk.full = True
+        remember_distrusted(*args)
+
+    def first_hangs(domain: Domain, wanted: Collection[str]) -> list[BackupRow]:
+        asked.extend(wanted)
+        if wanted == asked[:1]:
+            answers.wait(PATIENCE_S)
+        return rows_of(domain, wanted)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("engine.backup.backup_job.remember_distrusted", fill)
+        made = [rig.ask_backup(vm) for vm in vms]
+        assert {rig.ended(job).state for _, job in made} == {"failed"}
+    monkeypatch.setattr(rig.core.points, "look_again", lambda *_: None)  # nobody else asks
+    monkeypatch.setattr(Domain, "rows_of", first_hangs)
+    try:
+        disk.full = False
+        eventually(lambda: [one.action for one in rig.engine.vms(ANYWHERE)] == ["", ""])
+        eventually(lambda: sorted(asked) == sorted(uuid for uuid, _ in made))
+    finally:
+        answers.set()
+    statuses = [BACKUP_DONE] * len(made)
+    eventually(lambda: [rig.engine.backup(ANYWHERE, uuid).status for uuid, _ in made] == statuses)

@@ -463,7 +463,7 @@ def test_deletes_on_a_point_that_hangs_leave_threads_to_others(
             asked = [threads.submit(rig.engine.delete_backup, ANYWHERE, one) for one in backups]
             ended, hanging = wait(asked, 5.0)
             errors = [one.exception() for one in ended]
-        assert len(hanging) == keeper.DELETES_AT_ONCE
+        assert len(hanging) == points.AT_ONCE
         assert {(type(error), "ask again" in str(error)) for error in errors} == {
             (PointUnreachable, True)
         }
