@@ -15,7 +15,7 @@ from engine.model import Backup, BackupPoint, Cluster, Pool
 from storage.errors import StorageError
 
 PointStateName: TypeAlias = Literal[
-    "opening", "online", "unreachable", "read_only", "full", "unsafe", "damaged"
+    "opening", "online", "unreachable", "read_only", "full", "unsafe", "damaged", "newer_format"
 ]
 Maintenance: TypeAlias = Literal["verify", "gc", "rebuild"]
 

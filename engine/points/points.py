@@ -218,7 +218,7 @@ class Points:
     def erase(self, uuid: str) -> None:
         """Deletes all backups in our own domains on the point, and what only they need.
 
-        As `opened`; and Damaged when one of them is: nothing was deleted then.
+        As `domain`, also when one of them can't be used: nothing was deleted then.
         """
         clusters = self._around.places.clusters
         for domain in [self.domain(uuid, cluster.uuid) for cluster in clusters]:
