@@ -15,9 +15,12 @@ from engine.points.points import Points
 from engine.service import Engine
 from engine.verb_types import BackupQuery, Maintenance, Scope
 from storage.errors import Damaged, PointNewerFormat
+from storage.log.log import record_path
+from storage.point import Point
 from tests.engine_rig import PATIENCE_S, EngineRig, files_below
 from tests.forging import small_object
 from tests.rig import random_bytes
+from tests.store import cluster, open_domain
 
 MIB = 1 << 20
 CONFIG = parse_config(b'[[clusters]]\nname = "east"\n[[clusters]]\nname = "west"\n', "test")
@@ -141,6 +144,27 @@ def test_what_a_newer_version_wrote_is_said_as_such_and_stays_untouched(
     rig.engine.delete_backup(west, backup.uuid)
     assert [row.cluster_uuid for row in rig.engine.backups(BackupQuery()).rows] == [pair.east]
     assert files_below(pair.path(pair.east)) == before
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_a_verify_fails_for_a_newer_domain_of_ours_and_only_names_a_strangers(
+    pair: Pair, deep: bool
+) -> None:
+    rig = pair.rig
+    stranger = open_domain(Point.open(str(rig.data / "point")), cluster("stranger"))
+    stranger.close()
+    name = Path(stranger.paths.root).name
+    first = pair.path(name) / "log" / record_path(1)
+    first.parent.mkdir(exist_ok=True)
+    first.write_bytes(small_object(b"VKRE", b"of tomorrow", version=2))
+    job = rig.succeed(rig.engine.start_maintenance("verify", rig.point_uuid, deep))
+    assert job.result[0].startswith("1 finding in 1 backups, ")
+    assert job.result[1].startswith(f"newer: {pair.path(name)}: {first}: format 2")
+    upgraded(pair)
+    job = rig.ended(rig.engine.start_maintenance("verify", rig.point_uuid, deep))
+    assert (job.state, len(job.result)) == ("failed", 3)
+    assert job.error.startswith(f"{pair.path(pair.east) / 'log'}/")
+    assert "format 2" in job.error
 
 
 @pytest.mark.parametrize("spoil", [put_back, spoil_at_start, *UPGRADES])

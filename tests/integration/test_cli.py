@@ -19,9 +19,12 @@ from unittest import mock
 import pytest
 
 from api.cli.check import check_and_tell
+from api.cli.exits import FAILED, Failure
 from api.cli.screen import Screen
 from bench.service import Service
 from storage.check.frames import FrameCheck
+from tests.forging import small_object
+from tests.store import cluster, new_point, open_domain
 
 ROOT = Path(__file__).parent.parent.parent
 MIB = 1 << 20
@@ -208,6 +211,16 @@ def test_the_offline_check(vmkeep: Command, machine: str) -> None:
     path = str(vmkeep.data / "point")
     assert "no findings" in vmkeep.ok("point", "check", path, "--deep")
     assert vmkeep.json("point", "check", path)["findings"] == []
+
+
+def test_an_offline_check_says_what_only_a_newer_version_can_check(tmp_path: Path) -> None:
+    point = new_point(tmp_path)
+    label = Path(open_domain(point, cluster()).paths.label)
+    label.unlink()
+    label.write_bytes(small_object(b"VKDO", b"of tomorrow", version=2))
+    with pytest.raises(Failure, match=f"could not all be checked: {label}: format 2") as caught:
+        check_and_tell(Screen(json=False), Path(point.path), deep=False)
+    assert caught.value.exit_code == FAILED
 
 
 def test_an_offline_check_goes_on_where_it_was_interrupted(
