@@ -150,3 +150,12 @@ class RemoteBackup:
 
     backup: Backup
     cluster: Cluster
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteListing:
+    """What is on a point. `unread`: the clusters whose domains could not be read, and why, as the
+    error's code."""
+
+    backups: list[RemoteBackup]
+    unread: dict[str, str]

@@ -9,6 +9,7 @@ import re
 import secrets
 import threading
 import uuid
+from collections.abc import Callable
 from typing import Annotated
 
 import msgspec
@@ -147,8 +148,11 @@ class Point:
         with translated(self.path):
             return self._fs.room(self.path)
 
-    def clusters(self) -> list[ClusterLabel]:
-        """Every cluster that has a domain here, by uuid, but for those with an unreadable label."""
+    def clusters(
+        self, unread: Callable[[str, StorageError], None] = lambda _name, _error: None
+    ) -> list[ClusterLabel]:
+        """Every cluster that has a domain here, by uuid, but for those with an unreadable label:
+        `unread` is told these."""
         root = os.path.join(self.path, "domains")
         with translated(root):
             names = self._fs.listdir(root)
@@ -162,6 +166,7 @@ class Point:
                     "domain_unreadable",
                     extra={"path": os.path.join(root, name), "error": str(error)},
                 )
+                unread(name, error)
         return [label for label in found if label is not None]
 
     def cluster(self, name: str) -> ClusterLabel | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -295,6 +296,24 @@ def test_a_point_is_made_and_detached(vmkeep: Command, tmp_path: Path) -> None:
     vmkeep.ok("point", "delete", "second")
     assert (tmp_path / "empty" / "POINT").exists()
     assert "second" not in vmkeep.ok("point", "list")
+
+
+def test_what_a_newer_version_keeps_from_being_listed_is_said(
+    vmkeep: Command, machine: str
+) -> None:
+    vmkeep.ok("backup", "create", machine, "--name", "mine", "--wait")
+    stranger = str(uuids.uuid4())
+    directory = vmkeep.data / "point" / "domains" / stranger
+    directory.mkdir()
+    (directory / "DOMAIN").write_bytes(small_object(b"VKDO", b"of tomorrow", version=2))
+    try:
+        for words in (("remote-list",), ("remote-list", "--json"), ("import", "--all")):
+            ran = vmkeep("backup", *words)
+            assert ran.code == 0
+            assert "mine" in ran.out
+            assert f"could not be read: {stranger} point_newer_format" in ran.err
+    finally:
+        shutil.rmtree(directory)
 
 
 def test_another_cluster_imports(vmkeep: Command, machine: str, tmp_path: Path) -> None:
