@@ -18,6 +18,7 @@ from storage.domain import imports
 from storage.domain.domain import Domain
 from storage.errors import (
     Damaged,
+    PointNewerFormat,
     PointNotEmpty,
     PointUnreachable,
     Refused,
@@ -200,6 +201,7 @@ class Point:
         StorageErrors; nothing is half open.
         """
         paths = DomainPaths(self.path, label.cluster_uuid)
+        self._require_known_format(label.cluster_uuid)
         self._make_domain(paths, label)
         views = paths.views if self.kind == "local" else view_dir
         with translated(views):
@@ -229,6 +231,16 @@ class Point:
             domain.close()
             raise
         return domain
+
+    def _require_known_format(self, name: str) -> None:
+        """PointNewerFormat for a label of a newer format. What else is wrong with it is in nobody's
+        way, and named by the check."""
+        try:
+            self.cluster(name)
+        except PointNewerFormat:
+            raise
+        except StorageError as error:
+            log.warning("label_unreadable", extra={"domain": name, "error": str(error)})
 
     def _make_domain(self, paths: DomainPaths, label: ClusterLabel) -> None:
         with translated(paths.root):
