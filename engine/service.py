@@ -63,6 +63,7 @@ from engine.verb_types import (
     PointState,
     PoolState,
     RemoteBackup,
+    RemoteListing,
     RestoreTarget,
     Scope,
     TrackingState,
@@ -266,7 +267,7 @@ class Engine:
             allow_damaged=allow_damaged,
         )
 
-    def remote_backups(self, cluster_uuid: str, point_uuid: str) -> list[RemoteBackup]:
+    def remote_backups(self, cluster_uuid: str, point_uuid: str) -> RemoteListing:
         """Slow. See engine.points.remote.remote_backups."""
         return remote.remote_backups(self._core, cluster_uuid, point_uuid)
 

@@ -15,7 +15,7 @@ from engine.model import Backup, BackupPoint, Cluster, Pool
 from storage.errors import StorageError
 
 PointStateName: TypeAlias = Literal[
-    "opening", "online", "unreachable", "read_only", "full", "unsafe", "damaged"
+    "opening", "online", "unreachable", "read_only", "full", "unsafe", "damaged", "newer_format"
 ]
 Maintenance: TypeAlias = Literal["verify", "gc", "rebuild"]
 
@@ -150,3 +150,12 @@ class RemoteBackup:
 
     backup: Backup
     cluster: Cluster
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteListing:
+    """What is on a point. `unread`: the clusters whose domains could not be read, and why, as the
+    error's code."""
+
+    backups: list[RemoteBackup]
+    unread: dict[str, str]

@@ -9,6 +9,7 @@ import re
 import secrets
 import threading
 import uuid
+from collections.abc import Callable
 from typing import Annotated
 
 import msgspec
@@ -17,6 +18,7 @@ from storage.domain import imports
 from storage.domain.domain import Domain
 from storage.errors import (
     Damaged,
+    PointNewerFormat,
     PointNotEmpty,
     PointUnreachable,
     Refused,
@@ -147,8 +149,11 @@ class Point:
         with translated(self.path):
             return self._fs.room(self.path)
 
-    def clusters(self) -> list[ClusterLabel]:
-        """Every cluster that has a domain here, by uuid, but for those with an unreadable label."""
+    def clusters(
+        self, unread: Callable[[str, StorageError], None] = lambda _name, _error: None
+    ) -> list[ClusterLabel]:
+        """Every cluster that has a domain here, by uuid, but for those with an unreadable label:
+        `unread` is told these."""
         root = os.path.join(self.path, "domains")
         with translated(root):
             names = self._fs.listdir(root)
@@ -162,6 +167,7 @@ class Point:
                     "domain_unreadable",
                     extra={"path": os.path.join(root, name), "error": str(error)},
                 )
+                unread(name, error)
         return [label for label in found if label is not None]
 
     def cluster(self, name: str) -> ClusterLabel | None:
@@ -195,6 +201,7 @@ class Point:
         StorageErrors; nothing is half open.
         """
         paths = DomainPaths(self.path, label.cluster_uuid)
+        self._require_known_format(label.cluster_uuid)
         self._make_domain(paths, label)
         views = paths.views if self.kind == "local" else view_dir
         with translated(views):
@@ -224,6 +231,16 @@ class Point:
             domain.close()
             raise
         return domain
+
+    def _require_known_format(self, name: str) -> None:
+        """PointNewerFormat for a label of a newer format. What else is wrong with it is in nobody's
+        way, and named by the check."""
+        try:
+            self.cluster(name)
+        except PointNewerFormat:
+            raise
+        except StorageError as error:
+            log.warning("label_unreadable", extra={"domain": name, "error": str(error)})
 
     def _make_domain(self, paths: DomainPaths, label: ClusterLabel) -> None:
         with translated(paths.root):

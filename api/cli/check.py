@@ -23,7 +23,7 @@ from storage.point import Point
 def check_and_tell(
     screen: Screen, path: Path, *, deep: bool, rate_bytes_per_s: int = 0, resume: Path | None = None
 ) -> None:
-    """Prints what was found. Ends the command with FAILED unless all data is sound.
+    """Prints what was found. Ends the command with FAILED unless all data is known to be sound.
 
     `resume`: a directory of its own, where a deep check that is interrupted leaves how far it was.
     """
@@ -38,6 +38,8 @@ def check_and_tell(
         screen.line(line)
     if not report.clean:
         raise Failure(FAILED, f"{path} is not sound: {len(report.findings)} findings")
+    if report.unread:
+        raise Failure(FAILED, f"{path} could not all be checked: {report.unread[0].detail}")
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import click
 import msgspec
@@ -39,6 +39,7 @@ def remote_list(here: Here, *, point: str, cluster: str, page: int, page_size: i
     )
     reply = here.client.get("compute/backup/remote/list", RemoteBackupList, query)
     here.screen.answer(reply, lambda found: _table(found.backups, found))
+    _warn(here, reply.headers)
 
 
 @click.command("import")
@@ -89,10 +90,18 @@ def _all_on_point(here: Here, cluster_uuid: str, point_uuid: str) -> list[str]:
             page_number=len(found) // MAX_PAGE_SIZE + 1,
             page_size=MAX_PAGE_SIZE,
         )
-        answer = here.client.get("compute/backup/remote/list", RemoteBackupList, query).data
+        reply = here.client.get("compute/backup/remote/list", RemoteBackupList, query)
+        answer = reply.data
         found += [row.uuid for row in answer.backups]
         if not answer.backups or len(found) >= answer.total_count:
+            _warn(here, reply.headers)
             return found
+
+
+def _warn(here: Here, headers: Mapping[str, str]) -> None:
+    unread = headers.get("X-Unread-Clusters")
+    if unread:
+        here.screen.warning(f"not listed, since it could not be read: {unread}")
 
 
 def _table(

@@ -54,6 +54,10 @@ class Screen:
         if not self.json:
             self.console.print(one_line(text), soft_wrap=True)
 
+    def warning(self, text: str) -> None:
+        """A line on standard error, for people, also beside a document."""
+        print(f"vmkeep: {one_line(text)}", file=sys.stderr)
+
     def document(self, raw: bytes) -> None:
         """A JSON document, for machines."""
         sys.stdout.write(msgspec.json.format(raw, indent=2).decode() + "\n")

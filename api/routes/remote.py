@@ -18,11 +18,12 @@ from api.schemas_backup import (
 from engine.service import Engine
 from engine.verb_types import RemoteBackup, Scope
 
+MOST_UNREAD = 64  # a client takes 8 KiB of a header
+
 
 def _list(engine: Engine, query: RemoteListQuery) -> Reply[RemoteBackupList]:
-    found = sorted(
-        engine.remote_backups(query.cluster_uuid, query.backup_point_uuid), key=_newest_first
-    )
+    listing = engine.remote_backups(query.cluster_uuid, query.backup_point_uuid)
+    found = sorted(listing.backups, key=_newest_first)
     page, page_size = page_of(query.page_number, query.page_size)
     shown = found[(page - 1) * page_size : page * page_size]
     return Reply(
@@ -30,8 +31,15 @@ def _list(engine: Engine, query: RemoteListQuery) -> Reply[RemoteBackupList]:
             total_count=len(found),
             backups=[_remote_backup(remote) for remote in shown],
             vm_infos=_vm_infos(engine, shown),
-        )
+        ),
+        _unread(listing.unread),
     )
+
+
+def _unread(found: dict[str, str]) -> dict[str, str]:
+    """The header that names domains that are not in the list. `data` is as the document has it."""
+    words = [f"{cluster_uuid} {code}" for cluster_uuid, code in sorted(found.items())]
+    return {"X-Unread-Clusters": ", ".join(words[:MOST_UNREAD])} if words else {}
 
 
 def _import(engine: Engine, body: RemoteImport) -> Reply[ImportedBackups]:
@@ -99,6 +107,10 @@ CALLS: tuple[AnyCall, ...] = (
         answer=RemoteBackupList,
         run=_list,
         pace="slow",
+        headers={
+            "X-Unread-Clusters": "clusters whose domains there could not be read, each with the "
+            "error's name; not sent when all could"
+        },
     ),
     Call(
         method="POST",

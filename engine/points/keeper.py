@@ -61,9 +61,10 @@ _STATES: tuple[tuple[type[StorageError], PointStateName], ...] = (
     (PointReadOnly, "read_only"),
     (PointFull, "full"),
     (PointUnsafeMount, "unsafe"),
-    (PointNewerFormat, "damaged"),
     (Damaged, "damaged"),
+    (PointNewerFormat, "newer_format"),
 )
+_OF_ONE_DOMAIN = (Damaged, PointNewerFormat)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +81,11 @@ class Surroundings:
 @dataclass(frozen=True, slots=True)
 class Opened:
     """A point and the managed clusters' domains on it, by cluster. `damaged`: those that can't be
-    opened while the others can, and why."""
+    opened, or followed, while the others can, and why: Damaged, or PointNewerFormat."""
 
     point: Point
     domains: dict[str, Domain]
-    damaged: dict[str, Damaged]
+    damaged: dict[str, StorageError]
 
     def sound(self) -> list[tuple[str, Domain]]:
         """(cluster, domain) of those whose log can be read."""
@@ -267,7 +268,7 @@ class Keeper:
         seen = os.path.join(self._seen_directory(), cluster.uuid)
         try:
             domain = opened.point.domain(_label(cluster), around.host.id, views, seen_path=seen)
-        except Damaged as error:
+        except _OF_ONE_DOMAIN as error:
             opened.damaged[cluster.uuid] = error
             return
         try:
@@ -327,13 +328,14 @@ class Keeper:
                 self._bundlings.setdefault(cluster_uuid, Bundling()).go_on(domain)
 
     def _sort_out(self, opened: Opened) -> None:
-        """A domain whose log is damaged keeps none of the others from being used."""
+        """A domain whose log is damaged, or has a newer format, keeps none of the others from being
+        used. Nothing is written to it."""
         for cluster_uuid, domain in opened.domains.items():
             try:
                 domain.require_own_past()
                 domain.refresh()
                 opened.damaged.pop(cluster_uuid, None)
-            except Damaged as error:
+            except _OF_ONE_DOMAIN as error:
                 opened.damaged[cluster_uuid] = error
         if opened.damaged and not opened.sound():
             raise _same(next(iter(opened.damaged.values())))
@@ -395,10 +397,11 @@ class Keeper:
     def _count(self, opened: Opened) -> PointState:
         room = opened.point.room()
         stats = [domain.stats() for domain in opened.domains.values()]
+        wrong = sorted(opened.damaged.values(), key=lambda error: not isinstance(error, Damaged))
         return PointState(
             self.row,
-            state="damaged" if opened.damaged else self._room_state(room),
-            last_error=next((str(error) for error in opened.damaged.values()), ""),
+            state=_state_for(wrong[0]) if wrong else self._room_state(room),
+            last_error=str(wrong[0]) if wrong else "",
             capacity=room.capacity_bytes,
             free=room.free_bytes,
             stored_bytes=sum(one.stored_bytes for one in stats),

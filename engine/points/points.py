@@ -226,7 +226,7 @@ class Points:
     def erase(self, uuid: str) -> None:
         """Deletes all backups in our own domains on the point, and what only they need.
 
-        As `opened` and `turn`; and Damaged when one of them is: nothing was deleted then.
+        As `domain`, also when one of them can't be used, and `turn`: nothing was deleted then.
         """
         clusters = self._around.places.clusters
         with self.turn(uuid, "delete"):

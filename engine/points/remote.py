@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from engine.catalogue.labels import decode_label, encode_label, imported, settled_backup
 from engine.core import Core
 from engine.errors import Conflict, EngineError, Invalid, NotFound
-from engine.ids import normal
+from engine.ids import canonical, normal
 from engine.inventory.inventory import find
 from engine.model import Backup, Cluster
 from engine.points.keeper import Opened
-from engine.verb_types import RemoteBackup
+from engine.verb_types import RemoteBackup, RemoteListing
 from storage.errors import (
     Damaged,
     NotOnPoint,
@@ -45,22 +45,25 @@ class _Found:
     source: str
 
 
-def remote_backups(core: Core, cluster_uuid: str, point_uuid: str) -> list[RemoteBackup]:
+def remote_backups(core: Core, cluster_uuid: str, point_uuid: str) -> RemoteListing:
     """All backups of all domains on the point, newest first. NotFound, StorageError."""
     ours = {cluster.uuid: cluster for cluster in core.inventory.places.clusters}
     cluster = find("cluster", [*ours.values()], normal(cluster_uuid))
     point_uuid = normal(point_uuid)
     core.points.require_answering(point_uuid, cluster.uuid)
     opened = core.points.opened(point_uuid)
+    unread: dict[str, StorageError] = {}
     with core.points.turn(point_uuid, "list"):
         found = [
             RemoteBackup(
                 _as_found(row, label, point_uuid), ours.get(label.cluster_uuid) or _cluster(label)
             )
-            for label in opened.point.clusters()
-            for row in _rows(opened, label)
+            for label, row in _rows(opened, unread)
         ]
-    return sorted(found, key=lambda one: (-one.backup.label.create_time, one.backup.uuid))
+    found.sort(key=lambda one: (-one.backup.label.create_time, one.backup.uuid))
+    # What else somebody has put there is no cluster's.
+    codes = {name: error.code for name, error in unread.items() if canonical(name) == name}
+    return RemoteListing(found, codes)
 
 
 def import_backups(
@@ -69,7 +72,8 @@ def import_backups(
     """Takes the wanted (backup, point) into the cluster, durably: all or none.
 
     Those that are in it already are no error. Conflict(name_taken) for one that has the uuid of a
-    backup of ours on another point. Invalid, NotFound, StorageError.
+    backup of ours on another point. Invalid, StorageError; NotFound, but PointNewerFormat when it
+    may be in a domain that only a newer version can read.
     """
     core.jobs.refuse_if_stopping()
     cluster = find("cluster", core.inventory.places.clusters, normal(cluster_uuid))
@@ -106,21 +110,23 @@ def import_backups(
 
 
 def _locate(core: Core, cluster: Cluster, asked: Sequence[tuple[str, str]]) -> list[_Found]:
-    """Where each is: in the cluster's own domain, else in the first other one. NotFound."""
+    """Where each is: in the cluster's own domain, else in the first other one. NotFound,
+    PointNewerFormat."""
     found = []
     for point_uuid in dict.fromkeys(point for _, point in asked):
         core.points.require_writable(point_uuid, cluster.uuid)
         opened = core.points.opened(point_uuid)
+        unread: dict[str, StorageError] = {}
         with core.points.turn(point_uuid, "import"):
             opened.domains[cluster.uuid].refresh()
             where = {row.backup: cluster.uuid for row in opened.domains[cluster.uuid].backups()}
-            for label in opened.point.clusters():
-                for row in _rows(opened, label):
-                    where.setdefault(row.backup, label.cluster_uuid)
+            for label, row in _rows(opened, unread):
+                where.setdefault(row.backup, label.cluster_uuid)
+        newer = [error for error in unread.values() if isinstance(error, PointNewerFormat)]
         for uuid, point in asked:
             if point == point_uuid:
                 if uuid not in where:
-                    raise NotFound("backup", uuid)
+                    raise newer[0] if newer else NotFound("backup", uuid)
                 found.append(_Found(uuid, point, where[uuid]))
     return found
 
@@ -170,16 +176,23 @@ def _give_back(core: Core, fresh: Sequence[Backup]) -> None:
             log.exception("import_not_undone", extra={"backup": row.uuid})
 
 
-def _rows(opened: Opened, label: ClusterLabel) -> list[BackupRow]:
-    """A domain's backups. Damage to one domain must not hide the others."""
-    try:
-        return opened.point.foreign_backups(label.cluster_uuid)
-    except (Damaged, PointNewerFormat, PointUnreachable, Refused) as error:
-        if isinstance(error, PointUnreachable):
-            opened.point.room()  # raises when it is the point itself
-        fields = {"cluster": label.cluster_uuid, "error": str(error)}
-        log.warning("domain_unreadable", extra=fields)
-        return []
+def _rows(
+    opened: Opened, unread: dict[str, StorageError]
+) -> Iterator[tuple[ClusterLabel, BackupRow]]:
+    """All domains' backups. Damage to one domain, or a newer format in it, must not hide the
+    others: `unread` gets these."""
+    for label in opened.point.clusters(unread.__setitem__):
+        try:
+            rows = opened.point.foreign_backups(label.cluster_uuid)
+        except (Damaged, PointNewerFormat, PointUnreachable, Refused) as error:
+            if isinstance(error, PointUnreachable):
+                opened.point.room()  # raises when it is the point itself
+            fields = {"cluster": label.cluster_uuid, "error": str(error)}
+            log.warning("domain_unreadable", extra=fields)
+            unread[label.cluster_uuid] = error
+            continue
+        for row in rows:
+            yield label, row
 
 
 def _as_found(row: BackupRow, label: ClusterLabel, point_uuid: str) -> Backup:

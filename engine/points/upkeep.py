@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 from engine.core import Core
@@ -17,7 +18,7 @@ from storage.check.against_rebuild import check_view
 from storage.check.check import Damage
 from storage.domain.domain import Domain
 from storage.domain.gc import GcReport
-from storage.errors import Damaged, StorageError
+from storage.errors import Damaged, PointNewerFormat, StorageError
 
 
 def start_maintenance(core: Core, kind: Maintenance, point_uuid: str, deep: bool) -> str:
@@ -42,7 +43,8 @@ def start_maintenance(core: Core, kind: Maintenance, point_uuid: str, deep: bool
 
 
 def _verify(core: Core, point_uuid: str, deep: bool, ctx: JobContext) -> tuple[str, ...]:
-    """Fails when data is lost or in doubt; the findings are the job's result."""
+    """Fails when data is lost or in doubt, or a newer vmkeep has written to a domain of ours; of
+    another's, the job's result says so, as it says all findings."""
     opened = core.points.opened(point_uuid)
     reads = PackReads(core.state, point_uuid, core.clock) if deep else None
     manifests: dict[str, set[str]] = {}
@@ -79,6 +81,10 @@ def _verify(core: Core, point_uuid: str, deep: bool, ctx: JobContext) -> tuple[s
     ctx.lines = lines
     if not report.clean:
         raise Damaged(ctx.lines[0])
+    ours = {cluster.uuid for cluster in core.inventory.places.clusters}
+    for finding in report.unread:
+        if os.path.basename(finding.path) in ours:
+            raise PointNewerFormat(finding.detail)
     return ctx.lines
 
 

@@ -25,6 +25,7 @@ from storage.check.harmless import HarmlessCheck
 from storage.check.places import Lack, Standing, lacks, note, note_unsound, standing
 from storage.check.report import (
     MOST_FINDINGS,
+    NEWER,
     SHOWN_RANGES,
     Cancelled,
     CheckReport,
@@ -82,6 +83,8 @@ def check_point(
 ) -> CheckReport:
     """Checks every domain; `rate_bytes_per_s` 0 = as fast as it goes.
 
+    Of one that a newer vmkeep has written to, what comes after the first such file is not checked:
+    without that file, what is sound may look lost.
     Raises when the point itself can't be opened, or Cancelled.
     """
     fs = fs or OsFs()
@@ -103,6 +106,8 @@ def check_point(
             try:
                 paths = DomainPaths(path, name)
                 _DomainCheck(fs, point, paths, view, report, watch).run(deep=deep)
+            except PointNewerFormat as error:
+                report.add(Finding(NEWER, paths.root, str(error)))
             finally:
                 view.close()
     return report
@@ -160,12 +165,16 @@ class _DomainCheck:
         try:
             if self._point.cluster(self._name) is None and self._records.newest_name():
                 self._found("label", self._paths.label, "is not there; its owner makes it anew")
+        except PointNewerFormat:
+            raise
         except StorageError as error:
             self._found("label", self._paths.label, str(error))
         try:
             while self._view.update(self._fold_some):
                 self._watch.pause()
             self._check_gaps()
+        except PointNewerFormat:
+            raise
         except StorageError as error:
             self._found("log", self._paths.log, str(error), backups=self._all_backups())
             return False

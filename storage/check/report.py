@@ -12,6 +12,7 @@ from storage.format.ranges import joined
 
 SHOWN_RANGES = 100
 MOST_FINDINGS = 10_000
+NEWER = "newer"
 _HARMLESS = frozenset({"orphan", "checkpoint", "bundle", "heartbeat"})
 _NAP_S = 0.1
 
@@ -21,7 +22,7 @@ class Finding:
     """Something that is not as it must be. `backups`: uuids of all that may lose data by it, as
     they are made on top of it; which of them do, and where, is in the report's `disks`."""
 
-    kind: str  # "log", "label", "pack", "manifest", "chunk", "view"; or a harmless one
+    kind: str  # "log", "label", "pack", "manifest", "chunk", "view", NEWER; or a harmless one
     path: str
     detail: str
     offset: int = -1
@@ -63,8 +64,13 @@ class CheckReport:
 
     @property
     def clean(self) -> bool:
-        """Whether no data is lost or in doubt."""
-        return not self.more and all(finding.harmless for finding in self.findings)
+        """Whether no data is lost or in doubt; of what is `unread` nothing is known."""
+        return not self.more and all(one.harmless or one.kind == NEWER for one in self.findings)
+
+    @property
+    def unread(self) -> list[Finding]:
+        """The domains, by path, that only a newer vmkeep can check as a whole."""
+        return [one for one in self.findings if one.kind == NEWER]
 
     def add(self, finding: Finding) -> None:
         """Lists the finding, while there is room; else counts it."""

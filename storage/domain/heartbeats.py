@@ -7,8 +7,10 @@ notes when, by its own clock, a counter last moved.
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 MAGIC = b"VKHB"
 LIMIT_BYTES = 4096
 DEFAULT_PATIENCE_S = 600.0
+
+log = logging.getLogger(__name__)
 
 
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,7 +60,8 @@ def beat(domain: Domain, counter: int) -> None:
 
 
 def read_beat(domain: Domain, host: str) -> Heartbeat | None:
-    """Another host's heartbeat; None when it never beat, or what is there is none."""
+    """Another host's heartbeat; None when it never beat, or what is there is none. Raises
+    PointNewerFormat."""
     if host in ("", ".", "..") or "/" in host or "\0" in host:
         return None  # a record may say so; no host has such an id
     path = os.path.join(domain.paths.hosts, host)
@@ -65,8 +70,20 @@ def read_beat(domain: Domain, host: str) -> Heartbeat | None:
             if domain.fs.stat(path).kind != "file":
                 return None
             return load_beat(domain.fs, path)
-        except (FileNotFoundError, Damaged, PointNewerFormat):
+        except (FileNotFoundError, Damaged):
             return None
+
+
+def read_beats(domain: Domain, hosts: Iterable[str]) -> dict[str, Heartbeat | None]:
+    """`read_beat` of each; without hosts whose heartbeat has a newer format. Whether such a host
+    lives, those tell that can read it: here it would look silent for ever."""
+    found = {}
+    for host in hosts:
+        try:
+            found[host] = read_beat(domain, host)
+        except PointNewerFormat as error:
+            log.debug("heartbeat_unread", extra={"host": host, "error": str(error)})
+    return found
 
 
 def load_beat(fs: Fs, path: str) -> Heartbeat:
@@ -112,8 +129,8 @@ class Observer:
                 for session, row in tables.sessions.scan(state)
                 if row.host != domain.host
             ]
-        beats = {host: read_beat(domain, host) for host in {host for _, host, _ in foreign}}
-        owners = {(host, incarnation) for _, host, incarnation in foreign}
+        beats = read_beats(domain, {host for _, host, _ in foreign})
+        owners = {(host, incarnation) for _, host, incarnation in foreign if host in beats}
         silent = {owner for owner in owners if self.silent(owner[1], beats[owner[0]], now_s)}
         self._seen = {one: self._seen[one] for _, one in owners}
         return sum(

@@ -19,7 +19,7 @@ import re
 from typing import TYPE_CHECKING
 
 from storage.domain import orphans
-from storage.domain.heartbeats import Heartbeat, read_beat
+from storage.domain.heartbeats import Heartbeat, read_beats
 from storage.errors import PointFull, PointReadOnly, StorageError, translated
 from storage.lmdb_env.lock_file import is_occupied
 from storage.view import tables
@@ -49,8 +49,7 @@ class Leftovers:
         """
         before, self._seen = self._seen, {}
         silent = []
-        for host in _others(domain):
-            beat = read_beat(domain, host)
+        for host, beat in read_beats(domain, _others(domain)).items():
             known = before.get(host)
             since_s = known[1] if known is not None and known[0] == beat else now_s
             self._seen[host] = (beat, since_s)

@@ -3,7 +3,8 @@
 Magic, format, flags, length, body, and a digest of all that. Decoding checks in the order in which
 the bytes can be believed: what it is, whether this version may read it, how long it is, and then
 the digest, before anybody looks at the body. The format comes before the digest, since a newer
-format may have another one.
+format may have another one; but an object of our format whose format or flags were damaged is told
+by its digest, so that nobody is sent to upgrade for a flipped bit.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ DIGEST_BYTES = 16
 BodyT = TypeVar("BodyT")
 
 _HEADER = struct.Struct("<4sHHI")
+UPGRADE = "a newer one wrote it, upgrade this host"
 
 
 def encode_object(magic: bytes, body: bytes) -> bytes:
@@ -40,7 +42,13 @@ def decode_object(magic: bytes, data: bytes, limit_bytes: int, what: str) -> byt
     found, version, flags, body_bytes = _HEADER.unpack_from(data)
     if found != magic:
         raise Damaged(f"{what}: magic is {found!r}, not {magic!r}")
-    check_format(version, flags, what)
+    try:
+        check_format(version, flags, what)
+    except PointNewerFormat as error:
+        ours = _HEADER.pack(magic, FORMAT, 0, body_bytes) + data[_HEADER.size : -DIGEST_BYTES]
+        if blake3(ours).digest(DIGEST_BYTES) == data[-DIGEST_BYTES:]:
+            raise Damaged(f"{what}: its header is not the one that was written") from error
+        raise
     if body_bytes > limit_bytes:
         raise Damaged(f"{what}: body of {body_bytes} bytes; at most {limit_bytes} are allowed")
     end = _HEADER.size + body_bytes
@@ -63,8 +71,8 @@ def decode_body(decoder: msgspec.msgpack.Decoder[BodyT], body: bytes, what: str)
 def check_format(version: int, flags: int, what: str) -> None:
     """Raises PointNewerFormat for what only a newer vmkeep writes, Damaged for what none did."""
     if version > FORMAT:
-        raise PointNewerFormat(f"{what}: format {version}; this version reads {FORMAT}")
+        raise PointNewerFormat(f"{what}: format {version}, this vmkeep reads {FORMAT}: {UPGRADE}")
     if version < FORMAT:
         raise Damaged(f"{what}: no such format: {version}")
     if flags:
-        raise PointNewerFormat(f"{what}: unknown flags {flags:#06x}")
+        raise PointNewerFormat(f"{what}: unknown flags {flags:#06x}: {UPGRADE}")

@@ -30,6 +30,7 @@ from storage.format.chunks import (
     Frame,
     payload_check,
 )
+from storage.format.framing import UPGRADE
 from storage.format.patches import base_of, is_base_of, overhead_bytes
 from storage.format.record import file_id
 from storage.format.sealed import (
@@ -274,7 +275,7 @@ def _with_bases(footer: Footer, what: str) -> list[PackEntry]:
 
 def _check_flags(flags: int, what: str) -> None:
     if flags:
-        raise PointNewerFormat(f"{what}: frame flags {flags:#04x}")
+        raise PointNewerFormat(f"{what}: unknown frame flags {flags:#04x}: {UPGRADE}")
 
 
 def _check_lengths(codec: int, raw_len: int, stored_len: int, chunk_size: int, what: str) -> None:

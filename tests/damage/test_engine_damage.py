@@ -14,7 +14,7 @@ from engine.verb_types import EVERYWHERE, NewDisk
 from storage.check.check import Finding
 from storage.domain.domain import Domain
 from storage.domain.maps import DiskMap
-from storage.errors import Damaged, PointUnreachable
+from storage.errors import Damaged, PointUnreachable, StorageError
 from storage.files.fs import OsFs
 from storage.format.packs import read_footer
 from tests.engine_rig import ANYWHERE, EngineRig
@@ -174,7 +174,7 @@ def test_an_incremental_does_not_build_on_what_is_known_to_be_damaged(hit: Hit) 
         assert "changes found by: sda scan, sdb scan" in third.label.notes
 
 
-class Mended(dict[str, Damaged]):
+class Mended(dict[str, StorageError]):
     """What was damaged is found whole between two looks at it."""
 
     def __contains__(self, key: object) -> bool:

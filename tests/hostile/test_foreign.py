@@ -285,7 +285,7 @@ def test_one_evil_domain_hides_no_other(tmp_path: Path) -> None:
         os.rename(bare.root / "log", bare.root / "gol")
         (root / "domains" / "junk").write_text("x")
         (root / "domains" / new_uuid()).symlink_to("/")
-        found = rig.engine.remote_backups(rig.cluster_uuid, rig.point_uuid)
+        found = rig.engine.remote_backups(rig.cluster_uuid, rig.point_uuid).backups
         names = {one.backup.label.name for one in found}
         assert names == {kept.label.name, UNREADABLE_NAME}
         there = next(one for one in found if one.backup.label.name == UNREADABLE_NAME)

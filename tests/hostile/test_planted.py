@@ -362,7 +362,7 @@ def test_names_that_are_not_unicode(tmp_path: Path) -> None:
         assert any("orphan: " in line for line in found[0].result)
         msgspec.json.encode(found)
         msgspec.json.encode(check_point(str(domains.parent), deep=True))
-        assert len(rig.engine.remote_backups(rig.cluster_uuid, rig.point_uuid)) >= 1
+        assert len(rig.engine.remote_backups(rig.cluster_uuid, rig.point_uuid).backups) >= 1
         rig.restart()
         assert {job.uuid for job in rig.engine.jobs()} >= {job.uuid for job in found}
         rig.core.points.look_again(rig.point_uuid, PATIENCE_S)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.api_site import MIB, Site, serving, serving_gated
+from tests.forging import small_object
 
 UNKNOWN = "650ea11b-b7fb-4269-8232-aa53865aab3b"
 BASE_INFO = [
@@ -188,6 +189,29 @@ async def test_remote_list(site: Site, spelling: str) -> None:
         "VolSnapUUID": str,
         "share": bool,
     }
+
+
+async def test_remote_list_names_what_it_could_not_read(site: Site) -> None:
+    """In a header, since `data` is as the document has it."""
+    backup = await site.back_up(await site.make_vm())
+    query = {"cluster_uuid": site.ids["cluster"], "backuppoint_uuid": site.ids["point"]}
+    whole = await site.get("compute/backup/remote/list", **query)
+    assert "X-Unread-Clusters" not in whole.headers
+    domains = Path(site.engine.points()[0].point.path) / "domains"
+    for number in range(100):
+        stranger = domains / f"00000000-0000-4000-8000-{number:012}"
+        stranger.mkdir()
+        newer = small_object(b"VKDO", b"of tomorrow", version=2)
+        (stranger / "DOMAIN").write_bytes(newer if number else b"no label")
+    found = await site.get("compute/backup/remote/list", **query)
+    assert [row["UUID"] for row in found.data["backups"]] == [backup]
+    assert list(found.data) == list(whole.data)
+    unread = found.headers["X-Unread-Clusters"].split(", ")
+    assert unread[:2] == [
+        "00000000-0000-4000-8000-000000000000 data_damaged",
+        "00000000-0000-4000-8000-000000000001 point_newer_format",
+    ]
+    assert len(unread) == 64
 
 
 async def test_remote_list_is_paged(site: Site) -> None:

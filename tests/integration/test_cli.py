@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,9 +20,12 @@ from unittest import mock
 import pytest
 
 from api.cli.check import check_and_tell
+from api.cli.exits import FAILED, Failure
 from api.cli.screen import Screen
 from bench.service import Service
 from storage.check.frames import FrameCheck
+from tests.forging import small_object
+from tests.store import cluster, new_point, open_domain
 
 ROOT = Path(__file__).parent.parent.parent
 MIB = 1 << 20
@@ -210,6 +214,16 @@ def test_the_offline_check(vmkeep: Command, machine: str) -> None:
     assert vmkeep.json("point", "check", path)["findings"] == []
 
 
+def test_an_offline_check_says_what_only_a_newer_version_can_check(tmp_path: Path) -> None:
+    point = new_point(tmp_path)
+    label = Path(open_domain(point, cluster()).paths.label)
+    label.unlink()
+    label.write_bytes(small_object(b"VKDO", b"of tomorrow", version=2))
+    with pytest.raises(Failure, match=f"could not all be checked: {label}: format 2") as caught:
+        check_and_tell(Screen(json=False), Path(point.path), deep=False)
+    assert caught.value.exit_code == FAILED
+
+
 def test_an_offline_check_goes_on_where_it_was_interrupted(
     vmkeep: Command, machine: str, tmp_path: Path
 ) -> None:
@@ -282,6 +296,24 @@ def test_a_point_is_made_and_detached(vmkeep: Command, tmp_path: Path) -> None:
     vmkeep.ok("point", "delete", "second")
     assert (tmp_path / "empty" / "POINT").exists()
     assert "second" not in vmkeep.ok("point", "list")
+
+
+def test_what_a_newer_version_keeps_from_being_listed_is_said(
+    vmkeep: Command, machine: str
+) -> None:
+    vmkeep.ok("backup", "create", machine, "--name", "mine", "--wait")
+    stranger = str(uuids.uuid4())
+    directory = vmkeep.data / "point" / "domains" / stranger
+    directory.mkdir()
+    (directory / "DOMAIN").write_bytes(small_object(b"VKDO", b"of tomorrow", version=2))
+    try:
+        for words in (("remote-list",), ("remote-list", "--json"), ("import", "--all")):
+            ran = vmkeep("backup", *words)
+            assert ran.code == 0
+            assert "mine" in ran.out
+            assert f"could not be read: {stranger} point_newer_format" in ran.err
+    finally:
+        shutil.rmtree(directory)
 
 
 def test_another_cluster_imports(vmkeep: Command, machine: str, tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from engine.model import FOREIGN_IDENTITY, Backup, Machine
 from engine.points import remote
 from storage.domain.domain import Domain
 from storage.domain.session import NewBackup
-from storage.errors import StorageError
+from storage.errors import PointNewerFormat, StorageError
+from storage.log.log import record_path
 from storage.point import ClusterLabel, Point
 from storage.view.listing import BackupRow
 from tests.engine_rig import (
@@ -32,6 +33,7 @@ from tests.engine_rig import (
     disk_bytes,
     files_below,
 )
+from tests.forging import small_object
 
 MIB = 1 << 20
 
@@ -45,7 +47,7 @@ def test_another_data_directory_lists_imports_and_restores(tmp_path: Path) -> No
             assert attach(two, tmp_path / "shared", "theirs") == point
             assert two.listed() == []
             own = back_up_to(two, point, disk_bytes(MIB, 3), "own")
-            found = two.engine.remote_backups(two.cluster_uuid, point)
+            found = two.engine.remote_backups(two.cluster_uuid, point).backups
             assert {one.backup.uuid for one in found} == {*backups, own}
             assert {one.cluster.uuid for one in found} == {one.cluster_uuid, two.cluster_uuid}
             wanted = [(uuid.upper(), point) for uuid in backups]
@@ -74,8 +76,35 @@ def test_a_cluster_has_its_present_name_wherever_its_backups_are_listed(tmp_path
         with EngineRig(tmp_path / "data", Config(clusters=clusters)) as rig:
             if name == "rack1":
                 rig.back_up(rig.make_vm("web", disk_bytes(MIB, 1)))
-            (found,) = rig.engine.remote_backups(rig.cluster_uuid, rig.point_uuid)
+            (found,) = rig.engine.remote_backups(rig.cluster_uuid, rig.point_uuid).backups
             assert found.cluster.name == rig.engine.clusters()[0].name == name
+
+
+@pytest.mark.parametrize("name", ["DOMAIN", f"log/{record_path(3)}"])
+def test_a_domain_of_a_newer_version_is_named_and_hides_no_other(tmp_path: Path, name: str) -> None:
+    with EngineRig(tmp_path / "a") as one, EngineRig(tmp_path / "b") as two:
+        point = attach(one, tmp_path / "shared")
+        attach(two, tmp_path / "shared")
+        theirs = back_up_to(one, point, disk_bytes(MIB, 1), "theirs")
+        own = back_up_to(two, point, disk_bytes(MIB, 2), "own")
+        place = tmp_path / "shared" / "domains" / one.cluster_uuid / name
+        place.unlink(missing_ok=True)
+        magic = b"VKDO" if name == "DOMAIN" else b"VKRE"
+        place.write_bytes(small_object(magic, b"of tomorrow", version=2))
+        (tmp_path / "shared" / "domains" / "no cluster").mkdir()
+        (tmp_path / "shared" / "domains" / "no cluster" / "DOMAIN").touch()
+        before = files_below(tmp_path / "shared")
+        with EngineRig(tmp_path / "c") as three:
+            attach(three, tmp_path / "shared")
+            listing = three.engine.remote_backups(three.cluster_uuid, point)
+            assert [found.backup.uuid for found in listing.backups] == [own]
+            assert listing.unread == {one.cluster_uuid: "point_newer_format"}
+            with pytest.raises(PointNewerFormat, match=one.cluster_uuid):
+                three.engine.import_backups(three.cluster_uuid, [(own, point), (theirs, point)])
+            assert three.listed() == []
+            three.engine.import_backups(three.cluster_uuid, [(own, point)])
+            assert three.listed() == [own]
+        assert set(before) <= set(files_below(tmp_path / "shared"))
 
 
 def test_an_import_is_all_or_nothing(tmp_path: Path) -> None:
@@ -191,7 +220,7 @@ def test_junk_labels_are_shown_and_crash_nothing(tmp_path: Path) -> None:
                 session.manifest(disk, MIB, None)
                 session.commit([NewBackup(backup=uuid, label=label, disks=[disk])])
         domain.close()
-        found = rig.engine.remote_backups(rig.cluster_uuid, rig.point_uuid)
+        found = rig.engine.remote_backups(rig.cluster_uuid, rig.point_uuid).backups
         assert {one.backup.uuid for one in found} == set(uuids)
         assert {one.backup.label.name for one in found} == {UNREADABLE_NAME}
         assert [disk.capacity for disk in found[0].backup.label.disks] == [MIB]

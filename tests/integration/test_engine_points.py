@@ -82,7 +82,7 @@ def test_a_host_bundles_the_log_of_its_domain(
         ]
         with EngineRig(tmp_path / "b") as two:
             attach(two, tmp_path / "shared", "theirs")
-            found = two.engine.remote_backups(two.cluster_uuid, point)
+            found = two.engine.remote_backups(two.cluster_uuid, point).backups
             assert {one.backup.uuid for one in found} == set(backups)
 
 
@@ -218,7 +218,7 @@ def test_detach_keeps_and_erase_deletes_our_own_only(tmp_path: Path) -> None:
         assert two.listed() == []
         domains = tmp_path / "shared" / "domains"
         assert files_below(domains / two.cluster_uuid / "packs") == []
-        found = one.engine.remote_backups(one.cluster_uuid, point)
+        found = one.engine.remote_backups(one.cluster_uuid, point).backups
         assert [found_one.backup.uuid for found_one in found] == [kept]
         assert erased not in one.listed()
         assert one.restore(one.engine.backup(ANYWHERE, kept), "copy") == [disk_bytes(MIB, 1)]

@@ -351,7 +351,7 @@ def test_a_lost_state_brings_the_backups_back_as_another_clusters(tmp_path: Path
         os.unlink(path)
     with EngineRig(tmp_path / "data") as rig:
         assert rig.listed() == []
-        found = rig.engine.remote_backups(rig.cluster_uuid, rig.point_uuid)
+        found = rig.engine.remote_backups(rig.cluster_uuid, rig.point_uuid).backups
         assert [one.backup.uuid for one in found] == [backup.uuid]
         rig.engine.import_backups(rig.cluster_uuid, [(backup.uuid, rig.point_uuid)])
         assert rig.restore(rig.engine.backup(ANYWHERE, backup.uuid), "copy") == [content]

@@ -19,6 +19,7 @@ from storage.format.chunks import FRAME_HEADER_BYTES
 from storage.log.log import record_path
 from storage.point import Point
 from tests.failing_fs import HookFs
+from tests.forging import small_object
 from tests.hostile.mutating import peak_bytes
 from tests.store import (
     CHUNK,
@@ -301,3 +302,51 @@ def test_a_base_that_goes_bad_after_it_was_read_is_a_finding(point: Point, domai
         second.backup,
     }
     assert [domain.paths.pack(found.pack) for found in damaged] == [pack]
+
+
+def newer_record(domain: Domain) -> Path:
+    path = Path(domain.paths.log, record_path(domain.refresh() + 1))
+    path.write_bytes(small_object(b"VKRE", b"of tomorrow", version=2))
+    return path
+
+
+def newer_label(domain: Domain) -> Path:
+    path = Path(domain.paths.label)
+    path.unlink()
+    path.write_bytes(small_object(b"VKDO", b"of tomorrow", version=2))
+    return path
+
+
+def newer_sealed(domain: Domain, directory: str) -> Path:
+    path = Path(domain.paths.root, min(files(domain, directory)))
+    path.chmod(0o600)
+    path.write_bytes(path.read_bytes()[:4] + b"\2\0" + bytes(200))
+    return path
+
+
+def newer_pack(domain: Domain) -> Path:
+    return newer_sealed(domain, "packs")
+
+
+def newer_manifest(domain: Domain) -> Path:
+    return newer_sealed(domain, "manifests")
+
+
+@pytest.mark.parametrize("upgrade", [newer_record, newer_label, newer_pack, newer_manifest])
+@pytest.mark.parametrize("deep", [False, True])
+def test_a_domain_with_newer_files_is_named_and_the_others_are_checked(
+    point: Point, upgrade: Callable[[Domain], Path], deep: bool
+) -> None:
+    newer, *others = (open_domain(point, cluster()) for _ in range(3))
+    for domain in (newer, *others):
+        save(domain, os.urandom(CHUNK))
+    path = upgrade(newer)
+    report = check_point(point.path, deep=deep)
+    (finding,) = report.findings
+    assert (finding.kind, finding.path) == ("newer", newer.paths.root)
+    assert finding.detail.startswith(f"{path}: format 2")
+    assert report.unread == report.findings
+    assert report.clean
+    assert report.manifests >= len(others)
+    Path(others[1].paths.root, min(files(others[1], "packs"))).unlink()
+    assert not check_point(point.path, deep=deep).clean

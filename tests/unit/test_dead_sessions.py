@@ -5,17 +5,20 @@ from __future__ import annotations
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 
 from storage.domain.domain import Domain
 from storage.domain.heartbeats import Observer, beat
+from storage.domain.leftovers import Leftovers
 from storage.domain.salvage import Salvage
 from storage.errors import PointUnreachable, SessionEnded
 from storage.format.chunks import Encoder
 from storage.point import ClusterLabel, Point
 from storage.view import tables
 from tests.failing_fs import FailingFs
+from tests.forging import small_object
 from tests.store import (
     CHUNK,
     dump,
@@ -87,6 +90,30 @@ def test_sessions_of_a_silent_host_are_ended(
         assert tables.sessions.get(state, session.id) is None
     with pytest.raises(SessionEnded):
         session.commit([])
+
+
+def test_a_host_whose_heartbeat_only_a_newer_version_can_read_is_not_silent(
+    point: Point, label: ClusterLabel, domain: Domain
+) -> None:
+    """A host that was upgraded first would lose each backup that takes longer than the patience."""
+    other, old = (open_domain(point, label, host) for host in ("host-2", "host-3"))
+    session, ended = other.begin("backup"), old.begin("backup")
+    heartbeat = Path(other.paths.hosts, other.host)
+    heartbeat.write_bytes(small_object(b"VKHB", b"of tomorrow", version=2))
+    observer, leftovers = Observer(patience_s=600), Leftovers(patience_s=600)
+    for now_s in (0.0, 1200.0):
+        observer.end_dead_sessions(domain, now_s)
+        leftovers.clear(domain, now_s)
+    with pytest.raises(SessionEnded):
+        ended.commit([])
+    session.commit([])
+    for one in (old, other):
+        one.close()  # or its view would keep what is left of it
+    for now_s in (2400.0, 3600.0):
+        leftovers.clear(domain, now_s)
+    assert heartbeat.exists()
+    assert Path(other.paths.host_tmp(other.host)).exists()
+    assert not Path(old.paths.host_tmp(old.host)).exists()
 
 
 def test_a_session_that_ends_while_the_point_is_away_is_ended_when_it_is_back(

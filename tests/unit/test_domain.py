@@ -30,6 +30,7 @@ from storage.log.log import record_path
 from storage.log.rebuild import checkpoint_name, manifest_chain
 from storage.point import ClusterLabel, Point, is_point
 from storage.view import tables
+from tests.forging import small_object
 from tests.store import (
     CHUNK,
     cluster,
@@ -489,8 +490,7 @@ def test_another_point_at_the_path_is_noticed(point: Point) -> None:
 
 def test_a_newer_point_is_refused_and_not_touched(point: Point) -> None:
     path = Path(point.path, "POINT")
-    content = bytearray(path.read_bytes())
-    content[4] = 2
+    content = small_object(b"VKPO", b"whatever", version=2)
     path.write_bytes(content)
     with pytest.raises(PointNewerFormat):
         Point.open(point.path)

@@ -24,14 +24,14 @@ def test_the_bytes_of_format_1() -> None:
     )
 
 
-def test_every_flipped_bit_is_noticed() -> None:
+def test_every_flipped_bit_is_noticed_as_damage() -> None:
+    """Also one of the format or the flags: no newer version wrote it."""
     encoded = encode_object(b"VKPO", BODY)
     for position in range(len(encoded)):
         for bit in range(8):
             flipped = bytearray(encoded)
             flipped[position] ^= 1 << bit
-            newer = 4 <= position < 8 and flipped[4:6] != b"\0\0"
-            with pytest.raises(PointNewerFormat if newer else Damaged, match=r"^POINT: "):
+            with pytest.raises(Damaged, match=r"^POINT: "):
                 decode_object(b"VKPO", bytes(flipped), 64, "POINT")
 
 
@@ -51,8 +51,9 @@ def test_another_kind_of_object_is_refused() -> None:
 
 @pytest.mark.parametrize(("version", "flags"), [(2, 0), (0xFFFF, 0), (1, 1), (1, 2), (1, 0x8000)])
 def test_what_a_newer_version_wrote_is_refused_as_such(version: int, flags: int) -> None:
-    with pytest.raises(PointNewerFormat):
+    with pytest.raises(PointNewerFormat, match=r"^it: .* upgrade this host$") as caught:
         decode_object(b"VKPO", small_object(b"VKPO", BODY, version, flags), 64, "it")
+    assert (f"format {version}," if version > 1 else f"flags {flags:#06x}") in str(caught.value)
 
 
 def test_format_0_was_never_written() -> None:

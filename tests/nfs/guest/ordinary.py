@@ -78,7 +78,7 @@ def imported_by_a_second_cluster(site: Site) -> None:
         NfsRig(site.local / "two", site.point) as two,
     ):
         backup = one.back_up(one.make_vm("web", content))
-        (found,) = two.engine.remote_backups(two.cluster_uuid, two.point_uuid)
+        (found,) = two.engine.remote_backups(two.cluster_uuid, two.point_uuid).backups
         assert (found.backup.uuid, found.cluster.uuid) == (backup.uuid, one.cluster_uuid)
         two.engine.import_backups(two.cluster_uuid, [(backup.uuid, two.point_uuid)])
         assert {path.stat().st_nlink for path in pack_files(site.point)} == {2}
