@@ -169,13 +169,14 @@ class Engine:
         return list(self._core.inventory.places.object_groups)
 
     def pools(self) -> list[PoolState]:
-        """Each with its room; one that does not answer says so, and delays this a little."""
+        """Each with its room; those that do not answer say so, and delay this a little."""
         pinned = Counter[str]()
         for one in self.tracking():
             pinned[os.path.dirname(one.volume)] += one.pinned_bytes
+        pools = self._core.inventory.places.pools
+        rooms = _rooms(self._core.probes, pools)
         return [
-            replace(self._look_at(pool), pinned_bytes=pinned[pool.path])
-            for pool in self._core.inventory.places.pools
+            replace(_seen(pool, rooms[pool.uuid]), pinned_bytes=pinned[pool.path]) for pool in pools
         ]
 
     def vms(self, scope: Scope) -> list[Vm]:
@@ -377,14 +378,6 @@ class Engine:
         """(the page, newest first; how many there are in all). `page` counts from 1."""
         return self._operations.page(page, page_size)
 
-    def _look_at(self, pool: Pool) -> PoolState:
-        probes = self._core.probes
-        try:
-            room = probes.ask(f"pool {pool.uuid}", lambda: pool_room(pool), POOL_LOOK_TIMEOUT_S)
-        except (EngineError, TimeoutError) as error:
-            return PoolState(pool, error=str(error))
-        return PoolState(pool, *room)
-
 
 def _assemble(host: Host, state: State, config: Config) -> Core:
     probes = Probes()
@@ -417,14 +410,28 @@ def _inventory(state: State, places: Places, config: Config, host: Host) -> Inve
     return LibvirtInventory(state, places, config, host.id)
 
 
+def _rooms(probes: Probes, pools: Sequence[Pool]) -> dict[str, tuple[int, int] | Exception]:
+    """pool_room, or why it is not known, by the pool's uuid. All are asked at once."""
+    keys = {f"pool {pool.uuid}": pool.uuid for pool in pools}
+    asked = {f"pool {pool.uuid}": partial(pool_room, pool) for pool in pools}
+    return {keys[key]: room for key, room in probes.ask_each(asked, POOL_LOOK_TIMEOUT_S).items()}
+
+
+def _seen(pool: Pool, room: tuple[int, int] | Exception) -> PoolState:
+    if isinstance(room, EngineError | TimeoutError):
+        return PoolState(pool, error=str(room))
+    if isinstance(room, Exception):
+        raise room
+    return PoolState(pool, *room)
+
+
 def _sizes(probes: Probes, pools: Sequence[Pool]) -> SizeOf:
     """Of volumes, at a start: pools that do not answer are waited for once, not for each volume."""
-    asked = {f"pool {pool.uuid}": partial(pool_room, pool) for pool in pools}
-    rooms = probes.ask_each(asked, POOL_LOOK_TIMEOUT_S)
-    silent = {key for key, room in rooms.items() if isinstance(room, EngineError | TimeoutError)}
+    rooms = _rooms(probes, pools)
+    silent = {uuid for uuid, room in rooms.items() if isinstance(room, EngineError | TimeoutError)}
 
     def size_of(pool: Pool, volume_name: str, volume_format: str) -> int | None:
-        if f"pool {pool.uuid}" in silent:
+        if pool.uuid in silent:
             raise PoolUnreachable(f"pool {pool.name} does not answer")
         return bounded_volume_size(probes, pool, volume_name, POOL_LOOK_TIMEOUT_S, volume_format)
 

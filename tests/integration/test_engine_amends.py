@@ -162,3 +162,32 @@ def test_an_end_whose_point_hangs_holds_up_no_other(
         answers.set()
     statuses = [BACKUP_DONE] * len(made)
     eventually(lambda: [rig.engine.backup(ANYWHERE, uuid).status for uuid, _ in made] == statuses)
+
+
+def test_a_retry_for_which_there_was_no_thread_is_made_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(amends, "AGAIN_S", 0.02)
+    start, refused, tried = threading.Thread.start, list[str](), list[int]()
+
+    def start_later(thread: threading.Thread) -> None:
+        if thread.name == "amends-try" and not refused:
+            refused.append(thread.name)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def act() -> None:
+        tried.append(1)
+        if len(tried) == 1:
+            raise PointFull("no room for the state")
+
+    monkeypatch.setattr(threading.Thread, "start", start_later)
+    made = amends.Amends()
+    made.start()
+    try:
+        with pytest.raises(PointFull):
+            made.make(act)
+        eventually(lambda: len(tried) == 2)
+        assert refused
+    finally:
+        made.stop(PATIENCE_S)

@@ -264,7 +264,8 @@ def test_a_pool_that_hangs_is_waited_for_once_however_much_is_left_there(
 def test_pools_are_looked_at_together_however_many_hang(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each by itself would make a start wait, and the service manager may not wait so long."""
+    """Each by itself would make a start wait, and the service manager may not wait so long. It is
+    told that we are ready when the pools have been shown."""
     names = ("a", "b", "c")
     for name in names:
         (tmp_path / name).mkdir()
@@ -283,8 +284,10 @@ def test_pools_are_looked_at_together_however_many_hang(
 
         monkeypatch.setattr(f"engine.{what}", look)
     monkeypatch.setattr("engine.service.POOL_LOOK_TIMEOUT_S", 10.0)
-    with EngineRig(tmp_path / "data", config):
+    with EngineRig(tmp_path / "data", config) as rig:
         assert Counter(met) == {"recovery.clear_leftovers": 3, "service.pool_room": 3}
+        assert [state.error for state in rig.engine.pools()] == ["", "", ""]
+        assert Counter(met)["service.pool_room"] == 6
 
 
 # argv: the data directory. The machine is never defined, and the service is stopped meanwhile.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import msgspec
 import pytest
 
 from engine.snapshot import tracking
-from engine.snapshot.baselines import Baselines, open_baseline
+from engine.snapshot.baselines import Baselines, _Removal, open_baseline
 from engine.snapshot.extents import Extent, clone_into, extent_map
 from engine.snapshot.snapshot import SNAPSHOTS, clear_leftovers
 from engine.snapshot.sources import Origin, VolumeSource
@@ -409,6 +410,25 @@ class TestKeeping:
         assert not (rig.pool / SNAPSHOTS).exists()
         assert rig.baselines.rows() == []
         next_is_scanned(rig, "no baseline yet")
+
+
+def test_files_for_whose_removal_there_was_no_thread_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As leftovers; and they keep no others of their directory."""
+    names = [tmp_path / name for name in "abc"]
+    for path in names:
+        path.touch()
+
+    def no_more(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    removal = _Removal()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_more)
+        removal.remove(str(names[0]))
+    removal.remove(*map(str, names[1:]))
+    assert list(tmp_path.iterdir()) == names[:1]
 
 
 def test_a_direct_read_keeps_none(tmp_path: Path) -> None:
