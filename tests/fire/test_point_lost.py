@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -37,15 +38,22 @@ def rig(tmp_path: Path) -> Iterator[EngineRig]:
 
 def on_first_batch(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
     """Calls `act` once, when the running job has done its first batch."""
-    left = [act]
-    add = JobContext.add
+    on_first(monkeypatch, "add", act)
 
-    def add_then(self: JobContext, **counts: int) -> None:
-        add(self, **counts)
+
+def on_first(
+    monkeypatch: pytest.MonkeyPatch, name: Literal["add", "set_total"], act: Callable[[], object]
+) -> None:
+    """Calls `act` once, after the running job's first such call."""
+    left = [act]
+    call = getattr(JobContext, name)
+
+    def call_then(*args: object, **counts: int) -> None:
+        call(*args, **counts)
         while left:
             left.pop()()
 
-    monkeypatch.setattr(JobContext, "add", add_then)
+    monkeypatch.setattr(JobContext, name, call_then)
 
 
 def look(rig: EngineRig) -> str:
@@ -149,10 +157,21 @@ def test_a_read_only_point_is_restored_from_by_way_of_a_copy(
 
 @pytest.mark.root
 @pytest.mark.parametrize("place", ["ext4", "xfs"])
+@pytest.mark.parametrize(
+    ("moment", "expected"),
+    [("set_total", ("failed", "succeeded")), ("add", ("succeeded", "succeeded"))],
+    ids=["before its room is set aside", "after that"],
+)
 def test_a_pool_that_fills_during_a_restore(
-    tmp_path: Path, loop_fs: LoopFs, monkeypatch: pytest.MonkeyPatch, place: str
+    tmp_path: Path,
+    loop_fs: LoopFs,
+    monkeypatch: pytest.MonkeyPatch,
+    moment: Literal["add", "set_total"],
+    expected: tuple[str, str],
+    place: str,
 ) -> None:
-    """At each fill level it comes back whole, or fails by name and leaves nothing."""
+    """At each fill level it comes back whole, or fails by name and leaves nothing. Once it writes,
+    its room is its own."""
     pool = loop_fs(place, 320 * MIB)
     pools = (PoolConfig("big", str(tmp_path)), PoolConfig("small", str(pool)))
     content = random_bytes(24 * MIB, 1)
@@ -167,7 +186,8 @@ def test_a_pool_that_fills_during_a_restore(
         for leave_bytes in (0, 4096, MIB, 5 * MIB, 12 * MIB, 40 * MIB):
             name = f"copy-{leave_bytes}"
             with contextlib.ExitStack() as room, monkeypatch.context() as patch:
-                on_first_batch(patch, partial(room.enter_context, filled(pool, leave_bytes)))
+                fill = partial(room.enter_context, filled(pool, leave_bytes))
+                on_first(patch, moment, fill)
                 target = RestoreTarget("sda", uuids["small"], name, "SSD")
                 group, zone = rig.engine.object_groups()[0].uuid, rig.engine.zones()[0].uuid
                 made, job = rig.engine.restore_backup(
@@ -180,7 +200,7 @@ def test_a_pool_that_fills_during_a_restore(
             else:
                 assert (pool / name).read_bytes() == content
                 (pool / name).unlink()
-    assert (states[0], states[-1]) == ("failed", "succeeded")
+    assert (states[0], states[-1]) == expected
 
 
 class Swap:
