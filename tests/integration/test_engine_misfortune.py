@@ -124,7 +124,7 @@ def test_a_point_that_fills_during_a_backup(tmp_path: Path, loop_fs: LoopFs, kin
 
 
 @pytest.mark.root
-def test_a_pool_that_fills_during_a_restore(
+def test_a_pool_that_fills_before_a_restore_has_its_room(
     tmp_path: Path, loop_fs: LoopFs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = loop_fs("ext4", 96 * MIB)
@@ -136,14 +136,16 @@ def test_a_pool_that_fills_during_a_restore(
         backup = rig.back_up(_vm_in_big(rig, tmp_path, random_bytes(48 * MIB, 1)))
         before = files_below(place)
         hog = place / "somebody-elses"
+        set_total = JobContext.set_total
 
-        def fill() -> None:
+        def fill(self: JobContext, size_bytes: int) -> None:
+            set_total(self, size_bytes)
             with hog.open("wb", buffering=0) as file, contextlib.suppress(OSError):
                 while True:
                     file.write(bytes(MIB))
 
         with monkeypatch.context() as patch:
-            on_first_batch(patch, fill)
+            patch.setattr(JobContext, "set_total", fill)
             vm_uuid, job = _restore_into(rig, backup, "small", "copy")
             assert rig.ended(job).state == "failed"
         vm = rig.engine.vm(vm_uuid)
