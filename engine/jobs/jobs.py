@@ -8,7 +8,7 @@ job sees its consequences.
 
 After a restart nothing is left hanging: what was queued or running is failed by `recover`.
 
-Locks: `_lock` guards the queue and the tables; `_order` makes rows and events of one job go out in
+Locks: `_lock` guards the line and the tables; `_order` makes rows and events of one job go out in
 order. `_lock` may be taken inside `_order`, never the other way round. Neither is held while a
 handler or a `settle` runs.
 """
@@ -18,7 +18,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -29,6 +28,7 @@ from engine.errors import Cancelled, Conflict, EngineError, NotFound
 from engine.ids import new_id
 from engine.jobs.hangs import HangOf, log_hang, never
 from engine.jobs.history import shortened
+from engine.jobs.line import Line
 from engine.jobs.progress import Counters, Speedometer, to_progress
 from engine.model import Job, JobKind, Progress
 from engine.state import State
@@ -158,16 +158,15 @@ class Jobs:
         self._tick_s = tick_s
         self._lock = threading.Lock()
         self._order = threading.RLock()
-        self._wake = threading.Condition(self._lock)
         self._stopping = False
-        self._queue: deque[_Active] = deque()
+        self._line = Line[_Active](self._lock, max_running)
         self._active: dict[str, _Active] = {}
         self._finished: dict[str, Job] = {}
         self._listeners: list[Listener] = []
         self._stopped = threading.Event()
         self._threads = [
             threading.Thread(target=self._work, name=f"job-{n}", daemon=True)
-            for n in range(max_running)
+            for n in range(self._line.most_at_once)
         ]
         self._ticker = threading.Thread(target=self._tick, name="job-progress", daemon=True)
 
@@ -199,10 +198,8 @@ class Jobs:
         deadline_s = time.monotonic() + timeout_s
         with self._lock:
             self._stopping = True
-            waiting = list(self._queue)
-            self._queue.clear()
+            waiting = self._line.close()
             running = [active for active in self._active.values() if active not in waiting]
-            self._wake.notify_all()
         for active in running:
             active.context.cancel(reason)
         for active in waiting:
@@ -230,8 +227,7 @@ class Jobs:
                 late = self._stopping
                 if not late:
                     self._active[queued.uuid] = active
-                    self._queue.append(active)
-                    self._wake.notify()
+                    self._line.add(active)
             if late:
                 self._state.jobs.delete(queued.uuid)
                 raise _shutting_down()
@@ -248,9 +244,7 @@ class Jobs:
         reason = Cancelled("cancelled", "cancelled")
         with self._lock:
             active = self._active.get(uuid)
-            queued = active is not None and active in self._queue
-            if active is not None and queued:
-                self._queue.remove(active)
+            queued = active is not None and self._line.remove(active)
         if active is None or active.ending:
             state = self.job(uuid).state
             raise Conflict("job_finished", f"job {uuid} is not running any more: {state}")
@@ -314,7 +308,7 @@ class Jobs:
     # Threads --------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        while (active := self._next()) is not None:
+        while (active := self._line.take()) is not None:
             active.context.begin()
             self._publish(active, state="running", started_at=self._clock())
             error: Exception | None = None
@@ -325,19 +319,15 @@ class Jobs:
             except Exception as raised:  # noqa: BLE001 - whatever it is, it is the job's outcome
                 error = raised
             self._end(active, error, result)
-
-    def _next(self) -> _Active | None:
-        with self._lock:
-            while not self._queue and not self._stopping:
-                self._wake.wait()
-            return None if self._stopping else self._queue.popleft()
+            self._line.give_back(active)
 
     def _tick(self) -> None:
         while not self._stopped.wait(self._tick_s):
             with self._lock:
                 running = [one for one in self._active.values() if one.job.state == "running"]
-            for active in running:
-                fresh = self._fresh(active)
+            now = {active: self._fresh(active) for active in running}
+            self._line.note_hanging([active for active, job in now.items() if job.stalled_on])
+            for active, fresh in now.items():
                 log_hang(active.job, fresh)
                 self._publish(
                     active,

@@ -28,7 +28,7 @@ from storage.files.in_flight import InFlight, in_flight, longest_in_flight_s
 from storage.format.record import Commit, Record
 from storage.log.log import Log
 from tests.conftest import LoopFs
-from tests.engine_rig import ANYWHERE, PATIENCE_S, EngineRig
+from tests.engine_rig import ANYWHERE, PATIENCE_S, EngineRig, back_up_to
 from tests.fire.test_point_lost import on_first_batch
 from tests.qemu.images import create, qemu_io
 from tests.rig import random_bytes
@@ -102,6 +102,28 @@ def test_a_backup_stalls_on_its_point(
         assert rig.restore(rig.engine.backup(ANYWHERE, backup), "copy") == [content]
     assert "backup point nas" in {row.stalled_on for row in told}
     assert told[-1].stalled_on == ""
+
+
+@pytest.mark.root
+def test_a_job_that_hangs_holds_up_no_job_on_another_point(
+    tmp_path: Path, loop_fs: LoopFs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, well = loop_fs("ext4", 320 * MIB), tmp_path / "well"
+    well.mkdir()
+    limits = msgspec.structs.replace(AT_ONCE, stalled_after_s=0.5, max_jobs=1)
+    config = Config(limits=limits, points=(PointConfig("nas", str(place)),))
+    content = random_bytes(24 * MIB, 1)
+    with EngineRig(tmp_path / "data", config) as rig, Frozen(place) as medium:
+        nas, vm = rig.point_uuid, rig.make_vm("web", content)
+        other = rig.engine.create_point("well", "local", str(well))
+        before_first_write(monkeypatch, medium.freeze)
+        backup, job = rig.engine.create_backup(ANYWHERE, vm.uuid, nas, "b", "", False)
+        until(rig, job, lambda row: row.stalled_on == "backup point nas")
+        back_up_to(rig, other, content, "db")
+        assert rig.engine.job(job).state == "running"
+        medium.thaw()
+        rig.succeed(job)
+        assert rig.restore(rig.engine.backup(ANYWHERE, backup), "copy") == [content]
 
 
 def before_first_write(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:

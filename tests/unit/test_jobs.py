@@ -10,8 +10,10 @@ import pytest
 
 from engine.errors import Cancelled, Conflict, NotFound
 from engine.jobs import jobs as engine_jobs
+from engine.jobs.hangs import NO_HANG, Hang
 from engine.jobs.history import KEPT_RESULT_CHARS
 from engine.jobs.jobs import KEPT_JOBS, RESTARTED, STOPPED, Handler, JobContext, Jobs, new_job
+from engine.jobs.line import MOST_HANGING
 from engine.model import Job, JobState
 from engine.state import State
 from storage.errors import PointFull
@@ -171,6 +173,45 @@ def test_the_rate_is_that_of_the_work_not_of_the_wait(
     now[0] = 3600.0
     gate.free.set()
     assert jobs.wait(waits.uuid, PATIENCE_S).progress.rate == 10
+    jobs.stop(PATIENCE_S)
+
+
+def test_a_job_that_hangs_gives_its_place_to_the_next(state: State) -> None:
+    hanging: set[str] = set()
+
+    def hang_of(job: Job, _still_s: float) -> Hang:
+        return Hang(40, "backup point p") if job.uuid in hanging else NO_HANG
+
+    jobs = Jobs(state, max_running=1, tick_s=0.01, hang_of=hang_of)
+    jobs.start()
+    gates = [Gate() for _ in range(3)]
+    made = [jobs.submit(new_job("backup"), gate) for gate in gates]
+    assert gates[0].runs.wait(PATIENCE_S)
+    assert not gates[1].runs.wait(0.2)
+    hanging.add(made[0].uuid)
+    assert gates[1].runs.wait(PATIENCE_S)
+    assert not gates[2].runs.wait(0.2)
+    hanging.clear()
+    gates[0].free.set()
+    assert jobs.wait(made[0].uuid, PATIENCE_S).state == "succeeded"
+    assert not gates[2].runs.wait(0.2)  # the second one has the place
+    gates[1].free.set()
+    assert gates[2].runs.wait(PATIENCE_S)
+    gates[2].free.set()
+    jobs.stop(PATIENCE_S)
+
+
+def test_only_so_many_jobs_hang_at_once(state: State) -> None:
+    hang = Hang(40, "backup point p")
+    jobs = Jobs(state, max_running=1, tick_s=0.01, hang_of=lambda *_: hang)
+    jobs.start()
+    gates = [Gate() for _ in range(MOST_HANGING + 2)]
+    for gate in gates:
+        jobs.submit(new_job("backup"), gate)
+    assert all(gate.runs.wait(PATIENCE_S) for gate in gates[:-1])
+    assert not gates[-1].runs.wait(0.2)
+    gates[0].free.set()
+    assert gates[-1].runs.wait(PATIENCE_S)
     jobs.stop(PATIENCE_S)
 
 
