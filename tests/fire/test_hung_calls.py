@@ -78,9 +78,8 @@ def test_few_calls_wait_for_one_point(
         point, answers = attach(rig, place), threading.Event()
         backup = back_up_to(rig, point, disk_bytes(MIB, 1), "web")
 
-        def hang(
-            _point: Point,
-        ) -> list[ClusterLabel]:  # who looks at NFS hangs, at a frozen one not
+        def hang(_point: Point, _unread: object = None) -> list[ClusterLabel]:
+            """Who looks at NFS hangs, at a frozen one not."""
             answers.wait(PATIENCE_S)
             return []
 
