@@ -21,7 +21,7 @@ class Line(Generic[JobT]):
     """Shares the lock of its owner, who holds it for what says so here."""
 
     def __init__(self, lock: threading.Lock, places: int) -> None:
-        self.most_at_once = places + MOST_HANGING
+        self.most_at_once = places + MOST_HANGING  # threads that are to `take`, hence jobs that run
         self._changed = threading.Condition(lock)
         self._places = places
         self._closed = False
@@ -61,9 +61,7 @@ class Line(Generic[JobT]):
             return job
 
     def _has_place(self) -> bool:
-        return len(self._running - self._hanging) < self._places and (
-            len(self._running) < self.most_at_once
-        )
+        return len(self._running - self._hanging) < self._places
 
     def give_back(self, job: JobT) -> None:
         """It does not run any more."""
