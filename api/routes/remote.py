@@ -23,7 +23,7 @@ MOST_UNREAD = 64  # a client takes 8 KiB of a header
 
 def _list(engine: Engine, query: RemoteListQuery) -> Reply[RemoteBackupList]:
     listing = engine.remote_backups(query.cluster_uuid, query.backup_point_uuid)
-    found = sorted(listing.backups, key=_newest_first)
+    found = listing.backups
     page, page_size = page_of(query.page_number, query.page_size)
     shown = found[(page - 1) * page_size : page * page_size]
     return Reply(
